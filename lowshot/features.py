@@ -1,0 +1,143 @@
+"""Feature files: the HDF5 blocks that save_features.py writes, and the headerless matrices made from them."""
+import os
+
+import numpy as np
+
+SLAB_BYTES = 64 << 20
+
+
+class FeatureFile:
+    """One HDF5 file of features: `all_feats` float32 (n, d), `all_labels` int32 (n), `count` int32 (1).
+
+    Rows at or beyond `count` are not valid. Nothing is read before it is asked for.
+
+        with FeatureFile(path) as f:
+            x = f.read(rows)                     # (len(rows), d) float32
+            for i0, x in f.slabs(): ...          # all valid rows, in order
+    """
+
+    def __init__(self, path):
+        import h5py
+        if not os.path.exists(path):
+            raise ValueError(f"{path} does not exist: save_features.py makes it")
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as e:
+            raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not an HDF5 file: {e}")
+        self.path = path
+        for name, ndim in (("all_feats", 2), ("all_labels", 1), ("count", 1)):
+            if name not in self.file or getattr(self.file[name], "ndim", None) != ndim:
+                raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}: not a feature file")
+        feats, labels = self.file["all_feats"], self.file["all_labels"]
+        if self.file["count"].shape[0] < 1:
+            raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
+        self.n = int(self.file["count"][0])
+        self.d = int(feats.shape[1])
+        if not 0 <= self.n <= min(feats.shape[0], labels.shape[0]):
+            raise ValueError(f"{path}: count is {self.n}, but all_feats has {feats.shape[0]} rows and all_labels "
+                             f"{labels.shape[0]}")
+        if feats.dtype.kind != "f":
+            raise ValueError(f"{path}: all_feats holds {feats.dtype}, floating point was expected")
+        self._map = None
+        # rows of a contiguous dataset can be picked from a memory map, much faster than by h5py's index lists
+        offset = feats.id.get_offset() if feats.chunks is None and feats.external is None else None
+        if offset is not None and feats.dtype == np.dtype("<f4") and feats.shape[0]:
+            self._map = np.memmap(path, "<f4", "r", offset, feats.shape)
+
+    def labels(self):
+        """Labels of the valid rows, int64 (n,)."""
+        return self.file["all_labels"][:self.n].astype(np.int64)
+
+    def slabs(self, start=0, stop=None):
+        """Yield (first row, float32 (m, d)) over rows start..stop-1 in order, about 64 MB at a time."""
+        stop = self.n if stop is None else stop
+        step = max(1, SLAB_BYTES // (4 * self.d))
+        for i in range(start, stop, step):
+            yield i, self._checked(self.file["all_feats"][i:min(i + step, stop)], np.arange(i, min(i + step, stop)))
+
+    def read(self, rows, transform=None, progress=None):
+        """Rows in the order given, float32 (len(rows), d); transform: function of (m, d) applied to each part.
+
+        Reads the rows that are needed only, about 64 MB at a time, so memory is that of the result.
+        """
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not (0 <= rows.min() and rows.max() < self.n):
+            raise ValueError(f"{self.path}: row {rows.max() if rows.max() >= self.n else rows.min()} asked for, "
+                             f"the file holds {self.n} rows")
+        order = np.argsort(rows, kind="stable")
+        out = None
+        step = max(1, SLAB_BYTES // (4 * self.d))
+        for i in range(0, len(rows), step):
+            part = order[i:i + step]
+            x = self._checked(self._pick(rows[part]), rows[part])
+            if transform is not None:
+                x = transform(x)
+            if out is None:
+                out = np.empty((len(rows), x.shape[1]), np.float32)
+            out[part] = x
+            if progress is not None:
+                progress(i + len(part))
+        return np.empty((0, self.d), np.float32) if out is None else out
+
+    def _pick(self, rows):
+        """Rows in increasing order, (len(rows), d)."""
+        if self._map is not None:
+            return np.array(self._map[rows])
+        feats = self.file["all_feats"]
+        out = np.empty((len(rows), self.d), np.float32)
+        if not len(rows):
+            return out
+        # read whole stretches and pick: h5py takes index lists one row at a time
+        step = max(1, SLAB_BYTES // (4 * self.d))
+        start = 0
+        while start < len(rows):
+            stop = np.searchsorted(rows, rows[start] + step)
+            first = rows[start]
+            x = feats[first:rows[stop - 1] + 1]
+            out[start:stop] = x[rows[start:stop] - first]
+            start = stop
+        return out
+
+    def _checked(self, x, rows):
+        x = np.ascontiguousarray(x, np.float32)
+        # one sum per row tells NaN and infinity without a temporary the size of x
+        bad = ~np.isfinite(x.sum(axis=1)) if len(x) else np.zeros(0, bool)
+        if bad.any() and not np.isfinite(x[bad]).all():
+            bad &= ~np.isfinite(x).all(axis=1)
+            raise ValueError(f"{self.path}: row {rows[np.argmax(bad)]} holds NaN or infinity")
+        return x
+
+    def close(self):
+        self._map = None
+        self.file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def map_matrix(path, dtype, columns, rows=None, maker=None):
+    """Memory-map a headerless row-major matrix, after checking its size.
+
+    rows: rows the file must have at least, or None. maker: command line that makes the file, for the error text.
+    Returns a read-only (n, columns) array, n being what the file holds. Raises ValueError on a wrong size.
+    """
+    hint = f": {maker} makes it" if maker else ""
+    if not os.path.exists(path):
+        raise ValueError(f"{path} does not exist{hint}")
+    width = np.dtype(dtype).itemsize * columns
+    have = os.path.getsize(path)
+    if have % width or (rows is not None and have < rows * width) or have == 0:
+        want = f"at least {rows * width} ({rows} rows of {width})" if rows else f"a multiple of {width}"
+        raise ValueError(f"{path} has {have} bytes, {want} expected: truncated or of another shape{hint}")
+    return np.memmap(path, dtype, "r", shape=(have // width, columns))
+
+
+def normalise_rows(x):
+    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. Returns x."""
+    norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+    norms[norms == 0] = 1
+    x /= norms[:, None]
+    return x

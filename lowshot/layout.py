@@ -1,0 +1,86 @@
+"""The data directory: where every file lives under $DDIR (names fixed, as published files are dropped in as they are)."""
+import os
+import re
+
+
+class DataDir:
+    """Paths below the root of the data directory, `DDIR` in the environment unless given.
+
+    Files that are read may also stand where some published copies have them; files that are written go to the
+    table's place.
+    """
+
+    def __init__(self, root=None):
+        root = os.environ.get("DDIR", "") if root is None else root
+        if not root:
+            raise ValueError("the environment variable DDIR is not set: it names the data directory (see README.md)")
+        if not os.path.isdir(root):
+            raise ValueError(f"DDIR={root} is not a directory")
+        self.root = root
+
+    def path(self, *parts):
+        return os.path.join(self.root, *parts)
+
+    @property
+    def train(self):
+        return self.path("features", "train.hdf5")
+
+    @property
+    def val(self):
+        return self.path("features", "val.hdf5")
+
+    def blocks(self):
+        """Paths of features/f100m/block0.hdf5, block1.hdf5, ...: consecutive from 0."""
+        folder = self.path("features", "f100m")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        numbers = sorted(int(m.group(1)) for m in (re.fullmatch(r"block(\d+)\.hdf5", n) for n in names) if m)
+        if not numbers:
+            raise ValueError(f"no block0.hdf5 in {folder}: save_features.py makes it")
+        if numbers != list(range(len(numbers))):
+            missing = min(set(range(numbers[-1])) - set(numbers))
+            raise ValueError(f"{folder} has block{numbers[-1]}.hdf5 but no block{missing}.hdf5: "
+                             "save_features.py makes it")
+        return [os.path.join(folder, f"block{i}.hdf5") for i in numbers]
+
+    def pca(self, dim=256, write=False):
+        return self._either(f"PCAR{dim}.vt", write)
+
+    def raw(self, dim=256, write=False):
+        return self._either(f"concatenated_PCAR{dim}.raw", write)
+
+    def _either(self, name, write):
+        fixed = self.path("features", "f100m", name)
+        above = self.path("features", name)
+        return above if not write and not os.path.exists(fixed) and os.path.exists(above) else fixed
+
+    def index(self, nbg):
+        return self.path("knngraph", f"ndis{nbg}.index")
+
+    def graph(self, nbg, k):
+        """Paths (I, D) of the background graph with k columns."""
+        stem = self.path("knngraph", f"ndis{nbg}_k{k}")
+        return f"{stem}_I_11.int32", f"{stem}_D_11.float32"
+
+    def find_graph(self, nbg, k):
+        """(I path, D path, columns) of a stored background graph that has at least k columns, fewest columns first."""
+        folder = self.path("knngraph")
+        pattern = re.compile(rf"ndis{nbg}_k(\d+)_I_11\.int32")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        columns = sorted(int(m.group(1)) for m in map(pattern.fullmatch, names) if m)
+        for kk in columns:
+            if kk >= k and all(map(os.path.exists, self.graph(nbg, kk))):
+                return (*self.graph(nbg, kk), kk)
+        have = f"only k = {', '.join(map(str, columns))}" if columns else "none"
+        raise ValueError(f"no graph of {nbg} background images with k >= {k} in {folder} ({have}): "
+                         f"python build_graph.py {nbg} --k {k} makes it")
+
+    def label_idx(self):
+        """label_idx.json of the data directory, or the copy in the current folder."""
+        for path in (self.path("label_idx.json"), "label_idx.json"):
+            if os.path.exists(path):
+                return path
+        raise ValueError(f"no label_idx.json in {self.root} nor in the current folder: "
+                         "it comes with the low-shot-shrink-hallucinate package (see README.md)")
+
+    def log(self, *parts):
+        return self.path("logs", *parts)

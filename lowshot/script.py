@@ -1,0 +1,195 @@
+"""What every script shares: arguments, one-line errors, progress, outputs that appear only when whole, records."""
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+
+from lowshot import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help is the script's docstring, with defaults, and whose errors take one line."""
+
+    class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=self._Formatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind, low=None, high=None):
+    """Argument type: an int or float within [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number")
+        if value != value or (low is not None and value < low) or (high is not None and value > high):
+            bounds = " and ".join(([f"at least {low}"] if low is not None else [])
+                                  + ([f"at most {high}"] if high is not None else []))
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+    return parse
+
+
+def run(main):
+    """Run a script's main(): bad input and files become one line on stderr and exit status 1, without a traceback."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (ValueError, OSError, MemoryError) as e:
+        if os.environ.get("LOWSHOT_TRACEBACK"):
+            raise
+        text = " ".join(str(e).split()) or type(e).__name__
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def log(*words):
+    """Print one line at once, also into a pipe."""
+    print(*words, flush=True)
+
+
+def provenance(args=None):
+    """What made a result: version, machine and arguments, as a JSON-ready dict."""
+    return {"script": os.path.basename(sys.argv[0]), "version": __version__, "python": platform.python_version(),
+            "cpus": len(os.sched_getaffinity(0)), "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": dict(vars(args)) if args else {}}
+
+
+def print_header(args, **more):
+    """First line of a run: version, threads, arguments, and what the script adds (predicted memory ...)."""
+    p = provenance(args)
+    words = [f"{k}={v}" for k, v in {**p["arguments"], **more}.items()]
+    log(f"{p['script']} {p['version']}, {p['cpus']} CPUs: {' '.join(words)}")
+
+
+class Progress:
+    """Done/total, elapsed and remaining time on stderr, for anything that takes more than a few seconds.
+
+        with Progress(n, "images") as progress:
+            for ...: progress.update(done)
+    """
+
+    def __init__(self, total, what, start=0):
+        self.total, self.what, self.start, self.done = total, what, start, start
+        self.t0 = time.time()
+        self.terminal = sys.stderr.isatty()
+        self.period = 0.5 if self.terminal else 10.0
+        self.next = self.t0 + (2.0 if self.terminal else 5.0)
+        self.shown = False
+
+    def update(self, done):
+        self.done = done
+        now = time.time()
+        if now >= self.next:
+            self.next = now + self.period
+            self._show(now)
+
+    def advance(self, by=1):
+        self.update(self.done + by)
+
+    def _show(self, now):
+        elapsed = now - self.t0
+        fresh = self.done - self.start
+        left = elapsed * (self.total - self.done) / fresh if fresh else float("nan")
+        line = f"  {self.done}/{self.total} {self.what}, {clock(elapsed)} elapsed, {clock(left)} left"
+        sys.stderr.write(f"\r{line}\x1b[K" if self.terminal else line + "\n")
+        sys.stderr.flush()
+        self.shown = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.shown:
+            self._show(time.time())
+            if self.terminal:
+                sys.stderr.write("\n")
+
+
+def clock(seconds):
+    """Seconds as 4.2s, 3m05s or 2h07m."""
+    if seconds != seconds:
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02d}m"
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Yield a temporary name beside `path`; rename to `path` if the block ends well, remove it otherwise.
+
+    So a file under its own name is always complete. The temporary name keeps the extension and ends in .tmp before it.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    stem, extension = os.path.splitext(name)
+    temporary = os.path.join(folder, f".{stem}.{os.getpid()}.tmp{extension}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_json(path, content):
+    """Write JSON whole or not at all."""
+    with whole(path) as temporary:
+        with open(temporary, "w") as f:
+            json.dump(content, f, indent=1, allow_nan=False)
+            f.write("\n")
+
+
+def read_json(path):
+    """Read JSON; a file that is not JSON is a ValueError that names it."""
+    with open(path) as f:
+        try:
+            return json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{path} is not valid JSON: {e}")
+
+
+def peak_memory():
+    """Largest resident set of this process so far, bytes (memory-mapped file pages in use count as well)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory():
+    """Bytes that this process may still take: the smaller of what the machine has free and the cgroup's limit."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError):
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    free = int(line.split()[1]) * 1024
+    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            with open(limit) as f, open(used) as g:
+                free = min(free, max(int(f.read()) - int(g.read()), 0))
+    return free
+
+
+def size(nbytes):
+    """Bytes as 3.21 GB (10^9) or 12.3 MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
