@@ -1,0 +1,17 @@
+"""Sparse-dense products of label diffusion, and k-nearest-neighbour graphs: the numpy face of the C++ library.
+
+    from graph_utils import SymmetricGraph
+    W = SymmetricGraph(I)                    # I (n, k) int32, neighbours of each node
+    colsum = W.product(L, out, scale)        # out = diag(1 / row sums) W L diag(scale)
+"""
+try:
+    from graph_utils import core
+except ImportError as e:
+    raise ImportError(f"graph_utils is not built for this Python ({e}): run bash compile.bash") from e
+
+from graph_utils.product import (BestClasses, SymmetricGraph, aligned_zeros, mkl_product,  # noqa: F401
+                                 neighbour_sums, panel_widths)
+
+has_mkl = core.has_mkl
+get_num_threads = core.get_num_threads
+set_num_threads = core.set_num_threads

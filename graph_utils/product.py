@@ -1,0 +1,174 @@
+"""The product W L of label diffusion (paper, section 3.2), on panels of L of 16 to 64 columns."""
+import mmap
+
+import numpy as np
+
+from graph_utils import core
+
+PANEL = 64      # columns of the widest panel: four AVX-512 registers, one row of L in four cache lines
+
+
+def aligned_zeros(shape, dtype=np.float32):
+    """Zeros, C-contiguous, aligned to a page; large arrays ask for huge pages, as random access to rows of L misses
+    the TLB otherwise. Pages that are never touched take no memory."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    huge = 2 << 20
+    if nbytes < 4 * huge:
+        raw = np.zeros(nbytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+    else:
+        m = mmap.mmap(-1, nbytes + huge)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            m.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(m, np.uint8)
+        start = -raw.ctypes.data % huge
+    return raw[start:start + nbytes].view(dtype).reshape(shape)
+
+
+def panel_widths(ncol, widest=PANEL):
+    """Cut ncol columns in panels: list of (first column, columns, padded columns), each padded to a multiple of 16."""
+    if widest % 16 or not 16 <= widest <= PANEL:
+        raise ValueError(f"panels are 16, 32, 48 or 64 columns wide, {widest} asked for")
+    return [(c, min(widest, ncol - c), -(-min(widest, ncol - c) // 16) * 16) for c in range(0, ncol, widest)]
+
+
+class SymmetricGraph:
+    """W = W0 + W0^T of a k-nearest-neighbour graph, where W0 has a one at (i, I[i, j]): entries 1 and 2.
+
+    I: (n, k) int32, negative numbers where a node has fewer neighbours; no neighbour twice in a row.
+    rank: (n,) int32 permutation or None: node i of I is row and column rank[i] of W.
+    Memory: 4 bytes per entry (at most 2 n k) and 12 bytes per node. There is no array of values.
+    """
+
+    def __init__(self, I, rank=None):
+        n, k = I.shape
+        if n >= 2 ** 31:
+            raise ValueError(f"{n} nodes: node numbers have 32 bits")
+        if I.dtype != np.int32 or I.strides[1] != 4 or I.strides[0] % 4 or I.strides[0] < 4 * k:
+            I = np.ascontiguousarray(I, np.int32)
+        stride = I.strides[0] // 4
+        # the C++ side takes whole buffers: the rows with their padding columns
+        rows = np.lib.stride_tricks.as_strided(I, ((n - 1) * stride + k if n else 0,), (4,), writeable=False)
+        if rank is not None:
+            rank = np.ascontiguousarray(rank, np.int32)
+            if not np.array_equal(np.bincount(rank, minlength=n), np.ones(n, np.int64)):
+                raise ValueError("rank is not a permutation of the nodes")
+        self.n = n
+        self.indptr = np.empty(n + 1, np.int64)
+        nnz = core.symmetrise_count(n, k, stride, rows, rank, self.indptr)
+        self.indices = aligned_zeros(nnz, np.int32)
+        self.nsingle = np.empty(n, np.int32)
+        core.symmetrise_fill(n, k, stride, rows, rank, self.indptr, self.indices, self.nsingle)
+
+    @property
+    def nnz(self):
+        return int(self.indptr[-1])
+
+    @property
+    def nbytes(self):
+        return self.indptr.nbytes + self.indices.nbytes + self.nsingle.nbytes
+
+    def row_sums(self):
+        """Sums of the rows of W, int64 (n,)."""
+        degree = np.diff(self.indptr)
+        return 2 * degree - self.nsingle
+
+    def values(self):
+        """The array of values that the product does without, float32 (nnz,): multiplicity / row sum."""
+        degree = np.diff(self.indptr)
+        double = np.arange(self.nnz, dtype=np.int64) - np.repeat(self.indptr[:-1], degree) >= np.repeat(self.nsingle,
+                                                                                                        degree)
+        return ((1 + double) / np.repeat(np.maximum(self.row_sums(), 1), degree)).astype(np.float32)
+
+    def mass(self):
+        """1^T diag(1 / row sums) W, float32 (n,): weights of `product` that make it foretell the next column sums."""
+        out = np.empty(self.n, np.float32)
+        core.mass(self.n, self.indptr, self.indices, self.nsingle, out)
+        return out
+
+    def reach(self, rows, reached, most):
+        """Neighbours of `rows` not yet marked in `reached` (uint8 (n,), updated), int32; None if more than `most`."""
+        found = np.empty(most, np.int32)
+        count = core.reach(self.indptr, self.indices, len(rows), rows, reached, most, found)
+        return None if count < 0 else found[:count]
+
+    def product(self, L, out, scale=None, rows=None, weights=None):
+        """out = diag(1 / row sums) W L diag(scale); returns the column sums of out, float64 (ncol,).
+
+        L, out: float32 (n, ncol), distinct, ncol 16, 32, 48 or 64, from aligned_zeros. scale: float32 (ncol,) or None.
+        rows: int32 row numbers to compute, or None for all; the other rows of out are not touched and not summed.
+        weights: float32 (n,) or None; if given, the sums weighted by it are returned as well: (sums, weighted sums).
+        """
+        for name, a in (("L", L), ("out", out)):
+            if a.shape != (self.n, L.shape[1]) or a.dtype != np.float32:
+                raise ValueError(f"{name} is {a.dtype} {a.shape}, float32 ({self.n}, {L.shape[1]}) expected")
+        if scale is not None:
+            scale = np.ascontiguousarray(scale, np.float32)
+            if scale.shape != (L.shape[1],):
+                raise ValueError(f"scale has shape {scale.shape}, ({L.shape[1]},) expected")
+        if rows is not None:
+            rows = np.ascontiguousarray(rows, np.int32)
+            if len(rows) and not (0 <= rows.min() and rows.max() < self.n):
+                raise ValueError("a row number is out of range")
+        if weights is not None and (weights.shape != (self.n,) or weights.dtype != np.float32):
+            raise ValueError(f"weights is {weights.dtype} {weights.shape}, float32 ({self.n},) expected")
+        colsum, weighted = np.empty((2, L.shape[1]), np.float64)
+        core.product(self.n, self.indptr, self.indices, self.nsingle, L.shape[1], L, scale,
+                     0 if rows is None else len(rows), rows, weights, out, colsum, weighted)
+        return colsum if weights is None else (colsum, weighted)
+
+
+def neighbour_sums(I, L, scale=None, scores=None):
+    """scores[i] = (sum over j of L[I[i, j]]) * scale: each query's class scores (paper, section 3.2).
+
+    I: int32 (nq, k), negative = none. L: float32 (n, ncol). Returns float32 (nq, ncol), `scores` if given: rows may be
+    strided, so that it can be a slice of columns of a larger matrix.
+    """
+    I = np.ascontiguousarray(I, np.int32)
+    if scores is None:
+        scores = np.empty((len(I), L.shape[1]), np.float32)
+    if scores.shape != (len(I), L.shape[1]) or scores.dtype != np.float32 or scores.strides[1] != 4:
+        raise ValueError(f"scores has shape {scores.shape}, float32 ({len(I)}, {L.shape[1]}) expected")
+    if len(I):
+        stride = scores.strides[0] // 4
+        flat = np.lib.stride_tricks.as_strided(scores, ((len(I) - 1) * stride + L.shape[1],), (4,))
+        core.neighbour_sums(len(I), I.shape[1], I, len(L), L.shape[1], L, scale, stride, flat)
+    return scores
+
+
+class BestClasses:
+    """The `nbest` highest-scored classes of each query, gathered from slices of the classes.
+
+    labels: int (nq,), each query's own class. Of equal scores the lower class number ranks first; zeros never count.
+    """
+
+    def __init__(self, labels, nbest=5):
+        self.labels = np.ascontiguousarray(labels, np.int32)
+        nq = len(self.labels)
+        self.best = np.zeros((nq, nbest), np.float32)
+        self.classes = np.full((nq, nbest), -1, np.int32)
+        self.nnz = np.zeros(nq, np.int32)
+
+    def update(self, scores, classes):
+        """scores: float32 (nq, m), rows may be strided; classes: the m class numbers, not seen before."""
+        nq, m = scores.shape
+        if nq != len(self.labels) or len(classes) != m or scores.dtype != np.float32 or scores.strides[1] != 4:
+            raise ValueError(f"scores {scores.shape} do not fit {len(self.labels)} queries and {len(classes)} classes")
+        if nq:
+            stride = scores.strides[0] // 4
+            flat = np.lib.stride_tricks.as_strided(scores, ((nq - 1) * stride + m,), (4,), writeable=False)
+            core.update_best(nq, m, stride, flat, np.ascontiguousarray(classes, np.int32),
+                             self.best.shape[1], self.best, self.classes, self.nnz)
+
+    def right(self):
+        """Whether each query's own class is among its best, bool (nq,)."""
+        return (self.classes == self.labels[:, None]).any(axis=1)
+
+
+def mkl_product(indptr, indices, values, L, out=None):
+    """out = A L by MKL. A: CSR with indptr int64 (n + 1), indices int32, values float32; L float32 (m, ncol)."""
+    if out is None:
+        out = np.empty((len(indptr) - 1, L.shape[1]), np.float32)
+    core.mkl_product(len(indptr) - 1, len(L), indptr, indices, values, L.shape[1], L, out)
+    return out

@@ -1,0 +1,325 @@
+#include "sparse_dense.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <string>
+#include <vector>
+
+#ifdef GRAPH_UTILS_MKL
+#include <mkl_service.h>
+#include <mkl_spblas.h>
+#endif
+
+namespace {
+
+// Runs body(i0, i1) on blocks of [0, n) in parallel; the first exception of any thread is thrown again here.
+template <class Body>
+void parallel_blocks(int64_t n, int64_t block, Body body) {
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+    const int64_t nblock = (n + block - 1) / block;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t b = 0; b < nblock; b++) {
+        if (failed) continue;
+        try {
+            body(b * block, std::min(n, (b + 1) * block));
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+        }
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+constexpr int64_t kBlock = 1024;    // rows that a thread takes at a time
+
+// Sixteen floats: one AVX-512 register, two AVX ones or four SSE ones, as the machine has it.
+typedef float Vector __attribute__((vector_size(64)));
+
+// How many edges ahead the rows of L are fetched: covers a memory latency of ~100 ns at ~5 ns per edge.
+constexpr int64_t kAhead = 24;
+
+template <int NV>
+inline void prefetch_row(const Vector* row) {
+    for (int v = 0; v < NV; v++) __builtin_prefetch(row + v);
+}
+
+// Columns are NV vectors wide, so that the accumulators of a row live in registers. Sums over rows are kept in float for
+// a few rows only. weights: null, or n factors of the second sums.
+template <int NV>
+void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, const Vector* L,
+                  const Vector* scale, int64_t nnz, const int32_t* rows, int64_t i0, int64_t i1, Vector* out,
+                  const float* weights, double* colsum, double* weighted) {
+    Vector sums[NV] = {}, wsums[NV] = {};
+    for (int64_t r = i0; r < i1; r++) {
+        const int64_t i = rows ? rows[r] : r;
+        const int64_t begin = indptr[i], end = indptr[i + 1], middle = begin + nsingle[i];
+        Vector one[NV] = {}, two[NV] = {};
+        int64_t e = begin;
+        // without a row list the edges of the next rows follow in memory, so fetching runs on across rows
+        const int64_t last = rows ? end : nnz;
+        for (; e < middle; e++) {
+            if (e + kAhead < last) prefetch_row<NV>(L + (int64_t)indices[e + kAhead] * NV);
+            const Vector* row = L + (int64_t)indices[e] * NV;
+            for (int v = 0; v < NV; v++) one[v] += row[v];
+        }
+        for (; e < end; e++) {
+            if (e + kAhead < last) prefetch_row<NV>(L + (int64_t)indices[e + kAhead] * NV);
+            const Vector* row = L + (int64_t)indices[e] * NV;
+            for (int v = 0; v < NV; v++) two[v] += row[v];
+        }
+        const int64_t weight = (middle - begin) + 2 * (end - middle);
+        const float factor = weight ? 1.0f / weight : 0.0f;
+        for (int v = 0; v < NV; v++) {
+            const Vector x = (one[v] + two[v] + two[v]) * factor * scale[v];
+            out[i * NV + v] = x;
+            sums[v] += x;
+            if (weights) wsums[v] += x * weights[i];
+        }
+        if ((r - i0) % 64 == 63 || r == i1 - 1)
+            for (int v = 0; v < NV; v++) {
+                for (int c = 0; c < 16; c++) colsum[v * 16 + c] += sums[v][c];
+                if (weights)
+                    for (int c = 0; c < 16; c++) weighted[v * 16 + c] += wsums[v][c];
+                sums[v] = wsums[v] = Vector{};
+            }
+    }
+}
+
+}  // namespace
+
+bool has_mkl() {
+#ifdef GRAPH_UTILS_MKL
+    return true;
+#else
+    return false;
+#endif
+}
+
+int get_num_threads() { return omp_get_max_threads(); }
+
+void set_num_threads(int n) {
+    if (n < 1) throw std::invalid_argument("the number of threads must be at least 1");
+    omp_set_num_threads(n);
+}
+
+int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, int64_t* indptr) {
+    // degree = own edges + edges from others - edges that both have
+    std::vector<std::atomic<int32_t>> degree(n);
+    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++) {
+            const int32_t* row = I + i * stride;
+            int32_t own = 0;
+            for (int64_t j = 0; j < k; j++) {
+                const int32_t t = row[j];
+                if (t < 0) continue;
+                if (t >= n)
+                    throw std::invalid_argument("node " + std::to_string(i) + " has neighbour " + std::to_string(t) +
+                                                " of " + std::to_string(n) + " nodes");
+                for (int64_t l = 0; l < j; l++)
+                    if (row[l] == t)
+                        throw std::invalid_argument("node " + std::to_string(i) + " lists neighbour " +
+                                                    std::to_string(t) + " twice");
+                const int32_t* back = I + (int64_t)t * stride;
+                if (std::find(back, back + k, (int32_t)i) != back + k) {
+                    own++;      // mutual (or i itself): counted once here, and once by t for its own row
+                } else {
+                    own++;
+                    degree[rank ? rank[t] : t].fetch_add(1, std::memory_order_relaxed);
+                }
+            }
+            degree[rank ? rank[i] : i].fetch_add(own, std::memory_order_relaxed);
+        }
+    });
+    indptr[0] = 0;
+    for (int64_t i = 0; i < n; i++) indptr[i + 1] = indptr[i] + degree[i];
+    return indptr[n];
+}
+
+void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, const int64_t* indptr,
+                     int32_t* indices, int32_t* nsingle) {
+    // singles grow from the front of a row, mutual neighbours from its end
+    std::vector<std::atomic<int32_t>> front(n);
+    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++) {
+            const int32_t* row = I + i * stride;
+            const int32_t ri = rank ? rank[i] : (int32_t)i;
+            int64_t back_end = indptr[ri + 1];
+            for (int64_t j = 0; j < k; j++) {
+                const int32_t t = row[j];
+                if (t < 0) continue;
+                const int32_t rt = rank ? rank[t] : t;
+                const int32_t* back = I + (int64_t)t * stride;
+                if (std::find(back, back + k, (int32_t)i) != back + k) {
+                    indices[--back_end] = rt;
+                } else {
+                    indices[indptr[ri] + front[ri].fetch_add(1, std::memory_order_relaxed)] = rt;
+                    indices[indptr[rt] + front[rt].fetch_add(1, std::memory_order_relaxed)] = ri;
+                }
+            }
+        }
+    });
+    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++) {
+            nsingle[i] = front[i];
+            std::sort(indices + indptr[i], indices + indptr[i] + nsingle[i]);
+            std::sort(indices + indptr[i] + nsingle[i], indices + indptr[i + 1]);
+        }
+    });
+}
+
+void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t ncol,
+             const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,
+             double* colsum, double* weighted) {
+    if (ncol < 16 || ncol > 64 || ncol % 16) throw std::invalid_argument("ncol must be 16, 32, 48 or 64");
+    if ((reinterpret_cast<uintptr_t>(L) | reinterpret_cast<uintptr_t>(out)) % 64)
+        throw std::invalid_argument("L and out must be aligned to 64 bytes");
+    if (L == out) throw std::invalid_argument("out must not be L");
+    const int64_t NV = ncol / 16, nnz = indptr[n];
+    alignas(64) float factors[64];
+    for (int64_t c = 0; c < ncol; c++) factors[c] = scale ? scale[c] : 1.0f;
+    const int64_t count = rows ? nrow : n;
+    const int64_t nblock = (count + kBlock - 1) / kBlock;
+    // sums per block of rows, added in the order of the blocks: the same for any number of threads
+    std::vector<double> partial(nblock * 2 * ncol);
+    auto kernel = NV == 1 ? product_rows<1> : NV == 2 ? product_rows<2> : NV == 3 ? product_rows<3> : product_rows<4>;
+    parallel_blocks(count, kBlock, [&](int64_t i0, int64_t i1) {
+        kernel(indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
+               nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * 2 * ncol,
+               partial.data() + (i0 / kBlock * 2 + 1) * ncol);
+    });
+    std::fill(colsum, colsum + ncol, 0.0);
+    if (weights) std::fill(weighted, weighted + ncol, 0.0);
+    for (int64_t b = 0; b < nblock; b++)
+        for (int64_t c = 0; c < ncol; c++) {
+            colsum[c] += partial[b * 2 * ncol + c];
+            if (weights) weighted[c] += partial[(b * 2 + 1) * ncol + c];
+        }
+}
+
+void mass(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, float* out) {
+    auto row_sum = [&](int64_t i) { return 2 * (indptr[i + 1] - indptr[i]) - nsingle[i]; };
+    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++) {
+            double sum = 0;
+            const int64_t middle = indptr[i] + nsingle[i];
+            for (int64_t e = indptr[i]; e < indptr[i + 1]; e++) sum += (e < middle ? 1.0 : 2.0) / row_sum(indices[e]);
+            out[i] = (float)sum;
+        }
+    });
+}
+
+int64_t reach(const int64_t* indptr, const int32_t* indices, int64_t nrow, const int32_t* rows, uint8_t* reached,
+              int64_t most, int32_t* found) {
+    int64_t count = 0;
+    for (int64_t r = 0; r < nrow; r++)
+        for (int64_t e = indptr[rows[r]]; e < indptr[rows[r] + 1]; e++) {
+            const int32_t j = indices[e];
+            if (reached[j]) continue;
+            if (count == most) return -1;
+            reached[j] = 1;
+            found[count++] = j;
+        }
+    return count;
+}
+
+void update_best(int64_t nq, int64_t ncol, int64_t stride, const float* scores, const int32_t* classes,
+                 int64_t nbest, float* best, int32_t* best_class, int32_t* nnz) {
+    parallel_blocks(nq, 256, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++) {
+            const float* s = scores + i * stride;
+            float* b = best + i * nbest;
+            int32_t* bc = best_class + i * nbest;
+            for (int64_t c = 0; c < ncol; c++) {
+                if (s[c] == 0) continue;
+                nnz[i]++;
+                // of equal scores the lower class number ranks first
+                auto before = [&](int64_t at) { return s[c] > b[at] || (s[c] == b[at] && classes[c] < bc[at]); };
+                if (!before(nbest - 1)) continue;
+                int64_t at = nbest - 1;
+                for (; at > 0 && before(at - 1); at--) {
+                    b[at] = b[at - 1];
+                    bc[at] = bc[at - 1];
+                }
+                b[at] = s[c];
+                bc[at] = classes[c];
+            }
+        }
+    });
+}
+
+void neighbour_sums(int64_t nq, int64_t k, const int32_t* I, int64_t n, int64_t ncol, const float* L,
+                    const float* scale, int64_t score_stride, float* scores) {
+    parallel_blocks(nq, 64, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++) {
+            float* s = scores + i * score_stride;
+            std::fill(s, s + ncol, 0.0f);
+            for (int64_t j = 0; j < k; j++) {
+                const int32_t t = I[i * k + j];
+                if (t < 0) continue;
+                if (t >= n)
+                    throw std::invalid_argument("query " + std::to_string(i) + " has neighbour " + std::to_string(t) +
+                                                " of " + std::to_string(n) + " nodes");
+                const float* row = L + (int64_t)t * ncol;
+                for (int64_t c = 0; c < ncol; c++) s[c] += row[c];
+            }
+            if (scale)
+                for (int64_t c = 0; c < ncol; c++) s[c] *= scale[c];
+        }
+    });
+}
+
+#ifdef GRAPH_UTILS_MKL
+
+namespace {
+
+void check(sparse_status_t status, const char* what) {
+    if (status == SPARSE_STATUS_ALLOC_FAILED) throw std::bad_alloc();
+    if (status != SPARSE_STATUS_SUCCESS)
+        throw std::runtime_error(std::string("MKL: ") + what + " failed with status " + std::to_string((int)status));
+}
+
+}  // namespace
+
+void mkl_product(int64_t n, int64_t ncols_A, const int64_t* indptr, const int32_t* indices, const float* values,
+                 int64_t ncol, const float* L, float* out) {
+    static const bool once = [] {
+        // the other libraries of the process use GNU's OpenMP: one pool of threads instead of two
+        mkl_set_threading_layer(MKL_THREADING_GNU);
+        mkl_set_interface_layer(MKL_INTERFACE_LP64);
+        return true;
+    }();
+    (void)once;
+    constexpr int64_t most = (int64_t(1) << 31) - 1;
+    std::vector<int32_t> begin;
+    for (int64_t i0 = 0; i0 < n;) {
+        int64_t i1 = i0;
+        while (i1 < n && indptr[i1 + 1] - indptr[i0] <= most) i1++;
+        if (i1 == i0) throw std::invalid_argument("a row has more than 2^31 - 1 entries");
+        begin.resize(i1 - i0 + 1);
+        for (int64_t i = i0; i <= i1; i++) begin[i - i0] = (int32_t)(indptr[i] - indptr[i0]);
+        sparse_matrix_t A;
+        check(mkl_sparse_s_create_csr(&A, SPARSE_INDEX_BASE_ZERO, (int)(i1 - i0), (int)ncols_A, begin.data(),
+                                      begin.data() + 1, const_cast<int32_t*>(indices + indptr[i0]),
+                                      const_cast<float*>(values + indptr[i0])),
+              "mkl_sparse_s_create_csr");
+        matrix_descr general{};
+        general.type = SPARSE_MATRIX_TYPE_GENERAL;
+        const sparse_status_t status =
+            mkl_sparse_s_mm(SPARSE_OPERATION_NON_TRANSPOSE, 1.0f, A, general, SPARSE_LAYOUT_ROW_MAJOR, L, (int)ncol,
+                            (int)ncol, 0.0f, out + i0 * ncol, (int)ncol);
+        mkl_sparse_destroy(A);
+        check(status, "mkl_sparse_s_mm");
+        i0 = i1;
+    }
+}
+
+#else
+
+void mkl_product(int64_t, int64_t, const int64_t*, const int32_t*, const float*, int64_t, const float*, float*) {
+    throw std::runtime_error("graph_utils was built without MKL: compile.bash says how to name it");
+}
+
+#endif
