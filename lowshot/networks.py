@@ -1,0 +1,206 @@
+"""The networks that make features: ResNets with the tensor names of the published checkpoints, and torchvision's models.
+
+    network = make_network("ResNet50")
+    load_checkpoint(network, "89.tar")
+    features = network.eval()(images)           # (n, 2048)
+
+The ResNets are those of He et al. (Deep residual learning, 2016, table 1; ResNet10 has one simple block per stage) but
+for the details that the published checkpoints fix: the trunk is one flat sequence, the 3x3 convolution of a bottleneck
+block has a bias, its 1x1 shortcut no batch norm, and the classifier no bias.
+"""
+import os
+import pickle
+import warnings
+
+import torch
+from torch import nn
+
+from lowshot.packages import load_torchvision
+from lowshot.script import whole
+
+
+class SimpleBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; the stride sits on the first one and on the shortcut."""
+    expansion = 1
+
+    def __init__(self, indim, outdim, stride):
+        super().__init__()
+        self.C1 = nn.Conv2d(indim, outdim, 3, stride, 1, bias=False)
+        self.BN1 = nn.BatchNorm2d(outdim)
+        self.C2 = nn.Conv2d(outdim, outdim, 3, 1, 1, bias=False)
+        self.BN2 = nn.BatchNorm2d(outdim)
+        self.identity = indim == outdim
+        if not self.identity:
+            self.shortcut = nn.Conv2d(indim, outdim, 1, stride, bias=False)
+            self.BNshortcut = nn.BatchNorm2d(outdim)
+
+    def forward(self, x):
+        y = torch.relu(self.BN1(self.C1(x)))
+        y = self.BN2(self.C2(y))
+        return torch.relu(y + (x if self.identity else self.BNshortcut(self.shortcut(x))))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut; the stride sits on the 3x3 one and on the shortcut."""
+    expansion = 4
+
+    def __init__(self, indim, outdim, stride):
+        super().__init__()
+        width = outdim // self.expansion
+        self.C1 = nn.Conv2d(indim, width, 1, bias=False)
+        self.BN1 = nn.BatchNorm2d(width)
+        self.C2 = nn.Conv2d(width, width, 3, stride, 1)
+        self.BN2 = nn.BatchNorm2d(width)
+        self.C3 = nn.Conv2d(width, outdim, 1, bias=False)
+        self.BN3 = nn.BatchNorm2d(outdim)
+        self.identity = indim == outdim
+        if not self.identity:
+            self.shortcut = nn.Conv2d(indim, outdim, 1, stride, bias=False)
+
+    def forward(self, x):
+        y = torch.relu(self.BN1(self.C1(x)))
+        y = torch.relu(self.BN2(self.C2(y)))
+        y = self.BN3(self.C3(y))
+        return torch.relu(y + (x if self.identity else self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    """Images float32 (n, 3, h, w) of any size -> features (n, feature_dim), or scores (n, num_classes) if it classifies.
+
+    The trunk ends in the average over whatever positions are left, so 224x224 images and small ones both do.
+    """
+
+    def __init__(self, block, depths, num_classes=None):
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        dim = 64
+        for stage, depth in enumerate(depths):
+            outdim = 64 * 2 ** stage * block.expansion
+            for i in range(depth):
+                layers.append(block(dim, outdim, 2 if stage > 0 and i == 0 else 1))
+                dim = outdim
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.trunk = nn.Sequential(*layers)
+        self.feature_dim = dim
+        self.classifier = None if num_classes is None else nn.Linear(dim, num_classes, bias=False)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):        # He et al. 2015 (Delving deep into rectifiers), by outgoing connections
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        features = self.trunk(x)
+        return features if self.classifier is None else self.classifier(features)
+
+
+NETWORKS = {"ResNet10": (SimpleBlock, (1, 1, 1, 1)), "ResNet18": (SimpleBlock, (2, 2, 2, 2)),
+            "ResNet34": (SimpleBlock, (3, 4, 6, 3)), "ResNet50": (BottleneckBlock, (3, 4, 6, 3)),
+            "ResNet101": (BottleneckBlock, (3, 4, 23, 3))}
+
+
+def make_network(name, num_classes=None, pretrained=False):
+    """A network with random weights, by name; attribute `feature_dim` is the number of features.
+
+    name: one of NETWORKS, or the lower-case name of one of torchvision's classification models, which then gives what
+    enters its last linear layer. num_classes: add a classifier without bias, for training (own networks only).
+    pretrained: torchvision's own weights (downloaded by torchvision if they are not in its cache).
+    Raises ValueError for an unknown name.
+    """
+    if name in NETWORKS:
+        if pretrained:
+            raise ValueError(f"{name} needs a checkpoint: only torchvision's models come with weights")
+        return ResNet(*NETWORKS[name], num_classes)
+    models = load_torchvision().models
+    if name not in models.list_models(module=models):
+        raise ValueError(f"unknown network {name!r}: one of {', '.join(NETWORKS)}, or the lower-case name of a "
+                         "torchvision classification model, such as resnet50")
+    if num_classes is not None:
+        raise ValueError(f"only {', '.join(NETWORKS)} take a classifier, not {name}")
+    with warnings.catch_warnings():             # two of the old models announce a change of their initialisation
+        warnings.simplefilter("ignore", FutureWarning)
+        network = models.get_model(name, weights="DEFAULT" if pretrained else None)
+    linear = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+    if not linear or linear[-1][1].out_features != 1000:
+        raise ValueError(f"{name} does not end in a linear layer: its features cannot be taken from before one")
+    where, layer = linear[-1]
+    network.set_submodule(where, nn.Identity())
+    network.feature_dim = layer.in_features
+    network.classifier_name = where
+    return network
+
+
+def load_checkpoint(network, path):
+    """Load the weights of `network` from a checkpoint; returns its epoch, or None if it does not tell.
+
+    The published form is a dict whose `state` holds tensors named `module.trunk.0.weight` and so on, written by any
+    PyTorch since 2017, also under Python 2. A plain state dict (torchvision) serves as well. Batch counters may lack;
+    the classifier is skipped where the network has none. Nothing in the file is executed.
+
+    Raises ValueError for a truncated file, one that is no checkpoint, or one of another architecture.
+    """
+    content = _read(path)
+    epoch = content.get("epoch")
+    for key in ("state", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            state[name.removeprefix("module.")] = value.detach()
+    if not state:
+        raise ValueError(f"{path} holds no tensors: a checkpoint is a dict with the network's tensors under 'state'")
+
+    expected = network.state_dict()
+    for name, tensor in expected.items():
+        if name not in state:
+            if name.endswith("num_batches_tracked"):
+                continue
+            raise ValueError(f"{path} is of another architecture: it has no tensor {name}, the network expects one of "
+                             f"shape {tuple(tensor.shape)}")
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{path} is of another architecture: tensor {name} has shape {tuple(state[name].shape)}, "
+                             f"the network expects {tuple(tensor.shape)}")
+    classifier = getattr(network, "classifier_name", "classifier") + "."
+    for name, tensor in state.items():
+        if name not in expected and not name.startswith(classifier):
+            raise ValueError(f"{path} is of another architecture: its tensor {name} of shape {tuple(tensor.shape)} has "
+                             "no place in the network")
+    for name, tensor in state.items():
+        if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
+    network.load_state_dict({n: t for n, t in state.items() if n in expected}, strict=False)
+    return epoch if isinstance(epoch, int) else None
+
+
+def _read(path):
+    """The dict in a checkpoint file."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}: "
+                         "a network's checkpoint was expected")
+    damaged = f"{path} ({os.path.getsize(path)} bytes) is truncated or not a PyTorch checkpoint"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # remarks on the file's age
+            # latin1: the strings of a Python 2 pickle are bytes
+            content = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as e:
+        # torch explains at length; its first sentence is about loading without weights_only, which we never do
+        raise ValueError(f"{damaged}, or holds other objects than tensors: {str(e).splitlines()[-1].strip()[:200]}")
+    except Exception as e:
+        # the reader fails in its own ways (EOFError, RuntimeError, IndexError, KeyError, UnicodeDecodeError, ...)
+        raise ValueError(f"{damaged}: {type(e).__name__} {' '.join(str(e).split())[:120]}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: a checkpoint is a dict with the tensors under "
+                         "'state'")
+    return content
+
+
+def save_checkpoint(network, path, epoch):
+    """Write a checkpoint of the published form: {'epoch': epoch, 'state': {'module.' + name: tensor}}."""
+    state = {f"module.{name}": tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    with whole(path) as temporary:
+        torch.save({"epoch": epoch, "state": state}, temporary)
