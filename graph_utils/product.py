@@ -33,6 +33,18 @@ def panel_widths(ncol, widest=PANEL):
     return [(c, min(widest, ncol - c), -(-min(widest, ncol - c) // 16) * 16) for c in range(0, ncol, widest)]
 
 
+def _rows(a, dtype, name, writeable=False):
+    """(flat view, row stride in items) of a matrix whose rows are contiguous but may be strided, as slices of columns
+    are. The C++ side gets all from the first item to the last."""
+    n, m = a.shape
+    if a.dtype != dtype or (a.size and m > 1 and a.strides[1] != a.itemsize):
+        raise ValueError(f"{name} is {a.dtype} with strides {a.strides}, {np.dtype(dtype)} with contiguous rows expected")
+    if not a.size:
+        return np.empty(0, dtype), m
+    stride = a.strides[0] // a.itemsize if n > 1 else m
+    return np.lib.stride_tricks.as_strided(a, ((n - 1) * stride + m,), (a.itemsize,), writeable=writeable), stride
+
+
 class SymmetricGraph:
     """W = W0 + W0^T of a k-nearest-neighbour graph, where W0 has a one at (i, I[i, j]): entries 1 and 2.
 
@@ -45,11 +57,7 @@ class SymmetricGraph:
         n, k = I.shape
         if n >= 2 ** 31:
             raise ValueError(f"{n} nodes: node numbers have 32 bits")
-        if I.dtype != np.int32 or I.strides[1] != 4 or I.strides[0] % 4 or I.strides[0] < 4 * k:
-            I = np.ascontiguousarray(I, np.int32)
-        stride = I.strides[0] // 4
-        # the C++ side takes whole buffers: the rows with their padding columns
-        rows = np.lib.stride_tricks.as_strided(I, ((n - 1) * stride + k if n else 0,), (4,), writeable=False)
+        rows, stride = _rows(I, np.int32, "I")
         if rank is not None:
             rank = np.ascontiguousarray(rank, np.int32)
             if not np.array_equal(np.bincount(rank, minlength=n), np.ones(n, np.int64)):
@@ -128,12 +136,10 @@ def neighbour_sums(I, L, scale=None, scores=None):
     I = np.ascontiguousarray(I, np.int32)
     if scores is None:
         scores = np.empty((len(I), L.shape[1]), np.float32)
-    if scores.shape != (len(I), L.shape[1]) or scores.dtype != np.float32 or scores.strides[1] != 4:
-        raise ValueError(f"scores has shape {scores.shape}, float32 ({len(I)}, {L.shape[1]}) expected")
-    if len(I):
-        stride = scores.strides[0] // 4
-        flat = np.lib.stride_tricks.as_strided(scores, ((len(I) - 1) * stride + L.shape[1],), (4,))
-        core.neighbour_sums(len(I), I.shape[1], I, len(L), L.shape[1], L, scale, stride, flat)
+    if scores.shape != (len(I), L.shape[1]):
+        raise ValueError(f"scores has shape {scores.shape}, ({len(I)}, {L.shape[1]}) expected")
+    flat, stride = _rows(scores, np.float32, "scores", writeable=True)
+    core.neighbour_sums(len(I), I.shape[1], I, len(L), L.shape[1], L, scale, stride, flat)
     return scores
 
 
@@ -153,13 +159,11 @@ class BestClasses:
     def update(self, scores, classes):
         """scores: float32 (nq, m), rows may be strided; classes: the m class numbers, not seen before."""
         nq, m = scores.shape
-        if nq != len(self.labels) or len(classes) != m or scores.dtype != np.float32 or scores.strides[1] != 4:
+        if nq != len(self.labels) or len(classes) != m:
             raise ValueError(f"scores {scores.shape} do not fit {len(self.labels)} queries and {len(classes)} classes")
-        if nq:
-            stride = scores.strides[0] // 4
-            flat = np.lib.stride_tricks.as_strided(scores, ((nq - 1) * stride + m,), (4,), writeable=False)
-            core.update_best(nq, m, stride, flat, np.ascontiguousarray(classes, np.int32),
-                             self.best.shape[1], self.best, self.classes, self.nnz)
+        flat, stride = _rows(scores, np.float32, "scores")
+        core.update_best(nq, m, stride, flat, np.ascontiguousarray(classes, np.int32), self.best.shape[1], self.best,
+                         self.classes, self.nnz)
 
     def right(self):
         """Whether each query's own class is among its best, bool (nq,)."""

@@ -135,6 +135,39 @@ def map_matrix(path, dtype, columns, rows=None, maker=None):
     return np.memmap(path, dtype, "r", shape=(have // width, columns))
 
 
+class NormalisedRows:
+    """The rows of headerless matrices, one after the other, L2-normalised as they are read.
+
+    x[i:j] is a new float32 array (j - i, d); rows already normalised stay as they are, to rounding.
+    """
+
+    def __init__(self, *matrices):
+        self.matrices = [m for m in matrices if len(m)]
+        self.first = np.cumsum([0] + [len(m) for m in self.matrices])
+        self.shape = (int(self.first[-1]), matrices[0].shape[1])
+        self.dtype = np.dtype(np.float32)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise IndexError("only stretches of rows can be read")
+        x = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
+        for matrix, first in zip(self.matrices, self.first):
+            i, j = max(start - first, 0), min(stop - first, len(matrix))
+            if i < j:
+                part = x[first + i - start:first + j - start]
+                part[:] = matrix[i:j]
+                bad = ~np.isfinite(part.sum(axis=1))
+                if bad.any() and not np.isfinite(part[bad]).all():
+                    bad = ~np.isfinite(part).all(axis=1)
+                    raise ValueError(f"{getattr(matrix, 'filename', 'the features')}: row {i + np.argmax(bad)} holds "
+                                     "NaN or infinity")
+        return normalise_rows(x)
+
+
 def normalise_rows(x):
     """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. Returns x."""
     norms = np.sqrt(np.einsum("ij,ij->i", x, x))

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Stage 5: diffuse the labels of a few images along the graph, and classify the test images (paper, section 3).
+
+Reads   $DDIR/features/{train,val}.hdf5           network features of labelled and test images
+        $DDIR/features/f100m/PCAR256.vt           the PCA, and the background's vectors after it:
+        $DDIR/features/f100m/concatenated_PCAR256.raw
+        $DDIR/knngraph/ndis{nbg}_k32_*            the background's graph (build_graph.py)
+        $DDIR/label_idx.json                      the class split
+Writes  $DDIR/logs/diffusion/*.json               one record: arguments, accuracy per iteration, times, memory
+        $DDIR/knngraph/completed_*                the part of the graph that further runs share
+
+The labelled images join the background in one graph of k nearest neighbours, W0. It is symmetrised, W = W0 + W0^T,
+and each row divided by its sum. L (nodes x classes) has a one where an image is labelled; each iteration is
+L <- W L, then every column is divided by its sum. A test image's score for a class is the sum of L over its k
+nearest nodes. Printed per iteration: nnz, the mean number of classes with a non-zero score per test image, and top-5
+accuracy over all test images and over those of the novel classes.
+
+    python diffusion.py --mode test --nlabeled 2 --seed 1 --nbg 1000000 --k 30 --niter 3
+    python diffusion.py --mode val --nlabeled 5 --seed 1 --nbg 0 --k 30 --niter 40
+"""
+import contextlib
+import time
+
+import numpy as np
+
+from lowshot.evaluate import accuracies
+from lowshot.features import FeatureFile
+from lowshot.layout import DataDir
+from lowshot.script import (Parser, Progress, log, number, peak_memory, print_header, provenance, run, size, whole,
+                            write_json)
+from lowshot.split import labelled_images, load_split, test_images
+
+
+def arguments():
+    p = Parser(__doc__)
+    g = p.add_argument_group("which images are labelled")
+    g.add_argument("--mode", choices=("val", "test"), default="val", help="class split: validation or test")
+    g.add_argument("--nlabeled", type=number(int, 1), default=2, help="labelled images per novel class")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=1, help="seed of their choice")
+    g = p.add_argument_group("graph")
+    g.add_argument("--nbg", type=number(int, 0), default=1000000,
+                   help="background images; build_graph.py has to have made their graph. 0: none")
+    g.add_argument("--k", type=number(int, 1), default=30, help="neighbours per node and per test image")
+    g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA leaves")
+    g.add_argument("--nocache", action="store_true",
+                   help="compute the whole graph here, and keep nothing of it in $DDIR/knngraph for further runs")
+    g = p.add_argument_group("diffusion")
+    g.add_argument("--niter", type=number(int, 0), default=3, help="iterations")
+    g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
+                   help="classes diffused at a time: memory is 8 bytes x nodes x this, at most 64; the results do not "
+                        "depend on it. auto: as many as the free memory allows")
+    g.add_argument("--backend", choices=("auto", "own", "mkl", "torch"), default="auto",
+                   help="who multiplies: the library's kernel, MKL's general sparse product, or torch's; auto: torch "
+                        "on a GPU if there is one, else the library's")
+    g.add_argument("--device", default="auto", help="auto, cpu or cuda: where L and the graph are during the diffusion")
+    g = p.add_argument_group("outputs")
+    g.add_argument("--record", metavar="FILE", help="the JSON record (default: a name made of the arguments, "
+                                                    "in $DDIR/logs/diffusion)")
+    g.add_argument("--storeLname", metavar="PREFIX",
+                   help="store L as PREFIX_iter{i}.npy, float32 (nodes, classes): the labelled images first, base "
+                        "classes before novel ones, then the background; each column divided by its sum after the "
+                        "first iteration")
+    g.add_argument("--storeLiters", metavar="I,J,...", type=iteration_list,
+                   help="numbers of iterations after which L is stored (default: the last)")
+    g.add_argument("--storeexamples", metavar="FILE.npz",
+                   help="store the test images' final scores and the neighbours that gave them")
+    return p.parse_args()
+
+
+def slice_width(text):
+    return text if text == "auto" else number(int)(text)
+
+
+def iteration_list(text):
+    return [number(int, 0)(i) for i in text.split(",")]
+
+
+class Steps:
+    """Logs time and memory of every step, and keeps them for the record."""
+
+    def __init__(self):
+        self.t0 = self.last = time.time()
+        self.records = []
+
+    def done(self, what):
+        now = time.time()
+        self.records.append({"step": what, "seconds": now - self.last, "peak_memory": peak_memory()})
+        log(f"[{now - self.t0:.3f}s] {what}: {now - self.last:.2f}s, peak memory so far {size(peak_memory())}")
+        self.last = now
+
+
+def widest_panel(lslice, n, free):
+    """Columns of L diffused at a time, a multiple of 16, at most 64: two panels have to fit in `free` bytes."""
+    if lslice != "auto":
+        return 64 if lslice <= 0 else min(64, -(-lslice // 16) * 16)
+    if free < 2 * 4 * n * 16:
+        raise MemoryError(f"two panels of 16 columns of L for {n} nodes take {size(2 * 4 * n * 16)}, {size(free)} are "
+                          "free: take a smaller --nbg")
+    return int(min(64, free // (2 * 4 * n * 16) * 16))
+
+
+def panels(is_novel, width):
+    """Cut the classes in panels, base and novel ones apart: labels of novel classes are few, and reach few nodes."""
+    return [part[i:i + width] for part in (np.flatnonzero(~is_novel), np.flatnonzero(is_novel))
+            for i in range(0, len(part), width)]
+
+
+def predict_memory(n, nt, nd, k, niter, dim, nnew, width):
+    """Peak of this process in bytes."""
+    graph = n * k * (4 + 4) + 2 * n * k * 4 + n * 24
+    return 250e6 + max(graph, 2 * n * k * 4 + 2 * n * width * 4)
+
+
+def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report):
+    """Diffuse one panel of L from labelled nodes, and report(i, L, scale) after i = 0 .. niter iterations.
+
+    W: graph of n nodes (lowshot/backends.py). seeds: nodes with a label; columns: the panel's column of each. L, out:
+    two panels, float32 (n, ncol), whose content is lost. test_nodes: int32, the nodes whose rows are needed at the end,
+    increasing, or None for all. mass: W.mass().
+
+    The true L is report's L times scale, as its columns are not divided by their sums: column scaling commutes with
+    W, so it is done along with the next product. Rows that no label has reached yet, and in the last iteration rows
+    that nobody reads, are not computed.
+    """
+    W.seed(out, seeds[:0], columns[:0])
+    W.seed(L, seeds, columns)
+    scale = np.ones(L.shape[1], np.float32)
+    report(0, L, scale)
+    # mass @ L foretells the column sums of the next L, so that the last iteration may leave rows out
+    ahead = np.bincount(columns, mass[seeds].astype(np.float64), L.shape[1])
+    reached = np.zeros(W.n, np.uint8)
+    active = front = np.unique(seeds).astype(np.int32)
+    reached[active] = 1
+    for i in range(1, niter + 1):
+        if active is not None:
+            most = W.n // 2 - len(active)
+            front = W.reach(front, reached, most) if len(front) * (W.nnz / W.n) < most else None
+            active = None if front is None else np.sort(np.concatenate([active, front]))
+        colsum = ahead * scale
+        if i < niter:
+            _, ahead = W.product(L, out, scale, active, mass)
+        else:
+            rows = active if test_nodes is None else test_nodes
+            if active is not None and test_nodes is not None:
+                rows = np.intersect1d(active, test_nodes, assume_unique=True)
+            W.product(L, out, scale, rows)
+        scale = (1 / np.where(colsum > 0, colsum, 1)).astype(np.float32)
+        L, out = out, L
+        report(i, L, scale)
+
+
+class StoredL:
+    """L after one iteration, a float32 .npy file (nodes, classes), written a panel at a time."""
+
+    def __init__(self, path, shape, stack):
+        temporary = stack.enter_context(whole(path))
+        self.map = np.lib.format.open_memmap(temporary, "w+", np.float32, shape=shape)
+        stack.callback(self.map.flush)
+
+    def write(self, classes, rows, W, L, scale):
+        for i in range(0, len(rows), 65536):
+            self.map[i:i + 65536, classes] = W.read(L, rows[i:i + 65536], scale)[:, :len(classes)]
+
+
+def stored_iterations(args):
+    iterations = (args.storeLiters or [args.niter]) if args.storeLname else []
+    if iterations and max(iterations) > args.niter:
+        raise ValueError(f"--storeLiters asks for iteration {max(iterations)}, --niter is {args.niter}")
+    return sorted(set(iterations))
+
+
+class Examples:
+    """Scores of the test images after the last iteration, and what each neighbour gave to the best class."""
+
+    def __init__(self, nt, C, k):
+        self.scores = np.zeros((nt, C), np.float32)
+        self.contribution = np.zeros((nt, k), np.float32)
+        self.top = np.full(nt, -1, np.int32)
+
+    def update(self, scores, classes, top, W, L, scale, test_I):
+        """Take a panel's scores; top: each test image's best class so far."""
+        self.scores[:, classes] = scores[:, :len(classes)]
+        for column, c in enumerate(classes):
+            of_class = np.flatnonzero((top == c) & (self.top != c))
+            I = test_I[of_class]
+            given = W.read(L, np.maximum(I, 0).ravel(), scale)[:, column].reshape(I.shape)
+            self.contribution[of_class] = np.where(I < 0, 0, given)
+        self.top = top.copy()
+
+    def store(self, path, **arrays):
+        with whole(path) as temporary:
+            with open(temporary, "wb") as f:
+                np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)
+
+
+def main():
+    args = arguments()
+    ddir = DataDir()
+    record = provenance(args)
+    steps = Steps()
+    # after the arguments: these load faiss and the compiled library
+    from graph_utils import BestClasses
+    from lowshot.backends import choose_backend
+    from lowshot.completion import add_novel, fixed_part, fixed_vectors, read_features
+
+    # ---- which images are labelled, and which are classified
+    split = load_split(ddir.label_idx(), args.mode)
+    with FeatureFile(ddir.train) as f:
+        rows, labels, nbase = labelled_images(f.labels(), split, args.nlabeled, args.seed)
+    with FeatureFile(ddir.val) as f:
+        test_rows, test_labels = test_images(f.labels(), split)
+    nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
+    print_header(args, predicted_memory=size(predict_memory(n, nt, C, args.k, args.niter, args.dim, nl - nbase, 64)))
+    log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
+        f"({len(split.novel)} novel)")
+
+    # ---- the graph over all images; nodes are numbered background, base, novel
+    fixed = fixed_part(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows, log, not args.nocache)
+    steps.done("graph of background and base images")
+    novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
+    graph = add_novel(fixed.graph, fixed_vectors(ddir, args.nbg, args.dim, fixed.base), novel, fixed.test)
+    steps.done("novel images added to the graph")
+    # near nodes get near rows of W: node i becomes row rank[i]
+    rank = np.arange(n, dtype=np.int32)
+    if graph.order is not None:
+        rank[graph.order] = np.arange(n, dtype=np.int32)
+    W = choose_backend(args.backend, args.device)(graph.I, rank)
+    test_I = np.where(graph.test_I < 0, -1, rank[graph.test_I])
+    test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)
+    store_at = stored_iterations(args)
+    seeds = rank[args.nbg:]
+    # L as stored has the labelled images first
+    stored_order = np.concatenate([rank[args.nbg:], rank[:args.nbg]])
+    del fixed, graph
+    mass = W.mass()
+    steps.done("W = W0 + W0^T")
+    record.update(nodes=n, nlabelled_images=nl, ntest=nt, nclass=C, entries=W.nnz, test_nodes=len(test_nodes))
+
+    # ---- L <- W L, a panel of classes at a time
+    width = widest_panel(args.lslice, n, W.free_memory())
+    pieces = panels(split.is_novel, width)
+    L, out = W.zeros(width), W.zeros(width)
+    best = [BestClasses(test_labels) for _ in range(args.niter + 1)]
+    examples = Examples(nt, C, args.k) if args.storeexamples else None
+    scores = np.empty((nt, width), np.float32)
+    with contextlib.ExitStack() as stack:
+        stored = {i: StoredL(f"{args.storeLname}_iter{i}.npy", (n, C), stack) for i in store_at}
+        progress = stack.enter_context(Progress(len(pieces) * (args.niter + 1), "iterations of panels"))
+        for classes in pieces:
+            column = np.full(C, -1)
+            column[classes] = np.arange(len(classes))
+            mine = column[labels] >= 0
+            ncol = -(-len(classes) // 16) * 16
+            panel, other, s = (a.reshape(-1)[:len(a) * ncol].reshape(-1, ncol) for a in (L, out, scores))
+
+            def report(i, L, scale):
+                W.neighbour_sums(test_I, L, scale, s)
+                best[i].update(s[:, :len(classes)], classes)
+                if i in stored:
+                    stored[i].write(classes, stored_order, W, L, scale)
+                if examples and i == args.niter:
+                    examples.update(s, classes, best[i].classes[:, 0], W, L, scale, test_I)
+                progress.advance()
+
+            diffuse(W, seeds[mine], column[labels[mine]], panel, other, args.niter,
+                    None if args.niter in store_at else test_nodes, mass, report)
+    steps.done(f"diffusion, {args.niter} iterations")
+
+    # ---- accuracy
+    record["results"] = []
+    for i, b in enumerate(best):
+        top5, top5_novel = accuracies(b.right(), test_labels, split.is_novel)
+        nnz = float(b.nnz.mean())
+        log(f"{'initial state' if i == 0 else f'iter {i - 1}/{args.niter}'} nnz {nnz:.2f} "
+            f"top-5 accuracy: {top5:.3f} ({top5_novel:.3f} on novel)")
+        record["results"].append({"iteration": i, "nnz": nnz, "top5": top5, "top5_novel": top5_novel})
+    if examples:
+        node = np.empty(n, np.int32)
+        node[stored_order] = np.arange(n, dtype=np.int32)
+        examples.store(args.storeexamples, rows=test_rows, labels=test_labels, classes=split.classes,
+                       neighbours=np.where(test_I < 0, -1, node[test_I]), nlabelled=nl, labelled_rows=rows)
+    record.update(steps=steps.records, seconds=time.time() - steps.t0, peak_memory=peak_memory(), complete=True)
+    write_json(args.record or ddir.log("diffusion", f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_"
+                                                    f"k{args.k}_ni{args.niter}.json"), record)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""Who multiplies by W: the library's kernel, MKL's general sparse product, or torch's on a GPU.
+
+Each backend is a SymmetricGraph with these operations on panels of L, float32 (n, ncol), kept where it computes:
+
+    zeros(ncol)                                   a panel
+    seed(L, nodes, columns)                       L = 0 but for ones at (nodes, columns)
+    product(L, out, scale, rows, weights)         see SymmetricGraph.product
+    neighbour_sums(test_I, L, scale, scores)      see graph_utils.neighbour_sums; into a numpy array
+    read(L, rows, scale)                          rows of L * scale as a numpy array
+"""
+import glob
+
+import numpy as np
+
+from graph_utils import SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
+from lowshot.script import available_memory
+
+
+class OwnGraph(SymmetricGraph):
+    """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
+
+    def zeros(self, ncol):
+        return aligned_zeros((self.n, ncol))
+
+    def seed(self, L, nodes, columns):
+        L[:] = 0
+        L[nodes, columns] = 1
+
+    def neighbour_sums(self, test_I, L, scale, scores):
+        neighbour_sums(test_I, L, scale, scores)
+
+    def read(self, L, rows, scale):
+        return L[rows] * scale
+
+    def free_memory(self):
+        return available_memory()
+
+
+class MklGraph(OwnGraph):
+    """MKL's product with an array of values: the paper's way, kept for comparison."""
+
+    def __init__(self, I, rank=None):
+        super().__init__(I, rank)
+        self.csr_values = self.values()
+
+    def product(self, L, out, scale, rows=None, weights=None):
+        mkl_product(self.indptr, self.indices, self.csr_values, L, out)
+        out *= scale
+        colsum = out.sum(axis=0, dtype=np.float64)
+        return colsum if weights is None else (colsum, weights.astype(np.float64) @ out)
+
+
+class TorchGraph(SymmetricGraph):
+    """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device."""
+
+    device = "cuda"
+
+    def __init__(self, I, rank=None):
+        import torch
+        super().__init__(I, rank)
+        self.torch = torch
+        tensors = (torch.from_numpy(a).to(self.device) for a in (self.indptr, self.indices.astype(np.int64),
+                                                                 self.values()))
+        self.matrix = torch.sparse_csr_tensor(*tensors, size=(self.n, self.n), check_invariants=False)
+
+    def _tensor(self, a):
+        return self.torch.as_tensor(a).to(self.device)
+
+    def zeros(self, ncol):
+        return self.torch.zeros((self.n, ncol), device=self.device)
+
+    def seed(self, L, nodes, columns):
+        L.zero_()
+        L[self._tensor(nodes), self._tensor(columns)] = 1
+
+    def product(self, L, out, scale, rows=None, weights=None):
+        out.copy_(self.torch.sparse.mm(self.matrix, L))
+        out *= self._tensor(scale)
+        colsum = out.sum(0, dtype=self.torch.float64).cpu().numpy()
+        if weights is None:
+            return colsum
+        weighted = sum((self._tensor(weights[i:i + 65536]).double() @ out[i:i + 65536].double())
+                       for i in range(0, self.n, 65536))
+        return colsum, weighted.cpu().numpy()
+
+    def neighbour_sums(self, test_I, L, scale, scores):
+        for i in range(0, len(test_I), 4096):
+            nodes = self._tensor(test_I[i:i + 4096]).long()
+            sums = (L[nodes.clamp(min=0)] * (nodes >= 0)[:, :, None]).sum(1) * self._tensor(scale)
+            scores[i:i + 4096] = sums.cpu().numpy()
+
+    def read(self, L, rows, scale):
+        return (L[self._tensor(rows).long()] * self._tensor(scale)).cpu().numpy()
+
+    def free_memory(self):
+        if self.device.startswith("cuda"):
+            return self.torch.cuda.mem_get_info()[0] * 3 // 4       # cuSPARSE works in a buffer of its own
+        return available_memory()
+
+
+def choose_backend(name, device):
+    """The backend class for --backend and --device; "auto" takes a GPU where there is one, else the own kernel."""
+    if device == "auto":
+        device = "cpu"
+        # importing torch takes longer than a small run: only where there may be a GPU
+        if name in ("auto", "torch") and glob.glob("/dev/nvidia[0-9]*"):
+            import torch
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "own" if device == "cpu" else "torch"
+    if name == "torch":
+        return type("TorchGraph", (TorchGraph,), {"device": device})
+    if device != "cpu":
+        raise ValueError(f"--backend {name} computes on the CPU, --device is {device}")
+    return {"own": OwnGraph, "mkl": MklGraph}[name]

@@ -1,0 +1,187 @@
+"""diffusion.py, run as a user runs it, against the method in dense float64 on the same files."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import reference
+from data_directory import make_data_directory, read_features
+from lowshot.packages import faiss
+from lowshot import split as class_split
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NBG, DIM, KS = 400, 32, 16
+
+
+def write_background_graph(root, nbg, k):
+    """The files of build_graph.py, by exact search."""
+    x = vectors(root)["background"][:nbg]
+    I = reference.neighbours(x, x, k)
+    D = np.take_along_axis(x @ x.T, np.maximum(I, 0), 1)
+    os.makedirs(os.path.join(root, "knngraph"), exist_ok=True)
+    stem = os.path.join(root, "knngraph", f"ndis{nbg}_k{k}_")
+    I.astype(np.int32).tofile(stem + "I_11.int32")
+    D.astype(np.float32).tofile(stem + "D_11.float32")
+
+
+def vectors(root):
+    """Normalised vectors and labels of all images."""
+    pca = faiss.read_VectorTransform(os.path.join(root, f"features/f100m/PCAR{DIM}.vt"))
+    found = {}
+    for name in ("train", "val"):
+        x, found[name + "_labels"] = read_features(os.path.join(root, "features", name + ".hdf5"))
+        found[name] = pca.apply(x)
+    found["background"] = np.fromfile(os.path.join(root, f"features/f100m/concatenated_PCAR{DIM}.raw"),
+                                      np.float32).reshape(-1, DIM)
+    for name in ("train", "val", "background"):
+        found[name] /= np.linalg.norm(found[name], axis=1, keepdims=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ddir(tmp_path_factory):
+    root = make_data_directory(tmp_path_factory.mktemp("ddir"), nclass=30, dim=64, nbg=NBG, raw=True)
+    write_background_graph(root, NBG, KS)
+    write_background_graph(root, 9, 16)
+    return root
+
+
+def diffusion(ddir, *arguments, ok=True):
+    process = subprocess.run([sys.executable, os.path.join(ROOT, "diffusion.py"), "--dim", str(DIM), *map(str, arguments)],
+                             env={**os.environ, "DDIR": str(ddir)}, capture_output=True, text=True)
+    if ok:
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+    assert process.returncode in (1, 2) and process.stderr.count("\n") == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr
+
+
+def expected(ddir, mode, nlabeled, seed, nbg, k, niter):
+    """[(nnz, top-5, top-5 on novel), ...] and [L, ...] (labelled images first), by the slow way."""
+    v = vectors(ddir)
+    split = class_split.load_split(os.path.join(ddir, "label_idx.json"), mode)
+    rows, labels, _ = class_split.labelled_images(v["train_labels"], split, nlabeled, seed)
+    test_rows, test_labels = class_split.test_images(v["val_labels"], split)
+    x = np.concatenate([v["train"][rows], v["background"][:nbg]])
+    figures, Ls = [], []
+    for L, scores in reference.diffusion(reference.neighbours(x, x, k), reference.neighbours(v["val"][test_rows], x, k),
+                                         np.arange(len(rows)), labels, len(split.classes), niter):
+        right = reference.top5(np.round(scores / scores.max(axis=0).clip(1e-30), 9) * scores.max(axis=0), test_labels)
+        figures.append(((scores > 0).sum(axis=1).mean(), right.mean(), right[split.is_novel[test_labels]].mean()))
+        Ls.append(L)
+    return figures, Ls
+
+
+def printed(text):
+    return [tuple(map(float, m)) for m in
+            re.findall(r"^(?:initial state|iter \d+/\d+) nnz (\S+) top-5 accuracy: (\S+) \((\S+) on novel\)$", text, re.M)]
+
+
+@pytest.mark.parametrize("mode,nlabeled,seed,nbg,k,niter", [
+    ("test", 2, 1, NBG, 8, 4), ("val", 1, 3, NBG, 16, 3), ("val", 5, 2, 0, 30, 2), ("test", 1, 1, 9, 12, 3),
+    ("test", 20, 5, NBG, 1, 2), ("val", 1, 1, 0, 500, 2), ("test", 3, 4, NBG, 10, 0), ("test", 3, 4, NBG, 10, 1)])
+def test_figures_equal_the_dense_ones(ddir, mode, nlabeled, seed, nbg, k, niter):
+    text = diffusion(ddir, "--mode", mode, "--nlabeled", nlabeled, "--seed", seed, "--nbg", nbg, "--k", k, "--niter", niter)
+    figures, _ = expected(ddir, mode, nlabeled, seed, nbg, k, niter)
+    found = printed(text)
+    assert len(found) == niter + 1
+    name = f"{mode}_nl{nlabeled}_seed{seed}_nbg{nbg}_k{k}_ni{niter}.json"
+    record = json.load(open(os.path.join(ddir, "logs/diffusion", name)))
+    assert record["complete"] and record["arguments"]["nlabeled"] == nlabeled
+    for i, (f, e, r) in enumerate(zip(found, figures, record["results"])):
+        assert f[0] == pytest.approx(e[0], abs=0.0051)
+        # scores that are equal but for rounding may rank either way: two test images of 75
+        assert abs(r["top5"] - e[1]) <= 2.1 / record["ntest"] and r["iteration"] == i
+        assert f[1:] == pytest.approx((r["top5"], r["top5_novel"]), abs=0.00051)
+
+
+def test_stored_L_equals_the_dense_one(ddir, tmp_path):
+    arguments = ["--mode", "test", "--nlabeled", 2, "--seed", 2, "--nbg", NBG, "--k", 10, "--niter", 5]
+    _, Ls = expected(ddir, "test", 2, 2, NBG, 10, 5)
+    for extra in ([], ["--lslice", 16], ["--lslice", 5], ["--backend", "mkl"], ["--backend", "torch", "--device", "cpu"]):
+        diffusion(ddir, *arguments, *extra, "--storeLname", tmp_path / "L", "--storeLiters", "0,1,2,5")
+        for i in (0, 1, 2, 5):
+            L = np.load(tmp_path / f"L_iter{i}.npy")
+            np.testing.assert_allclose(L, Ls[i], rtol=1e-5, atol=1e-12, err_msg=f"{extra}, iteration {i}")
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_figures_depend_on_neither_slices_cache_nor_order_of_runs(ddir):
+    arguments = ["--mode", "val", "--nlabeled", 2, "--seed", 7, "--nbg", NBG, "--k", 9, "--niter", 6]
+    first = printed(diffusion(ddir, *arguments))
+    for extra in (["--lslice", 16], ["--lslice", 3], ["--lslice", 0], ["--nocache"], ["--backend", "torch"],
+                  ["--backend", "mkl", "--lslice", 1]):
+        diffusion(ddir, *arguments[:-3], 9, "--niter", 1, "--nlabeled", 4)      # another run in between, same cache
+        assert printed(diffusion(ddir, *arguments, *extra)) == first, extra
+
+
+def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
+    root = make_data_directory(tmp_path, nclass=20, dim=64, nbg=60, raw=True)
+    write_background_graph(root, 60, 8)
+    arguments = ["--nbg", 60, "--k", 8, "--niter", 2]
+    first = diffusion(root, *arguments)
+    assert "from " not in first and "from " in diffusion(root, *arguments)
+    raw = os.path.join(root, f"features/f100m/concatenated_PCAR{DIM}.raw")
+    x = np.fromfile(raw, np.float32)
+    x[::3] *= -1
+    x.tofile(raw)
+    write_background_graph(root, 60, 8)
+    changed = diffusion(root, *arguments)
+    assert "from " not in changed and printed(changed) != printed(first)
+    # a truncated array of the stored graph is not taken for whole
+    folder = os.path.join(root, f"knngraph/completed_val_ndis60_k8_d{DIM}")
+    with open(os.path.join(folder, "I.npy"), "rb+") as f:
+        f.truncate(200)
+    again = diffusion(root, *arguments)
+    assert "from " not in again and printed(again) == printed(changed)
+
+
+def test_examples(ddir, tmp_path):
+    diffusion(ddir, "--mode", "test", "--nbg", NBG, "--k", 6, "--niter", 3, "--storeexamples", tmp_path / "e.npz",
+              "--storeLname", tmp_path / "L", "--lslice", 16)
+    e, L = np.load(tmp_path / "e.npz"), np.load(tmp_path / "L_iter3.npy")
+    assert len(L) == e["nlabelled"] + NBG and len(e["labelled_rows"]) == e["nlabelled"]
+    np.testing.assert_allclose(e["scores"], L[e["neighbours"]].sum(axis=1), rtol=1e-5)
+    best = e["scores"].argmax(axis=1)
+    np.testing.assert_allclose(e["contribution"], L[e["neighbours"], best[:, None]], rtol=1e-5)
+
+
+def truncated(path, nbytes):
+    with open(path, "rb+") as f:
+        f.truncate(nbytes)
+
+
+@pytest.mark.parametrize("spoil,arguments,message", [
+    (lambda d: os.remove(d + "/label_idx.json"), [], "no label_idx.json"),
+    (lambda d: os.remove(d + "/features/val.hdf5"), [], "val.hdf5 does not exist"),
+    (lambda d: truncated(d + "/features/train.hdf5", 3000), [], "train.hdf5 .3000 bytes. is truncated"),
+    (lambda d: truncated(d + "/features/f100m/PCAR32.vt", 90), [], "PCAR32.vt .90 bytes. is truncated"),
+    (lambda d: truncated(d + "/knngraph/ndis60_k8_I_11.int32", 60 * 8 * 4 - 4), [], "1916 bytes.* 1920 .60 rows"),
+    (lambda d: truncated(d + "/knngraph/ndis60_k8_D_11.float32", 32), [], "D_11.float32 has 32 bytes"),
+    (lambda d: truncated(d + "/features/f100m/concatenated_PCAR32.raw", 128), [], "128 bytes.*7680 .60 rows"),
+    (lambda d: None, ["--nbg", 70], "no graph of 70 background images|70 rows"),
+    (lambda d: None, ["--k", 9], "no graph of 60 background images with k >= 9.*only k = 8"),
+    (lambda d: None, ["--nlabeled", 21], "nlabeled is 21, but novel class .* has 20"),
+    (lambda d: None, ["--nlabeled", 0], "must be at least 1"),
+    (lambda d: None, ["--storeLname", "x", "--storeLiters", "3"], "asks for iteration 3, --niter is 2"),
+    (lambda d: np.full(60 * 8, 99, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "neighbour 99|twice"),
+    (lambda d: np.full(60 * 32, np.nan, np.float32).tofile(d + "/features/f100m/concatenated_PCAR32.raw"), [],
+     "row 0 holds NaN"),
+])
+def test_bad_input_is_one_line(tmp_path, spoil, arguments, message):
+    root = make_data_directory(tmp_path, nclass=20, dim=64, nbg=60, raw=True)
+    write_background_graph(root, 60, 8)
+    spoil(str(root))
+    error = diffusion(root, "--nbg", 60, "--k", 8, "--niter", 2, *arguments, ok=False)
+    assert re.search(message, error), error
+    assert not os.path.exists(os.path.join(root, "logs"))
+
+
+def test_no_data_directory():
+    assert "DDIR is not set" in diffusion("", ok=False)
+    assert "is not a directory" in diffusion("/nonexistent", ok=False)

@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+
+import graph_utils
+from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums, panel_widths
+from reference import transition_matrix
+from reference import top5 as slow_top5
+
+
+def random_graph(rs, n, k):
+    """(n, k) distinct neighbours per row, some rows cut short or empty."""
+    I = np.full((n, k), -1, np.int32)
+    for i in range(n):
+        row = rs.choice(n, min(k, n), replace=False)
+        I[i, :len(row)] = row
+        I[i, rs.choice([0, k // 2, k, k]):] = -1
+    return I
+
+
+def panel(rs, n, ncol):
+    L = aligned_zeros((n, ncol))
+    L[:] = rs.rand(n, ncol)
+    return L
+
+
+GRID = [(1, 1), (2, 5), (7, 3), (65, 30), (1025, 4), (2500, 30)]
+
+
+@pytest.mark.parametrize("n,k", GRID)
+@pytest.mark.parametrize("ncol", [16, 32, 48, 64])
+def test_product_equals_dense(n, k, ncol):
+    rs = np.random.RandomState(n + ncol)
+    I = random_graph(rs, n, k)
+    W = transition_matrix(I)
+    L = panel(rs, n, ncol)
+    scale = rs.rand(ncol).astype(np.float32)
+    graph = SymmetricGraph(I)
+    out = aligned_zeros((n, ncol))
+    weights = graph.mass()
+    colsum, weighted = graph.product(L, out, scale, weights=weights)
+    expected = W @ L.astype(np.float64) * scale
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    np.testing.assert_allclose(colsum, expected.sum(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(weights, W.sum(axis=0), rtol=1e-6)
+    # the weighted sums are the column sums of the product after this one
+    np.testing.assert_allclose(weighted, (W @ expected).sum(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n,k", GRID)
+def test_graph_structure(n, k):
+    rs = np.random.RandomState(n)
+    I = random_graph(rs, n, k)
+    graph = SymmetricGraph(I)
+    W = np.zeros((n, n))
+    W[np.repeat(np.arange(n), np.diff(graph.indptr)), graph.indices] = graph.values()
+    np.testing.assert_allclose(W, transition_matrix(I), rtol=1e-6)
+    rank = rs.permutation(n).astype(np.int32)
+    renumbered = SymmetricGraph(I, rank)
+    V = np.zeros((n, n))
+    V[np.repeat(np.arange(n), np.diff(renumbered.indptr)), renumbered.indices] = renumbered.values()
+    np.testing.assert_array_equal(V[np.ix_(rank, rank)], W.astype(V.dtype))
+    for i in range(n):      # each part of a row increases
+        row = graph.indices[graph.indptr[i]:graph.indptr[i + 1]]
+        for part in (row[:graph.nsingle[i]], row[graph.nsingle[i]:]):
+            assert (np.diff(part) > 0).all()
+
+
+def test_worked_by_hand():
+    # 0 <-> 1 mutual, 2 -> 0, 3 has no neighbour and is nobody's
+    I = np.array([[0, 1], [1, 0], [2, 0], [-1, -1]], np.int32)
+    graph = SymmetricGraph(I)
+    L = aligned_zeros((4, 16))
+    L[0, 0], L[2, 1], L[3, 2] = 1, 1, 1
+    out = aligned_zeros((4, 16))
+    colsum = graph.product(L, out)
+    # row 0 of W: 2 for itself, 2 for node 1, 1 for node 2
+    np.testing.assert_allclose(out[:, 0], [2 / 5, 2 / 4, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(out[:, 1], [1 / 5, 0, 2 / 3, 0], rtol=1e-6)
+    assert (out[:, 2:] == 0).all() and colsum[2] == 0
+
+
+def test_rows_of_a_matrix_with_more_columns():
+    rs = np.random.RandomState(1)
+    wide = random_graph(rs, 50, 8)
+    wide[:, :5] = random_graph(rs, 50, 5)
+    a, b = SymmetricGraph(wide[:, :5]), SymmetricGraph(wide[:, :5].copy())
+    np.testing.assert_array_equal(a.indices, b.indices)
+    np.testing.assert_array_equal(a.indptr, b.indptr)
+
+
+def test_selected_rows_only():
+    rs = np.random.RandomState(2)
+    graph = SymmetricGraph(random_graph(rs, 300, 10))
+    L, full, some = panel(rs, 300, 32), aligned_zeros((300, 32)), aligned_zeros((300, 32))
+    graph.product(L, full)
+    some[:] = 7
+    rows = np.sort(rs.choice(300, 120, replace=False)).astype(np.int32)
+    colsum = graph.product(L, some, rows=rows)
+    np.testing.assert_array_equal(some[rows], full[rows])
+    assert (np.delete(some, rows, axis=0) == 7).all()
+    np.testing.assert_allclose(colsum, full[rows].sum(axis=0, dtype=np.float64), rtol=1e-6)
+    assert (graph.product(L, some, rows=np.empty(0, np.int32)) == 0).all()
+
+
+def test_number_of_threads_does_not_matter():
+    rs = np.random.RandomState(3)
+    I = random_graph(rs, 3000, 12)
+    results = []
+    before = graph_utils.get_num_threads()
+    for threads in (1, 2, 5):
+        graph_utils.set_num_threads(threads)
+        graph = SymmetricGraph(I)
+        out = aligned_zeros((3000, 48))
+        L = panel(np.random.RandomState(4), 3000, 48)
+        results.append((graph.indices, out, graph.product(L, out), graph.mass()))
+    graph_utils.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not graph_utils.has_mkl(), reason="built without MKL")
+@pytest.mark.parametrize("n,k", GRID)
+def test_mkl_product(n, k):
+    rs = np.random.RandomState(5)
+    graph = SymmetricGraph(random_graph(rs, n, k))
+    L = rs.rand(n, 20).astype(np.float32)
+    found = mkl_product(graph.indptr, graph.indices, graph.values(), L)
+    W = np.zeros((n, n))
+    W[np.repeat(np.arange(n), np.diff(graph.indptr)), graph.indices] = graph.values()
+    np.testing.assert_allclose(found, W @ L, rtol=1e-5)
+
+
+@pytest.mark.parametrize("nq,k,ncol", [(0, 3, 5), (1, 1, 1), (130, 7, 33), (300, 30, 64)])
+def test_neighbour_sums(nq, k, ncol):
+    rs = np.random.RandomState(6)
+    L = rs.rand(40, ncol).astype(np.float32)
+    I = rs.randint(-1, 40, (nq, k)).astype(np.int32)
+    scale = rs.rand(ncol).astype(np.float32)
+    expected = np.array([L[row[row >= 0]].sum(axis=0) for row in I]).reshape(nq, ncol) * scale
+    np.testing.assert_allclose(neighbour_sums(I, L, scale), expected, rtol=1e-5)
+    wide = np.zeros((nq, ncol + 3), np.float32)
+    neighbour_sums(I, L, scale, wide[:, 1:ncol + 1])
+    np.testing.assert_allclose(wide[:, 1:ncol + 1], expected, rtol=1e-5)
+    assert (wide[:, 0] == 0).all() and (wide[:, ncol + 1:] == 0).all()
+
+
+def test_reach_is_breadth_first():
+    rs = np.random.RandomState(7)
+    I = random_graph(rs, 400, 3)
+    graph = SymmetricGraph(I)
+    W = transition_matrix(I) > 0
+    reached = np.zeros(400, np.uint8)
+    front = np.array([5, 17], np.int32)
+    reached[front] = 1
+    expected = reached.astype(bool)
+    for _ in range(4):
+        front = graph.reach(front, reached, 400)
+        expected |= W[:, expected].any(axis=1)
+        np.testing.assert_array_equal(reached.astype(bool), expected)
+    assert graph.reach(np.arange(400, dtype=np.int32), np.zeros(400, np.uint8), 3) is None
+
+
+def test_best_classes_in_any_slices():
+    rs = np.random.RandomState(8)
+    scores = rs.randint(0, 6, (500, 23)).astype(np.float32)      # many ties, many zeros
+    labels = rs.randint(0, 23, 500)
+    for pieces in ([np.arange(23)], np.array_split(rs.permutation(23), 4), [[c] for c in range(23)]):
+        best = BestClasses(labels)
+        for classes in pieces:
+            best.update(np.ascontiguousarray(scores[:, classes]), classes)
+        np.testing.assert_array_equal(best.right(), slow_top5(scores, labels))
+        np.testing.assert_array_equal(best.nnz, (scores > 0).sum(axis=1))
+        np.testing.assert_array_equal(best.best[:, 0], scores.max(axis=1))
+
+
+def test_fewer_than_five_classes():
+    best = BestClasses([0, 1, 1])
+    best.update(np.array([[0, 1], [1, 2], [1, 0]], np.float32), [0, 1])
+    np.testing.assert_array_equal(best.right(), [False, True, False])
+
+
+def test_panels():
+    assert panel_widths(150) == [(0, 64, 64), (64, 64, 64), (128, 22, 32)]
+    assert panel_widths(5, 16) == [(0, 5, 16)]
+    with pytest.raises(ValueError):
+        panel_widths(10, 20)
+
+
+def test_bad_graphs():
+    with pytest.raises(ValueError, match="node 1 has neighbour 9 of 2 nodes"):
+        SymmetricGraph(np.array([[0, 1], [1, 9]], np.int32))
+    with pytest.raises(ValueError, match="node 0 lists neighbour 1 twice"):
+        SymmetricGraph(np.array([[1, 1], [1, 0]], np.int32))
+    with pytest.raises(ValueError, match="permutation"):
+        SymmetricGraph(np.array([[0], [1]], np.int32), np.array([0, 0]))
+
+
+def test_bad_panels():
+    graph = SymmetricGraph(np.array([[0], [1]], np.int32))
+    L = aligned_zeros((2, 16))
+    with pytest.raises(ValueError, match="must not be L"):
+        graph.product(L, L)
+    with pytest.raises(ValueError, match="out is"):
+        graph.product(L, aligned_zeros((3, 16)))
+    with pytest.raises(ValueError, match="16, 32, 48 or 64"):
+        graph.product(aligned_zeros((2, 17)), aligned_zeros((2, 17)))
+    with pytest.raises(ValueError, match="out of range"):
+        graph.product(L, aligned_zeros((2, 16)), rows=np.array([2]))
+    with pytest.raises(ValueError, match="query 0 has neighbour 2"):
+        neighbour_sums(np.array([[2]]), L)
+    with pytest.raises(TypeError):
+        graph_utils.core.mass(2, graph.indptr, graph.indices.astype(np.int64), graph.nsingle, np.empty(2, np.float32))
+
+
+def test_large_arrays_are_aligned():
+    a = aligned_zeros((3 << 20, 3))
+    assert a.ctypes.data % (2 << 20) == 0 and a.shape == (3 << 20, 3)
+    a[-1] = 1
+    assert a.sum() == 3
