@@ -38,11 +38,11 @@ class FeatureFile:
                              f"{labels.shape[0]}")
         if feats.dtype.kind != "f":
             raise ValueError(f"{path}: all_feats holds {feats.dtype}, floating point was expected")
-        self._map = None
-        # rows of a contiguous dataset can be picked from a memory map, much faster than by h5py's index lists
+        self._fd = self._offset = None
+        # rows of a contiguous dataset are read straight from the file, much faster than by h5py's index lists
         offset = feats.id.get_offset() if feats.chunks is None and feats.external is None else None
-        if offset is not None and feats.dtype == np.dtype("<f4") and feats.shape[0]:
-            self._map = np.memmap(path, "<f4", "r", offset, feats.shape)
+        if offset is not None and feats.dtype == np.dtype("<f4"):
+            self._fd, self._offset = os.open(path, os.O_RDONLY | os.O_CLOEXEC), offset
 
     def labels(self):
         """Labels of the valid rows, int64 (n,)."""
@@ -81,12 +81,16 @@ class FeatureFile:
 
     def _pick(self, rows):
         """Rows in increasing order, (len(rows), d)."""
-        if self._map is not None:
-            return np.array(self._map[rows])
-        feats = self.file["all_feats"]
         out = np.empty((len(rows), self.d), np.float32)
-        if not len(rows):
+        if self._fd is not None:
+            # plain reads, not a memory map: mapped pages count as this process's memory
+            starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]]) if len(rows) else [0]
+            width = 4 * self.d
+            for start, stop in zip(starts[:-1], starts[1:]):
+                self._read_bytes(memoryview(out[start:stop].reshape(-1)).cast("B"),
+                                 self._offset + int(rows[start]) * width)
             return out
+        feats = self.file["all_feats"]
         # read whole stretches and pick: h5py takes index lists one row at a time
         step = max(1, SLAB_BYTES // (4 * self.d))
         start = 0
@@ -98,6 +102,14 @@ class FeatureFile:
             start = stop
         return out
 
+    def _read_bytes(self, buffer, position):
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self._fd, [buffer[done:]], position + done)
+            if got <= 0:
+                raise ValueError(f"{self.path} is truncated: it ends before byte {position + len(buffer)}")
+            done += got
+
     def _checked(self, x, rows):
         x = np.ascontiguousarray(x, np.float32)
         # one sum per row tells NaN and infinity without a temporary the size of x
@@ -108,7 +120,9 @@ class FeatureFile:
         return x
 
     def close(self):
-        self._map = None
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
         self.file.close()
 
     def __enter__(self):
