@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Make the environment and run the tests; arguments go to pytest.
+#
+#     bash run_tests.bash
+#     bash run_tests.bash -k diffusion -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./setup.bash
+exec "$PYTHON" -m pytest tests "$@"
