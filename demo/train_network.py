@@ -1,0 +1,222 @@
+"""Demo, second step: train the network on the base classes.
+
+Trains ResNet10 on the training images of the base classes of both sets and nothing else, and writes a checkpoint of the
+published form. Cross entropy, AdamW with one cycle of the learning rate (plain SGD spends half of the epochs getting
+off the ground here). Training images are turned, scaled and shifted a little, and their colours mixed, as the colour
+of a character means nothing.
+
+reads   $DDIR/imagenet_meta_{train,val}.json and the images they name, $DDIR/label_idx.json
+writes  $DDIR/models/checkpoints/ResNet10/<last epoch>.tar    epochs are numbered from 0
+        $DDIR/logs/train_network.json                         arguments, loss, accuracy and time of each epoch
+
+A run that was cut off goes on after the last whole epoch ($DDIR/models/checkpoints/ResNet10/training.pt). Same seed,
+same number of threads, same machine: same weights.
+
+    python demo/train_network.py
+"""
+import math
+import os
+import sys
+import time
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from lowshot.layout import DataDir  # noqa: E402
+from lowshot.script import (Parser, Progress, clock, log, number, peak_memory, print_header, provenance,  # noqa: E402
+                            read_json, run, whole, write_json)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # as save_features.py has them
+
+
+def arguments():
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default="ResNet10", help="ResNet10, ResNet18, ResNet34, ResNet50 or ResNet101")
+    parser.add_argument("--epochs", type=number(int, 1), default=14, help="passes over the training images")
+    parser.add_argument("--batchsize", type=number(int, 2), default=64, help="images per step")
+    parser.add_argument("--lr", type=number(float, 0), default=0.001, help="highest learning rate of the cycle")
+    parser.add_argument("--wd", type=number(float, 0), default=0.05, help="weight decay")
+    parser.add_argument("--smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="seed of weights, order, augmentation")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    ddir = DataDir()
+    folder = ddir.path("models", "checkpoints", args.model)
+    checkpoint = os.path.join(folder, f"{args.epochs - 1}.tar")
+    record_path, state_path = ddir.log("train_network.json"), os.path.join(folder, "training.pt")
+    print_header(args)
+    if os.path.exists(checkpoint) and os.path.exists(record_path):
+        made_with = read_json(record_path).get("arguments")
+        if made_with == vars(args):
+            log(f"{checkpoint} is complete")
+            return
+        raise ValueError(f"{checkpoint} was trained with other arguments ({made_with}): remove it to train again")
+
+    import torch
+    from lowshot.networks import make_network, save_checkpoint
+    images, labels, val_images, val_labels, nclass = base_images(ddir)
+    log(f"{len(images)} training images of {nclass} base classes, {len(val_images)} validation images")
+    torch.manual_seed(args.seed)
+    network = make_network(args.model, nclass).to(memory_format=torch.channels_last)
+    steps = len(images) // args.batchsize or 1
+    optimizer = torch.optim.AdamW(weight_groups(network, args.wd), lr=args.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.2,
+                                                    cycle_momentum=False)
+    history = resume(state_path, args, network, optimizer, scheduler)
+    with Progress(args.epochs * len(images), "training images", len(history) * len(images)) as progress:
+        for epoch in range(len(history), args.epochs):
+            t0 = time.time()
+            loss = train_epoch(network, optimizer, scheduler, images, labels, args, epoch, progress)
+            correct = accuracy(network, val_images, val_labels)
+            history.append({"epoch": epoch, "loss": loss, "accuracy": correct, "seconds": round(time.time() - t0, 3)})
+            log(f"[{clock(sum(h['seconds'] for h in history))}] epoch {epoch + 1}/{args.epochs} loss {loss:.3f} "
+                f"accuracy on the base classes' validation images {correct:.3f}")
+            with whole(state_path) as temporary:
+                torch.save({"arguments": vars(args), "history": history, "network": network.state_dict(),
+                            "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, temporary)
+    save_checkpoint(network.to(memory_format=torch.contiguous_format), checkpoint, args.epochs - 1)
+    write_json(record_path, {**provenance(args), "checkpoint": os.path.relpath(checkpoint, ddir.root),
+                             "classes": nclass, "training_images": len(images), "validation_images": len(val_images),
+                             "threads": torch.get_num_threads(), "accuracy": history[-1]["accuracy"],
+                             "seconds": sum(h["seconds"] for h in history), "epochs": history,
+                             "peak_memory": peak_memory()})
+    os.unlink(state_path)
+    log(f"wrote {checkpoint}: accuracy {history[-1]['accuracy']:.3f} on the base classes")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+def base_images(ddir):
+    """Images of the base classes: (training images, labels, validation images, labels, number of classes).
+
+    Images are uint8 tensors (n, 3, h, w), labels int64 (n,) in 0 .. number of classes - 1.
+    """
+    import torch
+    split = read_json(ddir.label_idx())
+    classes = np.sort(np.array(split.get("base_classes", []), np.int64)) - 1
+    if len(classes) < 2:
+        raise ValueError(f"{ddir.label_idx()} lists {len(classes)} base_classes, two at the least were expected")
+    out = []
+    for part in ("train", "val"):
+        path = ddir.path(f"imagenet_meta_{part}.json")
+        if not os.path.exists(path):
+            raise ValueError(f"{path} does not exist: demo/make_data.py makes it")
+        meta = read_json(path)
+        labels = np.array(meta["image_labels"], np.int64)
+        chosen = np.flatnonzero(np.isin(labels, classes))
+        absent = np.setdiff1d(classes, labels)
+        if len(absent):
+            raise ValueError(f"{path} has no image of base class {absent[0] + 1}")
+        with Progress(len(chosen), f"{part} images read") as progress:
+            pixels = [read_image(os.path.join(ddir.root, meta["image_names"][i]), progress) for i in chosen]
+        if len({p.shape for p in pixels}) > 1:
+            raise ValueError(f"the images of {path} are not all of one size")
+        out += [torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
+                torch.from_numpy(np.searchsorted(classes, labels[chosen]))]
+    return *out, len(classes)
+
+
+def read_image(path, progress):
+    """uint8 (h, w, 3)."""
+    from PIL import Image
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    progress.advance()
+    return pixels
+
+
+def augment(x, generator):
+    """Random views of images float32 (n, 3, h, w) in 0..1: turned, scaled, shifted, colours mixed, a patch erased."""
+    import torch
+    n, _, h, w = x.shape
+    u = torch.rand(n, 14, generator=generator) * 2 - 1
+    # colours: a random rotation of colour space about grey, which also inverts
+    q, _ = torch.linalg.qr(torch.randn(n, 3, 3, generator=generator))
+    x = torch.einsum("nij,njhw->nihw", q, x - 0.5) * (1 + 0.2 * u[:, 0]).view(n, 1, 1, 1) + 0.5
+    angle, scale = u[:, 1] * math.radians(12), 1 + 0.12 * u[:, 2]
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    theta = torch.stack([cos, -sin + 0.1 * u[:, 3], 0.2 * u[:, 4], sin, cos, 0.2 * u[:, 5]], 1).view(n, 2, 3)
+    grid = torch.nn.functional.affine_grid(theta, (n, 3, h, w), align_corners=False)
+    x = torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    # a patch of one colour on a quarter of the images
+    ys, xs = torch.arange(h).view(1, h, 1) / h * 2 - 1, torch.arange(w).view(1, 1, w) / w * 2 - 1
+    half = (0.12 + 0.12 * u[:, 6:8].abs()).view(n, 2, 1, 1)
+    inside = ((ys - u[:, 8].view(n, 1, 1)).abs() < half[:, 0]) & ((xs - u[:, 9].view(n, 1, 1)).abs() < half[:, 1])
+    inside &= (u[:, 10] < -0.5).view(n, 1, 1)
+    return torch.where(inside.unsqueeze(1), (u[:, 11:14] / 2 + 0.5).view(n, 3, 1, 1), x)
+
+
+def normalise(x):
+    """Images float32 (n, 3, h, w) in 0..1 as the network takes them."""
+    import torch
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+def weight_groups(network, wd):
+    """Weights decay; biases and batch norms do not."""
+    decay = [p for p in network.parameters() if p.ndim > 1]
+    return [{"params": decay, "weight_decay": wd},
+            {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0}]
+
+
+def train_epoch(network, optimizer, scheduler, images, labels, args, epoch, progress):
+    """One pass in random order; order and views depend on seed and epoch only. Returns the mean loss."""
+    import torch
+    generator = torch.Generator().manual_seed(args.seed * 100003 + epoch)
+    order = torch.randperm(len(images), generator=generator)
+    network.train()
+    total, batches = 0.0, max(1, len(images) // args.batchsize)
+    for i in range(batches):
+        batch = order[i * args.batchsize:(i + 1) * args.batchsize]
+        x = normalise(augment(images[batch].float() / 255, generator))
+        loss = torch.nn.functional.cross_entropy(network(x), labels[batch], label_smoothing=args.smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        total += loss.item()
+        progress.advance(len(batch))
+    progress.update((epoch + 1) * len(images))
+    if not math.isfinite(total):
+        raise ValueError(f"the loss is not finite in epoch {epoch + 1}: lower --lr {args.lr}")
+    return total / batches
+
+
+def accuracy(network, images, labels):
+    """Share of the images whose highest score is their label's."""
+    import torch
+    network.eval()
+    with torch.no_grad():
+        right = [(network(normalise(x.float() / 255)).argmax(1) == y).sum().item()
+                 for x, y in zip(images.split(500), labels.split(500))]
+    return sum(right) / len(images)
+
+
+def resume(path, args, network, optimizer, scheduler):
+    """Load the state after the last whole epoch if it is of these arguments; returns the history of epochs."""
+    import torch
+    if not os.path.exists(path):
+        return []
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["arguments"] == vars(args):
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            log(f"going on after epoch {len(state['history'])}/{args.epochs}")
+            return state["history"]
+    except Exception as e:      # torch's reader fails in many ways
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}): remove it to train from the start")
+    log("the state of another training is replaced")
+    return []
+
+
+if __name__ == "__main__":
+    run(main)
