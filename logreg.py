@@ -22,6 +22,7 @@ import glob
 import json
 import os
 import time
+import zipfile
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Sampler:
     DRAWN = 512
 
     def __init__(self, labels, batchsize, seed):
-        labels = np.asarray(labels)
+        labels = np.asarray(labels, np.int64)
         self.order = np.argsort(labels, kind="stable")
         self.count = np.bincount(labels)
         if not len(labels) or self.count.min() == 0:
@@ -194,10 +195,19 @@ def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
     return int(now + features + max(reading, parameters + training + evaluation))
 
 
-def point_name(text, lr, wd):
-    """The file name `text` with the point in front of its extension."""
-    stem, extension = os.path.splitext(text)
-    return f"{stem}_lr{lr:g}_wd{wd:g}{extension}"
+def point_file(path, points, g):
+    """The file of point g: with several points its name gets _lr.._wd.. in front of the extension."""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}_lr{points[g][0]:g}_wd{points[g][1]:g}{extension}" if len(points) > 1 else path
+
+
+@contextlib.contextmanager
+def score_file(path, nt, C):
+    """A float32 (nt, C) array that becomes the .npy file `path` when the block ends well."""
+    with whole(path) as temporary:
+        array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape=(nt, C))
+        yield array
+        array.flush()
 
 
 class Checkpoint:
@@ -223,7 +233,7 @@ class Checkpoint:
                     return None
                 classifiers.restore(state)
                 return json.loads(str(state["rest"]))
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError) as e:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as e:
             raise ValueError(f"{self.path} is not a state of logreg.py ({e}): delete it to start afresh")
 
     def remove(self):
@@ -299,7 +309,7 @@ def read_rows(file, rows, what):
         return file.read(rows, progress=progress.update)
 
 
-def train(classifiers, sampler, X, args, report, checkpoint, first, t0):
+def train(classifiers, sampler, X, args, report, checkpoint, first):
     """Iterations first..maxiter-1; `report(iteration, losses)` where due, checkpoints in between."""
     import torch
     losses, last_saved = [], time.time()
@@ -356,15 +366,19 @@ def main():
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": [os.stat(path).st_mtime_ns for path in (ddir.train, ddir.val, ddir.label_idx())]})
-    first, t0, scores = 0, time.time(), None
+    first, t0 = 0, time.time()
     saved = state.load(classifiers)
     if saved:
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
         log(f"going on from iteration {first} of an interrupted run")
 
     def report(iteration, losses):
-        figures = evaluate(classifiers, Xtest, test_labels, split.is_novel,
-                           scores if iteration == args.maxiter else None)
+        with contextlib.ExitStack() as outputs:
+            scores = None
+            if args.storeL and iteration == args.maxiter:
+                scores = [outputs.enter_context(score_file(point_file(args.storeL, points, g), len(test_rows), C))
+                          for g in range(len(points))]
+            figures = evaluate(classifiers, Xtest, test_labels, split.is_novel, scores)
         seconds = time.time() - t0
         for g, ((lr, wd), (top5, novel)) in enumerate(zip(points, figures)):
             prefix = f"lr {lr:g} wd {wd:g} " if len(points) > 1 else ""
@@ -373,16 +387,12 @@ def main():
                 + loss)
             runs[g]["results"].append({"iteration": iteration, "top5": top5, "top5_novel": novel, "seconds": seconds})
 
-    with contextlib.ExitStack() as outputs:
-        if args.storeL:
-            scores = [outputs.enter_context(score_file(point_file(args.storeL, points, g), len(test_rows), C))
-                      for g in range(len(points))]
-        train(classifiers, sampler, X, args, report,
-              lambda done: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0), first, t0)
+    train(classifiers, sampler, X, args, report,
+          lambda done: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0), first)
     for g in range(len(points) if args.storemodel else 0):
         weight, bias = classifiers.weights(g)
-        with whole(point_file(args.storemodel, points, g)) as temporary:
-            np.savez(temporary, weight=weight, bias=bias, classes=split.classes)
+        with whole(point_file(args.storemodel, points, g)) as temporary, open(temporary, "wb") as f:
+            np.savez(f, weight=weight, bias=bias, classes=split.classes)
 
     write_json(args.record, {
         **record, "runs": runs, "nclass": C, "nlabelled_images": len(rows), "ntest": len(test_rows),
@@ -390,20 +400,6 @@ def main():
         "predicted_memory": predicted, "peak_memory": peak_memory(), "complete": True})
     state.remove()
     log(f"record {args.record}, peak memory {size(peak_memory())} ({size(predicted)} predicted)")
-
-
-def point_file(path, points, g):
-    return point_name(path, *points[g]) if len(points) > 1 else path
-
-
-@contextlib.contextmanager
-def score_file(path, nt, C):
-    """A float32 (nt, C) array that becomes the .npy file `path` when the block ends well."""
-    with whole(path) as temporary:
-        # np.save would add .npy to another extension
-        array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape=(nt, C))
-        yield array
-        array.flush()
 
 
 if __name__ == "__main__":
