@@ -1,0 +1,362 @@
+"""The experiments behind a table: which runs they consist of, running them, choosing parameters by validation.
+
+An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs/{logreg,diffusion}/{experiment}/.
+run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
+"""
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lowshot.script import clock, log, read_json
+
+SYSTEMS = ("logreg", "diffusion")
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Experiment:
+    """An experiment file: numbers of labels, seeds, and one grid of parameters per system.
+
+        e = Experiment("configs/paper.yaml")
+        e.nlabeled, e.seeds                     lists of int
+        e.logreg                                {"lr": [..], "wd": [..], "batchsize": [..], "maxiter": int}
+        e.diffusion                             {"nbg": [..], "k": int, "niter": int} and, at will, "dim", "niter_test"
+        e.published                             {} or the content of a file like configs/paper_results.json
+
+    NLABELED, SEEDS and NBG in `environment` replace these lists (numbers separated by spaces or commas).
+    """
+
+    KEYS = {"logreg": ({"lr", "wd", "batchsize", "maxiter"}, {"mom", "evalevery"}),
+            "diffusion": ({"nbg", "k", "niter"}, {"dim", "niter_test"})}
+    LISTS = {"nlabeled", "seeds", "lr", "wd", "batchsize", "nbg"}
+    REALS = {"lr", "wd", "mom"}
+
+    def __init__(self, path, environment=os.environ):
+        import yaml
+        if not os.path.exists(path):
+            raise ValueError(f"no experiment file {path}")
+        with open(path) as f:
+            try:
+                content = yaml.safe_load(f)
+            except yaml.YAMLError as e:
+                raise ValueError(f"{path} is not valid YAML: {e}")
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is not an experiment file: nlabeled, seeds, logreg, diffusion are expected")
+        self.path, self.name = path, os.path.splitext(os.path.basename(path))[0]
+        unknown = set(content) - {"nlabeled", "seeds", "published", *SYSTEMS}
+        if unknown:
+            raise ValueError(f"{path}: unknown entry {min(map(str, unknown))!r}")
+        self.nlabeled, self.seeds = (self._value(content, key, "") for key in ("nlabeled", "seeds"))
+        for system in SYSTEMS:
+            required, optional = self.KEYS[system]
+            grid = content.get(system)
+            if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - optional:
+                raise ValueError(f"{path}: {system} must have the entries {', '.join(sorted(required))}"
+                                 f" and may have {', '.join(sorted(optional))}")
+            setattr(self, system, {key: self._value(grid, key, system + ": ") for key in grid})
+        for name, target, key in (("NLABELED", vars(self), "nlabeled"), ("SEEDS", vars(self), "seeds"),
+                                  ("NBG", self.diffusion, "nbg")):
+            if environment.get(name, "").strip():
+                target[key] = numbers(environment[name], name)
+        published = content.get("published")
+        self.published = read_json(os.path.join(os.path.dirname(path), published)) if published else {}
+
+    def _value(self, grid, key, where):
+        value = grid.get(key)
+        values = value if key in self.LISTS else [value]
+        kinds = (int, float) if key in self.REALS else (int,)
+        if (not isinstance(values, list) or not values or len(set(map(str, values))) < len(values)
+                or not all(type(v) in kinds and v >= 0 for v in values)):
+            what = "a list of different numbers" if key in self.LISTS else "a number"
+            raise ValueError(f"{self.path}: {where}{key} must be {what} >= 0, found {value!r}")
+        return value
+
+    def folder(self, system, ddir):
+        return ddir.log(system, self.name)
+
+    def parameters_path(self, system, ddir):
+        return os.path.join(self.folder(system, ddir), "parameters.json")
+
+
+def numbers(text, name):
+    """[1, 2, 5] from "1 2 5" or "1,2,5"; name is the variable that held it."""
+    words = re.split(r"[\s,]+", text.strip())
+    if not all(re.fullmatch(r"\d+", w) for w in words):
+        raise ValueError(f"{name}={text!r} is not a list of whole numbers")
+    return list(dict.fromkeys(map(int, words)))
+
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+@dataclass
+class Job:
+    """One run of a script: its name, the arguments that make it, and the record it writes.
+
+    record holds the path; inputs are the files that the result depends on: a record older than one of them is of
+    other data.
+    """
+    name: str
+    script: str
+    arguments: dict
+    record: str
+    inputs: list = field(default_factory=list)
+
+    @property
+    def log(self):
+        return os.path.splitext(self.record)[0] + ".log"
+
+    def command(self):
+        """The command line as a list of words."""
+        words = [short_path(sys.executable), short_path(os.path.join(CHECKOUT, self.script))]
+        for name, value in self.arguments.items():
+            words += ["--" + name, as_text(value)]
+        return [*words, "--record", self.record]
+
+    def result(self):
+        """The record if it is complete, of these arguments and not older than the data; None otherwise."""
+        try:
+            written = os.stat(self.record).st_mtime_ns
+            record = read_json(self.record)
+        except (OSError, ValueError):
+            return None
+        if not isinstance(record, dict) or not record.get("complete"):
+            return None
+        if not all(as_text(record.get("arguments", {}).get(k)) == as_text(v) for k, v in self.arguments.items()):
+            return None
+        if any(os.path.exists(path) and os.stat(path).st_mtime_ns > written for path in self.inputs):
+            return None
+        return record
+
+
+def as_text(value):
+    """A value as it stands on a command line: lists with commas, whole floats as whole numbers."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(as_text, value))
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def short_path(path):
+    """Relative to the current folder where that is shorter to read, i.e. below it."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def make_job(e, system, ddir, name, arguments, inputs):
+    inputs = [ddir.train, ddir.val, ddir.path("label_idx.json"), *inputs]
+    return Job(name, f"{system}.py", arguments, os.path.join(e.folder(system, ddir), name + ".json"), inputs)
+
+
+def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
+    k, dim = e.diffusion["k"], e.diffusion.get("dim")
+    arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter}
+    if dim:
+        arguments["dim"] = dim
+    inputs = [ddir.pca(dim or 256)]
+    try:
+        inputs += ddir.find_graph(nbg, k)[:2] if nbg else []
+    except ValueError:
+        pass            # diffusion.py says what is missing
+    return make_job(e, "diffusion", ddir, name, arguments, inputs)
+
+
+def validation_jobs(e, system, ddir):
+    """All jobs of phase 1: diffusion to the highest number of iterations, logreg with all lr and wd at once."""
+    jobs = []
+    if system == "diffusion":
+        for nbg in e.diffusion["nbg"]:
+            for n in e.nlabeled:
+                for seed in e.seeds:
+                    jobs.append(diffusion_job(e, ddir, f"val_nbg{nbg}_nl{n}_seed{seed}", "val", nbg, n, seed,
+                                              e.diffusion["niter"]))
+        return jobs
+    for n in e.nlabeled:
+        for batchsize in e.logreg["batchsize"]:
+            for seed in e.seeds:
+                jobs.append(make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}", {
+                    "mode": "val", "nlabeled": n, "seed": seed, "maxiter": e.logreg["maxiter"], "lr": e.logreg["lr"],
+                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e)}, []))
+    return jobs
+
+
+def logreg_options(e):
+    return {"mom": e.logreg["mom"]} if "mom" in e.logreg else {}
+
+
+def test_jobs(e, system, ddir, parameters, source):
+    """All jobs of phase 3. parameters: {n: {...}} of logreg, {nbg: {n: {...}}} of diffusion, keys are text.
+
+    source: "chosen" or "published", where the parameters are from. Raises ValueError where one is missing.
+    """
+    prefix = "test" if source == "chosen" else f"test-{source}"
+
+    def get(tree, *keys):
+        for key in keys:
+            tree = tree.get(str(key), {})
+        if not tree:
+            what = ", ".join(f"{a}={b}" for a, b in zip(("nlabeled",) if len(keys) == 1 else ("nbg", "nlabeled"), keys))
+            hint = f"bash run_{system}.bash 2 chooses them" if source == "chosen" else "choose them by phases 1 and 2"
+            raise ValueError(f"no {source} parameters of {system} for {what}: {hint}")
+        return tree
+
+    jobs = []
+    if system == "diffusion":
+        for nbg in e.diffusion["nbg"]:
+            for n in e.nlabeled:
+                niter = max(get(parameters, nbg, n)["niter"], e.diffusion.get("niter_test", 0))
+                for seed in e.seeds:
+                    jobs.append(diffusion_job(e, ddir, f"{prefix}_nbg{nbg}_nl{n}_seed{seed}", "test", nbg, n, seed,
+                                              niter))
+        return jobs
+    for n in e.nlabeled:
+        p = get(parameters, n)
+        for seed in e.seeds:
+            jobs.append(make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}", {
+                "mode": "test", "nlabeled": n, "seed": seed, "maxiter": p["maxiter"], "lr": p["lr"], "wd": p["wd"],
+                "batchsize": p["batchsize"], **logreg_options(e)}, []))
+    return jobs
+
+
+def run_jobs(jobs, parallel, environment=os.environ):
+    """Run the jobs whose record is not complete, `parallel` at a time; raise ValueError naming those that failed.
+
+    Each job's output goes to its log file, its command is printed. parallel = 0 prints the commands only.
+    """
+    todo = [job for job in jobs if job.result() is None]
+    log(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
+        + (f", {parallel} at a time" if todo and parallel > 1 else ""))
+    if not todo:
+        return
+    added = {"DDIR": environment["DDIR"]}
+    if parallel > 1 and "OMP_NUM_THREADS" not in environment:
+        added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // parallel))
+    prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
+    if parallel == 0:
+        for job in todo:
+            print(prefix, shlex.join(job.command()))
+        return
+    os.makedirs(os.path.dirname(todo[0].log), exist_ok=True)
+    log(f"output of each job: {os.path.join(os.path.dirname(todo[0].log), 'NAME.log')}")
+
+    waiting, running, failed, done, t0 = list(todo), {}, [], 0, time.time()
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that jobs end with this process
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                job = waiting.pop(0)
+                log(f"[{len(todo) - len(waiting)}/{len(todo)}] {prefix} {shlex.join(job.command())}")
+                with open(job.log, "w") as output:
+                    running[subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT,
+                                             stdin=subprocess.DEVNULL, env={**environment, **added})] = job
+            time.sleep(0.02)
+            for process in [p for p in running if p.poll() is not None]:
+                job = running.pop(process)
+                done += 1
+                elapsed = time.time() - t0
+                left = elapsed / done * (len(todo) - done)
+                if process.returncode or job.result() is None:
+                    failed.append(job.name)
+                    why = f"status {process.returncode}" if process.returncode else "no complete record"
+                    log(f"  {job.name} FAILED ({why}): {last_line(job.log)}")
+                log(f"  {done}/{len(todo)} jobs done, {clock(elapsed)} elapsed, about {clock(left)} left")
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        signal.signal(signal.SIGTERM, previous)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(todo)} jobs failed: {', '.join(failed)} "
+                         "(the same command runs these again)")
+
+
+def last_line(path):
+    """The last line of a log file that is not empty."""
+    with open(path, errors="replace") as f:
+        lines = [line.strip() for line in re.split(r"[\r\n]", f.read()) if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+# ----------------------------------------------------------------------------------------------------------- choose
+
+def records_of(jobs, phase):
+    """Records of all jobs, or ValueError naming the first one that is missing."""
+    records = [job.result() for job in jobs]
+    missing = [job.name for job, record in zip(jobs, records) if record is None]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(jobs)} jobs have no complete record of this data and these "
+                         f"arguments, {missing[0]} for one ({jobs[0].script}): run phase {phase} first")
+    return records
+
+
+def best_iteration(curves):
+    """Best number of iterations: highest mean top-5 over all classes; of equal ones the lowest.
+
+    curves: one list of results per seed, [{"iteration", "top5", "top5_novel"}]. Returns (iteration, mean top-5, mean
+    top-5 on novel), means over seeds.
+    """
+    iterations = [r["iteration"] for r in curves[0]]
+    if any([r["iteration"] for r in c] != iterations for c in curves):
+        raise ValueError("the records of one setting were evaluated after different numbers of iterations")
+    top5, novel = (np.mean([[r[key] for r in c] for c in curves], axis=0) for key in ("top5", "top5_novel"))
+    # means of equal accuracies may differ in their last bit
+    best = int(np.argmax(top5 >= top5.max() - 1e-12))
+    return iterations[best], float(top5[best]), float(novel[best])
+
+
+def choose(e, system, ddir):
+    """Parameters by validation: {n: {...}} of logreg, {nbg: {n: {...}}} of diffusion, keys are text.
+
+    Of settings that are equally good the one with fewer iterations is taken, then the first of the grid.
+    """
+    jobs = validation_jobs(e, system, ddir)
+    groups = {}         # (nbg or None, n) -> {setting: [curve per seed]}
+    for job, record in zip(jobs, records_of(jobs, 1)):
+        a = job.arguments
+        settings = groups.setdefault((a.get("nbg"), a["nlabeled"]), {})
+        if system == "diffusion":
+            settings.setdefault((), []).append(record["results"])
+        else:
+            for r in record["runs"]:
+                settings.setdefault((r["lr"], r["wd"], a["batchsize"]), []).append(r["results"])
+    chosen = {}
+    for (nbg, n), settings in groups.items():
+        found = {setting: best_iteration(curves) for setting, curves in settings.items()}
+        top = max(top5 for _, top5, _ in found.values())
+        setting = min((s for s in found if found[s][1] >= top - 1e-12), key=lambda s: found[s][0])
+        iteration, top5, novel = found[setting]
+        if system == "diffusion":
+            parameters = {"niter": iteration}
+        else:
+            parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
+        where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
+        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds}
+    return chosen
+
+
+def merge(old, new):
+    """old with the entries of new in their place, at every level down to parameters (dicts of numbers)."""
+    out = dict(old)
+    for key, value in new.items():
+        nested = all(isinstance(v, dict) for v in value.values())
+        out[key] = merge(old.get(key, {}), value) if nested else value
+    return out
+
+
+def read_parameters(e, system, ddir, source):
+    """Parameters of phase 2 (source "chosen") or of the paper ("published"), as test_jobs takes them."""
+    if source == "published":
+        parameters = e.published.get("parameters", {}).get(system)
+        if not parameters:
+            raise ValueError(f"{e.path} names no published parameters of {system}")
+        return parameters
+    path = e.parameters_path(system, ddir)
+    if not os.path.exists(path):
+        raise ValueError(f"{path} does not exist: bash run_{system}.bash 2 writes it; "
+                         "PARAMS=published takes the paper's parameters instead")
+    return read_json(path)

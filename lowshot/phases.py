@@ -1,0 +1,81 @@
+"""Command line of run_logreg.bash and run_diffusion.bash: one phase of an experiment (see experiments.py).
+
+    1  validate   logreg.py or diffusion.py on the validation split (--mode val), for all parameters of the grid
+    2  choose     the parameters with the best mean accuracy over all classes, written to parameters.json
+    3  test       the chosen parameters on the test split (--mode test)
+    4  report     mean and standard deviation over seeds, beside the paper's figures where there are any
+
+compare prints the table of both systems, after phase 3 of both.
+
+    python -m lowshot.phases logreg 1 configs/paper.yaml
+    python -m lowshot.phases compare configs/demo.yaml
+"""
+import os
+import re
+
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, choose, merge, read_parameters, run_jobs,
+                                 test_jobs, validation_jobs)
+from lowshot.layout import DataDir
+from lowshot.report import print_comparison, print_report
+from lowshot.script import Parser, log, read_json, run, write_json
+
+PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
+
+
+def phase_choose(e, system, ddir):
+    chosen = choose(e, system, ddir)
+    path = e.parameters_path(system, ddir)
+    old = read_json(path) if os.path.exists(path) else {}
+    write_json(path, merge(old, chosen))
+    for nbg, of_labels in chosen.items() if system == "diffusion" else [(None, chosen)]:
+        for n, p in of_labels.items():
+            where = "" if nbg is None else f"nbg={nbg} "
+            settings = ", ".join(f"{k} {as_text(v)}" for k, v in p.items() if k in ("lr", "wd", "batchsize", "maxiter",
+                                                                                    "niter"))
+            log(f"{where}nl={n}: {settings} (validation: {100 * p['val_top5']:.2f}, "
+                f"novel {100 * p['val_top5_novel']:.2f})")
+    log(f"wrote {path}")
+
+
+def whole_number(name, default, environment=os.environ):
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"{name}={text!r} is not a whole number")
+    return int(text)
+
+
+def main():
+    p = Parser(__doc__)
+    p.add_argument("what", choices=(*SYSTEMS, "compare"), help="one system, or a table of all of them")
+    p.add_argument("phase", nargs="?", help="1 validate, 2 choose, 3 test, 4 report (not with compare)")
+    p.add_argument("experiment", nargs="?", help="experiment file (default: configs/paper.yaml)")
+    args = p.parse_args()
+    if args.what == "compare":
+        phase, path = None, args.phase
+    else:
+        phase, path = args.phase, args.experiment
+        if phase not in PHASES:
+            p.error(f"{'no phase' if phase is None else f'unknown phase {phase!r}'}: the phases are "
+                    + ", ".join(f"{k} ({v})" for k, v in PHASES.items()))
+    ddir = DataDir()
+    e = Experiment(path or os.path.join(CHECKOUT, "configs", "paper.yaml"))
+    source = os.environ.get("PARAMS") or "chosen"
+    if source not in ("chosen", "published"):
+        raise ValueError(f"PARAMS={source!r}: chosen or published is expected")
+    if phase is None:
+        print_comparison(e, ddir)
+    elif phase == "1":
+        run_jobs(validation_jobs(e, args.what, ddir), whole_number("JOBS", 1))
+    elif phase == "2":
+        phase_choose(e, args.what, ddir)
+    else:
+        jobs = test_jobs(e, args.what, ddir, read_parameters(e, args.what, ddir, source), source)
+        if phase == "3":
+            run_jobs(jobs, whole_number("JOBS", 1))
+        else:
+            print_report(e, args.what, ddir, jobs, source)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,165 @@
+"""Tables of an experiment, made from the records of its runs (see experiments.py)."""
+import os
+import sys
+
+import numpy as np
+
+from lowshot.experiments import SYSTEMS, as_text, read_parameters, records_of, test_jobs
+from lowshot.script import log, whole, write_json
+
+
+def final_accuracies(e, system, ddir, jobs, source):
+    """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..]}} of the jobs that have run.
+
+    The accuracies are percentages, one per seed, at the parameters' number of iterations. Also returns the names of
+    the jobs without a record.
+    """
+    parameters = read_parameters(e, system, ddir, source)
+    rows, missing = {}, []
+    for job in jobs:
+        record, a = job.result(), job.arguments
+        if record is None:
+            missing.append(job.name)
+            continue
+        nbg, n = a.get("nbg"), a["nlabeled"]
+        p = (parameters if nbg is None else parameters[str(nbg)])[str(n)]
+        results = record["results"] if system == "diffusion" else record["runs"][0]["results"]
+        iteration = p["niter" if system == "diffusion" else "maxiter"]
+        at = [r for r in results if r["iteration"] == iteration]
+        if not at:
+            raise ValueError(f"{job.record} has no figures after {iteration} iterations")
+        row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": []})
+        row["seeds"].append(a["seed"])
+        for key in ("top5", "top5_novel"):
+            row[key].append(100 * at[0][key])
+    return rows, missing
+
+
+def mean_std(values):
+    """Mean and standard deviation over seeds (of the runs themselves: divided by their number), as text."""
+    return f"{np.mean(values):.2f} +/- {np.std(values):.3f}"
+
+
+def markdown(header, rows):
+    """A Markdown table; cells are text, columns are padded to one width."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in lines)
+
+
+def published_figures(e, system, nbg, n):
+    """{"all": [mean, std], "novel": [mean, std]} of the paper in per cent, or None."""
+    tree = e.published.get(system, {})
+    if nbg is not None:
+        tree = tree.get(str(nbg), {})
+    return tree.get(str(n))
+
+
+def report_table(e, system, rows):
+    """The Markdown table of one system, with the paper's figures where the experiment has any."""
+    figures = {key: published_figures(e, system, *key) for key in rows}
+    with_paper = any(figures.values())
+    names = ["niter"] if system == "diffusion" else ["batchsize", "lr", "wd", "maxiter"]
+    header = [*(["background"] if system == "diffusion" else []), "labelled images", *names, "seeds", "all", "novel",
+              *(["all, paper", "novel, paper"] if with_paper else [])]
+    table = []
+    for (nbg, n), row in rows.items():
+        cells = [] if nbg is None else [f"{nbg:,}"]
+        cells += [str(n), *(as_text(row["parameters"][name]) for name in names), str(len(row["seeds"])),
+                  mean_std(row["top5"]), mean_std(row["top5_novel"])]
+        if with_paper:
+            paper = figures[nbg, n]
+            cells += [f"{paper[key][0]:.2f} +/- {paper[key][1]:.3f}" if paper else "" for key in ("all", "novel")]
+        table.append(cells)
+    return markdown(header, table)
+
+
+def print_report(e, system, ddir, jobs, source):
+    """Phase 4: one line per number of labels, a Markdown table, and report.md and report.json beside the records."""
+    rows, missing = final_accuracies(e, system, ddir, jobs, source)
+    if not rows:
+        raise ValueError(f"none of the {len(jobs)} jobs has a record: bash run_{system}.bash 3 runs them")
+    log(f"top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), {source} parameters")
+    previous = None
+    for (nbg, n), row in rows.items():
+        if nbg != previous:
+            log(f"nbg={nbg}")
+            previous = nbg
+        log(f"nl={n}: {mean_std(row['top5'])}, novel {mean_std(row['top5_novel'])}")
+    table = report_table(e, system, rows)
+    log("\n" + table + "\n")
+    stem = os.path.join(e.folder(system, ddir), "report" if source == "chosen" else f"report-{source}")
+    write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
+    write_text(stem + ".md", table + "\n")
+    log(f"wrote {stem}.md and {stem}.json")
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(jobs)} jobs have no record, {missing[0]} for one: "
+                         f"bash run_{system}.bash 3 runs them")
+
+
+def write_text(path, text):
+    with whole(path) as temporary:
+        with open(temporary, "w") as f:
+            f.write(text)
+
+
+# ------------------------------------------------------------------------------------------------ all systems together
+
+def comparison(e, ddir):
+    """{("logreg", None) or ("diffusion", nbg): {n: row}}, rows as final_accuracies gives them; all jobs must have run."""
+    systems = {}
+    for system in SYSTEMS:
+        parameters = read_parameters(e, system, ddir, "chosen")
+        jobs = test_jobs(e, system, ddir, parameters, "chosen")
+        records_of(jobs, 3)
+        rows, _ = final_accuracies(e, system, ddir, jobs, "chosen")
+        for (nbg, n), row in rows.items():
+            systems.setdefault((system, nbg), {})[n] = row
+    return systems
+
+
+def comparison_table(e, systems):
+    """Mean accuracies (all / novel, per cent) by system and number of labels."""
+    header = ["top-5 accuracy, all / novel (%)"]
+    header += [f"{n} label{'' if n == 1 else 's'} per novel class" for n in e.nlabeled]
+    rows = []
+    for (system, nbg), of_labels in systems.items():
+        name = "logistic regression" if nbg is None else \
+            "diffusion, no background" if nbg == 0 else f"diffusion, {nbg:,} background images"
+        rows.append([name, *(f"{np.mean(of_labels[n]['top5']):.1f} / {np.mean(of_labels[n]['top5_novel']):.1f}"
+                             for n in e.nlabeled)])
+    return markdown(header, rows)
+
+
+def findings(e, systems):
+    """[(statement with figures, whether it holds)]: what the paper found, looked for in these results."""
+    backgrounds = sorted(nbg for system, nbg in systems if system == "diffusion")
+    logreg, most = systems["logreg", None], systems["diffusion", backgrounds[-1]]
+    out = []
+    for n in (n for n in e.nlabeled if n <= 2):
+        ahead = np.mean(most[n]["top5_novel"]) - np.mean(logreg[n]["top5_novel"])
+        out.append((f"n = {n}: diffusion is ahead of logistic regression by 5 points or more on the novel classes "
+                    f"({ahead:+.1f})", bool(ahead >= 5)))
+    if len(backgrounds) > 1:
+        for n in e.nlabeled:
+            means = [np.mean(systems["diffusion", nbg][n]["top5"]) for nbg in backgrounds]
+            out.append((f"n = {n}: accuracy of diffusion grows with the background "
+                        f"({', '.join(f'{m:.1f}' for m in means)})", bool((np.diff(means) > 0).all())))
+    if max(e.nlabeled) >= 20:
+        n = max(e.nlabeled)
+        ahead = np.mean(logreg[n]["top5"]) - np.mean(most[n]["top5"])
+        out.append((f"n = {n}: logistic regression is ahead of diffusion ({ahead:+.1f})", bool(ahead > 0)))
+    return out
+
+
+def print_comparison(e, ddir):
+    """The table of both systems and the paper's findings; also to $DDIR/logs/{experiment}.md."""
+    systems = comparison(e, ddir)
+    text = comparison_table(e, systems)
+    text += f"\n\nMeans over {len(e.seeds)} choices of the labelled images.\n\n"
+    for statement, holds in findings(e, systems):
+        text += f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n"
+    log(text)
+    path = ddir.log(f"{e.name}.md")
+    write_text(path, text)
+    print(f"wrote {path}", file=sys.stderr)

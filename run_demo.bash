@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# The paper's experiment on the embedded data, from image files to the table of results: about 12 minutes on two cores,
+# besides the installation of the packages. A second run reuses what is complete.
+#
+#     bash run_demo.bash
+#
+# From the environment:
+#
+# DDIR         the data directory (default: demo_data in this folder)
+# NBG          background sizes (default: those of the experiment file, 0 6000 60000); the largest is drawn
+# NLABELED, SEEDS, JOBS     see run_diffusion.bash; JOBS defaults to half of the cores
+# EXPERIMENT   experiment file (default: configs/demo.yaml)
+# DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts"
+# EPOCHS, DIM  epochs of training (default: demo/train_network.py's), dimensions after the PCA (default: 256)
+# PYTHON, REQUIREMENTS      see setup.bash
+set -euo pipefail
+DDIR=${DDIR:-$(dirname "${BASH_SOURCE[0]}")/demo_data}
+mkdir -p "$DDIR"
+DDIR=$(cd "$DDIR" && pwd)
+export DDIR
+EXPERIMENT=$(realpath "${EXPERIMENT:-$(dirname "${BASH_SOURCE[0]}")/configs/demo.yaml}")
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./setup.bash
+
+cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')
+export JOBS=${JOBS:-$(( (cores + 1) / 2 ))}
+DIM=${DIM:-256}
+# what the steps below have to know of the experiment: NBG, most, k, nlabeled, seed
+eval "$("$PYTHON" - "$EXPERIMENT" << 'END'
+import sys
+from lowshot.experiments import Experiment
+from lowshot.script import run
+def main():
+    e = Experiment(sys.argv[1])
+    nbg = e.diffusion["nbg"]
+    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={e.diffusion['k']} seed={e.seeds[0]}")
+    print(f"nlabeled=({' '.join(map(str, e.nlabeled))})")
+run(main)
+END
+)"
+[ -n "${k:-}" ] || exit 1
+export NBG
+
+step() { now=$SECONDS; number=$((${number:-0} + 1)); printf '\n== %d/9 %s   [%d:%02d]\n' "$number" "$1" $((now / 60)) $((now % 60)); }
+show() { echo "\$ $*"; "$@"; }
+# whether $1 is missing or older than one of the other files or folders
+outdated() {
+    local output=$1
+    shift
+    [ ! -e "$output" ] || [ -n "$(find "$@" -newer "$output" -print -quit)" ]
+}
+SECONDS=0
+
+step "data: characters of a hundred fonts"
+# shellcheck disable=SC2086
+show "$PYTHON" demo/make_data.py --nbg "$most" ${DATA:-}
+
+step "network: ResNet10, trained on the base classes"
+show "$PYTHON" demo/train_network.py ${EPOCHS:+--epochs "$EPOCHS"}
+modelfile=$(ls -t "$DDIR"/models/checkpoints/ResNet10/*.tar | head -n 1)
+
+step "features of background and labelled images"
+features() {        # configuration, output, the images
+    local replace=()
+    # the script itself tells whether a file is of this network and these images
+    if [ -e "$2" ] && outdated "$2" "$modelfile" "$3"; then replace=(--overwrite); fi
+    show "$PYTHON" save_features.py --cfg "$1" --model ResNet10 --modelfile "$modelfile" --outfile "$2" "${replace[@]}"
+}
+features demo_train.yaml "$DDIR/features/train.hdf5" "$DDIR/imagenet_meta_train.json"
+features demo_val.yaml "$DDIR/features/val.hdf5" "$DDIR/imagenet_meta_val.json"
+block=$DDIR/features/f100m/block0.hdf5
+if [ "$most" -gt 0 ]; then features demo_background.yaml "$block" "$DDIR/yfcc100m"; fi
+
+step "PCA to $DIM dimensions"
+raw=$DDIR/features/f100m/concatenated_PCAR$DIM.raw
+show "$PYTHON" train_apply_pca.py train apply --dim "$DIM" --overwrite
+
+step "graphs of the background"
+for nbg in $NBG; do
+    graph=$(compgen -G "$DDIR/knngraph/ndis${nbg}_k*_I_11.int32" | head -n 1 || true)
+    if [ "$nbg" -gt 0 ] && { [ -z "$graph" ] || outdated "$graph" "$raw"; }; then
+        rm -f "$DDIR"/knngraph/ndis"$nbg".index "$DDIR"/knngraph/ndis"$nbg"_k*
+        show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$DIM"
+    fi
+done
+
+for system in logreg diffusion; do
+    for phase in 1 2 3 4; do
+        case $phase in
+            1) step "$system: validation" ;;
+            3) step "$system: test" ;;
+        esac
+        show bash "run_$system.bash" "$phase" "$EXPERIMENT"
+    done
+done
+
+echo
+"$PYTHON" -m lowshot.phases compare "$EXPERIMENT"
+# the contact sheet: what a single label per class finds with the largest background
+niter=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]][sys.argv[3]]["niter"])' \
+        "$DDIR/logs/diffusion/$(basename "${EXPERIMENT%.*}")/parameters.json" "$most" "${nlabeled[0]}")
+examples=$DDIR/demo_examples.npz
+sheet=()
+if [ "$most" -gt 0 ]; then
+    show "$PYTHON" diffusion.py --mode test --nlabeled "${nlabeled[0]}" --seed "$seed" --nbg "$most" --k "$k" \
+        --dim "$DIM" --niter "$niter" --storeexamples "$examples" --record "$DDIR/demo_examples.json"
+    sheet=(--sheet "$DDIR/demo_examples.png" --examples "$examples")
+fi
+show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --k "$k" --nlabeled "${nlabeled[@]:0:2}" "${sheet[@]}"
+printf '\nall of it: %d:%02d. Table: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$DDIR/logs/$(basename "${EXPERIMENT%.*}").md"
+echo "figure:   $DDIR/demo_figure.png"
+if [ "$most" -gt 0 ]; then echo "examples: $DDIR/demo_examples.png"; fi

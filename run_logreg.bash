@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Logistic regression, the baseline: the runs behind the table, in four phases.
+#
+#     bash run_logreg.bash 1 [EXPERIMENT.yaml]     validate: the grid on the validation split; one job trains all learning rates and weight decays at once
+#     bash run_logreg.bash 2 [EXPERIMENT.yaml]     choose: the parameters of the best mean accuracy, by number of labels
+#     bash run_logreg.bash 3 [EXPERIMENT.yaml]     test: the chosen parameters on the test split
+#     bash run_logreg.bash 4 [EXPERIMENT.yaml]     report: mean and standard deviation, beside the paper's figures
+#
+# EXPERIMENT.yaml defaults to configs/paper.yaml, the paper's grid. From the environment:
+#
+# DDIR      the data directory; records, logs, parameters and tables go to $DDIR/logs/logreg/EXPERIMENT/
+# JOBS      jobs at a time (default 1), which share the cores; JOBS=0 prints the commands that are still to be run
+# PARAMS    PARAMS=published: phases 3 and 4 take the paper's parameters, so that 1 and 2 can be left out
+# NLABELED, SEEDS   lists that replace the file's, e.g. NLABELED="1 2"
+# PYTHON    interpreter (default: .venv/bin/python beside this file if it is there, else python3)
+#
+# Jobs whose record is complete are not run again. A failed job is named, the others go on, the exit status is 1.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case "${1:-}" in
+    1|2|3|4) ;;
+    *) echo "run_logreg.bash: error: ${1:+unknown phase '$1', }the phases are 1 (validate), 2 (choose), 3 (test), 4 (report)" >&2
+       exit 2 ;;
+esac
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x "$here/.venv/bin/python" ]; then PYTHON=$here/.venv/bin/python; else PYTHON=python3; fi
+fi
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m lowshot.phases logreg "$@"
