@@ -113,7 +113,8 @@ class FeatureFile:
     def _checked(self, x, rows):
         x = np.ascontiguousarray(x, np.float32)
         # one sum per row tells NaN and infinity without a temporary the size of x
-        bad = ~np.isfinite(x.sum(axis=1)) if len(x) else np.zeros(0, bool)
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = ~np.isfinite(x.sum(axis=1)) if len(x) else np.zeros(0, bool)
         if bad.any() and not np.isfinite(x[bad]).all():
             bad &= ~np.isfinite(x).all(axis=1)
             raise ValueError(f"{self.path}: row {rows[np.argmax(bad)]} holds NaN or infinity")

@@ -171,6 +171,12 @@ def read_json(path):
 
 def peak_memory():
     """Largest resident set of this process so far, bytes (memory-mapped file pages in use count as well)."""
+    with contextlib.suppress(OSError):
+        # not ru_maxrss, which starts at the size of the process that launched this one
+        with open("/proc/self/status") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

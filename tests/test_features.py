@@ -1,0 +1,215 @@
+"""Feature files and headerless matrices: what is read, and what is refused."""
+import os
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+from data_directory import make_data_directory, read_features, write_features  # noqa: E402
+from lowshot import features  # noqa: E402
+from lowshot.features import FeatureFile, NormalisedRows, map_matrix, normalise_rows  # noqa: E402
+
+N, D = 53, 7
+
+
+@pytest.fixture(params=["contiguous", "chunked", "float64", "compressed"])
+def stored(request, tmp_path, monkeypatch):
+    """(path, x, labels) of one file with spare rows; slabs of 10 rows."""
+    monkeypatch.setattr(features, "SLAB_BYTES", 10 * 4 * D)
+    rs = np.random.RandomState(0)
+    x, y = rs.randn(N, D).astype(np.float32), rs.randint(0, 1000, N)
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, x, y, spare=4, chunks=(3, D) if request.param == "chunked" else None)
+    if request.param in ("float64", "compressed"):
+        with h5py.File(path, "r+") as f:
+            content = f["all_feats"][:]
+            del f["all_feats"]
+            f.create_dataset("all_feats", data=content, dtype="f8" if request.param == "float64" else "f4",
+                             compression="gzip" if request.param == "compressed" else None)
+    return path, x, y
+
+
+def test_rows_in_any_order_with_repeats(stored):
+    path, x, y = stored
+    rs = np.random.RandomState(1)
+    with FeatureFile(path) as f:
+        assert (f.n, f.d) == (N, D)
+        assert f.labels().tolist() == y.tolist() and f.labels().dtype == np.int64
+        for rows in ([], [0], [N - 1], [5, 5, 5], [50, 3, 4, 5, 20], np.arange(N), np.arange(N)[::-1],
+                     rs.permutation(N)[:31], rs.randint(0, N, 200)):
+            got = f.read(rows)
+            assert got.dtype == np.float32 and got.shape == (len(rows), D)
+            assert np.array_equal(got, x[np.asarray(rows, int)])
+
+
+def test_slabs_cover_all_valid_rows_in_order(stored):
+    path, x, _ = stored
+    with FeatureFile(path) as f:
+        parts = list(f.slabs())
+        assert [i for i, _ in parts] == list(range(0, N, 10))
+        assert np.array_equal(np.concatenate([p for _, p in parts]), x)
+        assert np.array_equal(np.concatenate([p for _, p in f.slabs(7, 29)]), x[7:29])
+        assert list(f.slabs(5, 5)) == []
+
+
+def test_transform_and_progress(stored):
+    path, x, _ = stored
+    seen = []
+    with FeatureFile(path) as f:
+        got = f.read(np.arange(N)[::-1], transform=lambda part: 2 * part[:, :3], progress=seen.append)
+    assert np.array_equal(got, 2 * x[::-1, :3]) and seen == [10, 20, 30, 40, 50, 53]
+
+
+def test_rows_beyond_count_are_refused(stored):
+    path, _, _ = stored
+    with FeatureFile(path) as f:
+        with pytest.raises(ValueError, match=f"row {N} asked for, the file holds {N} rows"):
+            f.read([0, N])
+        with pytest.raises(ValueError, match="row -1 asked for"):
+            f.read([0, -1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_names_the_row(stored, value):
+    path, _, _ = stored
+    with h5py.File(path, "r+") as f:
+        f["all_feats"][31, 2] = value
+    with FeatureFile(path) as f:
+        with pytest.raises(ValueError, match="f.hdf5: row 31 holds NaN or infinity"):
+            f.read([40, 31, 2])
+        with pytest.raises(ValueError, match="row 31 holds NaN"):
+            list(f.slabs())
+        f.read([30, 32])
+
+
+def test_large_but_finite_rows_are_taken(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    x = np.full((3, 4), 3e38, np.float32)                   # their sum overflows
+    write_features(path, x, np.zeros(3))
+    with FeatureFile(path) as f:
+        assert np.array_equal(f.read([0, 2]), x[[0, 2]])
+
+
+def test_missing_and_truncated_files(stored):
+    path, _, _ = stored
+    with pytest.raises(ValueError, match="does not exist: save_features.py makes it"):
+        FeatureFile(path + "x")
+    whole = os.path.getsize(path)
+    for nbytes in (whole - 1, whole // 2, 100, 0):
+        with open(path, "rb+") as f:
+            f.truncate(nbytes)
+        with pytest.raises(ValueError, match=rf"\({nbytes} bytes\) is truncated or not an HDF5 file"):
+            FeatureFile(path)
+    with open(path, "wb") as f:
+        f.write(b"text, no HDF5" * 100)
+    with pytest.raises(ValueError, match="is truncated or not an HDF5 file"):
+        FeatureFile(path)
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+def test_file_cut_off_in_the_middle(stored, fraction):
+    path, _, _ = stored
+    with open(path, "rb+") as f:
+        f.truncate(int(fraction * os.path.getsize(path)))
+    with pytest.raises(ValueError, match="is truncated or not an HDF5 file"):
+        with FeatureFile(path) as f:
+            f.read(np.arange(N))
+
+
+def test_file_cut_off_while_open(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.ones((5000, 64), np.float32), np.zeros(5000))
+    with FeatureFile(path) as f:
+        os.truncate(path, 400000)
+        with pytest.raises(ValueError, match="f.hdf5 is truncated: it ends before byte"):
+            f.read([1, 4999])
+
+
+def edit(path, **datasets):
+    with h5py.File(path, "r+") as f:
+        for name, value in datasets.items():
+            del f[name]
+            if value is not None:
+                f[name] = value
+
+
+@pytest.mark.parametrize("datasets, message", [
+    (dict(all_feats=None), "no 2-dimensional dataset 'all_feats'"),
+    (dict(all_feats=np.zeros(9, "f4")), "no 2-dimensional dataset 'all_feats'"),
+    (dict(all_labels=None), "no 1-dimensional dataset 'all_labels'"),
+    (dict(count=None), "no 1-dimensional dataset 'count'"),
+    (dict(count=np.zeros(0, "i4")), "'count' is empty"),
+    (dict(count=np.array([99], "i4")), "count is 99, but all_feats has 20 rows and all_labels 20"),
+    (dict(count=np.array([-1], "i4")), "count is -1"),
+    (dict(all_labels=np.zeros(19, "i4")), "all_labels 19"),
+    (dict(all_feats=np.zeros((20, 3), "i4")), "all_feats holds int32, floating point was expected"),
+])
+def test_files_of_another_shape(tmp_path, datasets, message):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.zeros((20, 3), np.float32), np.zeros(20))
+    edit(path, **datasets)
+    with pytest.raises(ValueError, match=message):
+        FeatureFile(path)
+
+
+def test_empty_file(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.zeros((0, 3), np.float32), np.zeros(0))
+    with FeatureFile(path) as f:
+        assert f.n == 0 and f.read([]).shape == (0, 3) and list(f.slabs()) == []
+
+
+def test_map_matrix(tmp_path):
+    path = str(tmp_path / "m.raw")
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    x.tofile(path)
+    m = map_matrix(path, np.float32, 3)
+    assert np.array_equal(m, x) and not m.flags.writeable
+    assert len(map_matrix(path, np.float32, 3, rows=4)) == 4 and len(map_matrix(path, np.float32, 3, rows=2)) == 4
+    for arguments, message in [((5,), "48 bytes, a multiple of 20 expected"), ((3, 5), r"at least 60 \(5 rows of 12\)"),
+                               ((5, 2, "make it"), "expected: truncated or of another shape: make it makes it")]:
+        with pytest.raises(ValueError, match=message):
+            map_matrix(path, np.float32, *arguments)
+    open(path, "w").close()
+    with pytest.raises(ValueError, match="has 0 bytes"):
+        map_matrix(path, np.float32, 3)
+    with pytest.raises(ValueError, match="gone does not exist: train makes it"):
+        map_matrix(str(tmp_path / "gone"), np.float32, 3, maker="train")
+
+
+def test_normalise_rows():
+    x = np.array([[3, 4], [0, 0], [0, -2]], np.float32)
+    assert normalise_rows(x) is x and np.allclose(x, [[.6, .8], [0, 0], [0, -1]])
+    assert normalise_rows(np.zeros((0, 5), np.float32)).shape == (0, 5)
+
+
+def test_normalised_rows_of_several_matrices(tmp_path):
+    rs = np.random.RandomState(0)
+    parts = [rs.randn(n, 4).astype(np.float32) for n in (5, 0, 3, 1)]
+    x = NormalisedRows(*parts)
+    full = normalise_rows(np.concatenate(parts))
+    assert len(x) == 9 and x.shape == (9, 4)
+    for i, j in [(0, 9), (0, 5), (4, 6), (5, 5), (7, 9), (8, 9), (3, 100)]:
+        assert np.allclose(x[i:j], full[i:j]) and x[i:j].shape == full[i:j].shape
+    with pytest.raises(IndexError):
+        x[::2]
+    path = str(tmp_path / "m.raw")
+    parts[2][1, 2] = np.nan
+    parts[2].tofile(path)
+    with pytest.raises(ValueError, match="m.raw: row 1 holds NaN"):
+        NormalisedRows(parts[0], map_matrix(path, np.float32, 4))[2:8]
+
+
+def test_data_directory_is_the_same_each_time(tmp_path):
+    a, b = (make_data_directory(tmp_path / name, raw=True, pca_dim=16) for name in "ab")
+    names = [os.path.relpath(os.path.join(folder, f), a) for folder, _, files in os.walk(a) for f in files]
+    assert {"features/f100m/PCAR16.vt", "features/f100m/block1.hdf5", "label_idx.json"} < set(names)
+    for name in names:
+        with open(os.path.join(a, name), "rb") as f, open(os.path.join(b, name), "rb") as g:
+            assert f.read() == g.read(), name
+    x = np.concatenate([read_features(os.path.join(a, f"features/f100m/block{i}.hdf5"))[0] for i in (0, 1)])
+    assert x.shape == (500, 64) and (x >= 0).all()
+    assert map_matrix(os.path.join(a, "features/f100m/concatenated_PCAR16.raw"), np.float32, 16).shape == (500, 16)

@@ -1,0 +1,182 @@
+"""What scripts share: arguments, one-line errors, progress, outputs that are whole or absent."""
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from lowshot import script  # noqa: E402
+from lowshot.script import Parser, Progress, available_memory, clock, number, peak_memory, read_json, size, \
+    whole, write_json  # noqa: E402
+
+
+@pytest.mark.parametrize("kind, low, high, text, value", [
+    (int, 1, None, "1", 1), (int, None, None, "-3", -3), (float, 0, 1, "1", 1.0), (float, 0, None, "1e-3", 1e-3)])
+def test_number_takes(kind, low, high, text, value):
+    assert number(kind, low, high)(text) == value
+
+
+@pytest.mark.parametrize("kind, low, high, text, message", [
+    (int, 1, None, "0", "0 must be at least 1"), (int, 1, 5, "6", "at least 1 and at most 5"),
+    (int, 1, None, "1.5", "'1.5' is not a whole number"), (float, None, None, "x", "'x' is not a number"),
+    (float, 0, None, "nan", "nan must be"), (float, None, 1, "inf", "at most 1")])
+def test_number_refuses(kind, low, high, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        number(kind, low, high)(text)
+
+
+def test_parser_help_is_the_docstring_with_defaults(capsys):
+    parser = Parser("Title.\n\n    python x.py --k 3\n", prog="x.py")
+    parser.add_argument("--k", type=number(int, 1), default=30, help="neighbours")
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and "\n    python x.py --k 3\n" in out and "neighbours (default: 30)" in out
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(["--k", "0"])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err == "x.py: error: argument --k: 0 must be at least 1 (see --help)\n"
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("main, status, text", [
+    (lambda: None, None, ""), (lambda: 3, 3, ""),
+    (raising(ValueError("a\n  b")), 1, ": error: a b\n"),
+    (raising(FileNotFoundError(2, "No such file", "x.bin")), 1, "No such file: 'x.bin'\n"),
+    (raising(MemoryError()), 1, ": error: MemoryError\n"),
+    (raising(KeyboardInterrupt()), 130, ": interrupted\n")])
+def test_run_turns_errors_into_one_line(main, status, text, capsys):
+    with pytest.raises(SystemExit) as e:
+        script.run(main)
+    err = capsys.readouterr().err
+    assert e.value.code == status and err.endswith(text) and err.count("\n") == (1 if text else 0)
+
+
+def test_run_lets_our_own_mistakes_through():
+    with pytest.raises(KeyError):
+        script.run(raising(KeyError("x")))
+
+
+def test_run_can_show_the_traceback(monkeypatch):
+    monkeypatch.setenv("LOWSHOT_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        script.run(raising(ValueError("x")))
+
+
+def test_output_into_a_closed_pipe_is_no_traceback():
+    code = "from lowshot.script import *\ndef main():\n  while True: log('line')\nrun(main)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(20) == 1
+    process.stderr.close()
+
+
+def test_whole_appears_only_when_it_ended_well(tmp_path):
+    path = tmp_path / "new" / "out.npz"
+    with whole(str(path)) as temporary:
+        assert os.path.dirname(temporary) == str(path.parent) and temporary.endswith(".tmp.npz")
+        with open(temporary, "w") as f:
+            f.write("first")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with pytest.raises(RuntimeError):
+        with whole(str(path)) as temporary:
+            with open(temporary, "w") as f:
+                f.write("sec")
+            raise RuntimeError
+    assert path.read_text() == "first" and os.listdir(path.parent) == ["out.npz"]
+
+
+def test_whole_under_a_kill(tmp_path):
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+    code = ("import sys, time\nfrom lowshot.script import *\nwith whole(sys.argv[1]) as t, open(t, 'wb') as f:\n"
+            "  f.write(b'half'); f.flush(); log('written'); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert path.read_bytes() == b"old"
+
+
+def test_write_json_refuses_nan_and_keeps_the_old(tmp_path):
+    path = str(tmp_path / "r.json")
+    write_json(path, {"a": [1, 2.5]})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": [1, 2.5]} and os.listdir(tmp_path) == ["r.json"]
+    with open(path, "w") as f:
+        f.write('{"a": ')
+    with pytest.raises(ValueError, match="r.json is not valid JSON"):
+        read_json(path)
+
+
+def test_clock_and_size():
+    assert [clock(s) for s in (4.21, 59.94, 185, 7620, float("nan"))] == ["4.2s", "59.9s", "3m05s", "2h07m", "?"]
+    assert [size(n) for n in (12_300_000, 3_214_000_000)] == ["12.3 MB", "3.21 GB"]
+
+
+def test_progress_shows_done_total_and_remaining(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with Progress(200, "images", start=100) as progress:
+        progress.update(110)
+        assert capsys.readouterr().err == ""            # nothing in the first seconds
+        now[0] += 20
+        progress.advance(10)
+        assert capsys.readouterr().err == "  120/200 images, 20.0s elapsed, 1m20s left\n"
+        now[0] += 1
+        progress.update(150)
+        assert capsys.readouterr().err == ""
+        progress.update(200)
+    assert capsys.readouterr().err == "  200/200 images, 21.0s elapsed, 0.0s left\n"
+
+
+def test_progress_on_a_terminal_stays_on_one_line(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(3, "rows") as progress:
+        for i in range(1, 4):
+            now[0] += 2
+            progress.update(i)
+    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().count("\r") == 4
+
+
+def test_short_work_shows_no_progress(capsys):
+    with Progress(3, "rows") as progress:
+        progress.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_provenance_is_ready_for_json(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/stage.py"])
+    args = argparse.Namespace(k=30, lr=[0.1])
+    p = json.loads(json.dumps(script.provenance(args)))
+    assert p["script"] == "stage.py" and p["arguments"] == {"k": 30, "lr": [0.1]} and p["cpus"] >= 1
+    script.print_header(args, predicted_memory="1.00 GB")
+    out = capsys.readouterr().out
+    assert out.startswith("stage.py ") and "k=30" in out and out.endswith("predicted_memory=1.00 GB\n")
+
+
+def test_memory_figures():
+    code = "from lowshot.script import *\na = peak_memory(); x = b'1' * 300_000_000; print(peak_memory() - a)"
+    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert 2.9e8 < grown < 3.3e8 and peak_memory() > 5e6
+    assert 0 <= available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
