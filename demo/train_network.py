@@ -33,7 +33,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # as save_features.p
 def arguments():
     parser = Parser(__doc__)
     parser.add_argument("--model", default="ResNet10", help="ResNet10, ResNet18, ResNet34, ResNet50 or ResNet101")
-    parser.add_argument("--epochs", type=number(int, 1), default=14, help="passes over the training images")
+    parser.add_argument("--epochs", type=number(int, 1), default=6,
+                        help="passes over the training images; more give better features (14: accuracy 0.79 instead of "
+                             "0.62), with which logistic regression comes closer to diffusion")
     parser.add_argument("--batchsize", type=number(int, 2), default=64, help="images per step")
     parser.add_argument("--lr", type=number(float, 0), default=0.001, help="highest learning rate of the cycle")
     parser.add_argument("--wd", type=number(float, 0), default=0.05, help="weight decay")
