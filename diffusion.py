@@ -105,10 +105,14 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nd, k, niter, dim, nnew, width):
-    """Peak of this process in bytes."""
-    graph = n * k * (4 + 4) + 2 * n * k * 4 + n * 24
-    return 250e6 + max(graph, 2 * n * k * 4 + 2 * n * width * 4)
+def predict_memory(n, nt, nbase, k, dim, stored, width=64):
+    """Peak memory of this process in bytes: the largest of its steps."""
+    vectors = 4 * dim * (nbase + nt)
+    lists = 8 * k * (n + nt)                    # I and D
+    entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
+    steps = {"complete": vectors + lists, "symmetrise": 4 * k * n + entries + 24 * n,
+             "diffuse": entries + 24 * n + 2 * 4 * width * n}
+    return int(90e6 + max(steps.values()))
 
 
 def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report):
@@ -201,7 +205,7 @@ def main():
     # after the arguments: these load faiss and the compiled library
     from graph_utils import BestClasses
     from lowshot.backends import choose_backend
-    from lowshot.completion import add_novel, fixed_part, fixed_vectors, read_features
+    from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
@@ -210,15 +214,21 @@ def main():
     with FeatureFile(ddir.val) as f:
         test_rows, test_labels = test_images(f.labels(), split)
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
-    print_header(args, predicted_memory=size(predict_memory(n, nt, C, args.k, args.niter, args.dim, nl - nbase, 64)))
+    key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
+    fixed = None if args.nocache else key.stored()
+    predicted = predict_memory(n, nt, nbase, args.k, args.dim, fixed is not None)
+    print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
 
     # ---- the graph over all images; nodes are numbered background, base, novel
-    fixed = fixed_part(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows, log, not args.nocache)
-    steps.done("graph of background and base images")
+    if fixed:
+        log(f"graph of background and base images: from {key.folder}")
+    else:
+        fixed = key.make() if args.nocache else key.stored_or_made()
+        steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
-    graph = add_novel(fixed.graph, fixed_vectors(ddir, args.nbg, args.dim, fixed.base), novel, fixed.test)
+    graph = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
     steps.done("novel images added to the graph")
     # near nodes get near rows of W: node i becomes row rank[i]
     rank = np.arange(n, dtype=np.int32)
@@ -231,7 +241,7 @@ def main():
     seeds = rank[args.nbg:]
     # L as stored has the labelled images first
     stored_order = np.concatenate([rank[args.nbg:], rank[:args.nbg]])
-    del fixed, graph
+    del fixed, graph, novel
     mass = W.mass()
     steps.done("W = W0 + W0^T")
     record.update(nodes=n, nlabelled_images=nl, ntest=nt, nclass=C, entries=W.nnz, test_nodes=len(test_nodes))

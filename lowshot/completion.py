@@ -6,8 +6,8 @@ kept under $DDIR/knngraph/, keyed by what it was made from; only the novel image
 """
 import contextlib
 import fcntl
+import glob
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowshot import knn
-from lowshot.features import FeatureFile, NormalisedRows, map_matrix, normalise_rows
+from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
 from lowshot.pca import load_pca
-from lowshot.script import Progress, write_json
+from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 1
+BLOCK = 65536
 
 
 @dataclass
@@ -46,25 +47,24 @@ def read_features(path, rows, pca_path, what):
         return f.read(rows, lambda x: normalise_rows(pca.apply(x)), progress.update)
 
 
-def read_background_graph(ddir, nbg, k):
-    """Memory maps I, D (nbg, k) of the stored background graph, first k columns."""
+def read_background_graph(ddir, nbg, k, I, D):
+    """Read the first k columns of the stored background graph into I, D (nbg, k)."""
     path_I, path_D, columns = ddir.find_graph(nbg, k)
     maker = f"python build_graph.py {nbg} --k {columns}"
-    maps = []
-    for path, dtype in ((path_I, "<i4"), (path_D, "<f4")):
-        m = map_matrix(path, dtype, columns, nbg, maker)
-        if len(m) != nbg:
-            raise ValueError(f"{path} has {len(m)} rows, {nbg} expected: {maker} makes it")
-        maps.append(m[:, :k])
-    return maps
+    for path, dtype, out in ((path_I, "<i4", I), (path_D, "<f4", D)):
+        rows = matrix_rows(path, dtype, columns, nbg, maker)
+        if rows != nbg:
+            raise ValueError(f"{path} has {rows} rows, {nbg} expected: {maker} makes it")
+        matrix = MatrixFile(path, dtype, columns, nbg)
+        for i in range(0, nbg, BLOCK):
+            out[i:i + BLOCK] = matrix[i:i + BLOCK][:, :k]
 
 
 def fixed_vectors(ddir, nbg, dim, base):
     """Vectors of the background and, after it, of the base images, normalised as they are read."""
     if not nbg:
         return NormalisedRows(base)
-    raw = map_matrix(ddir.raw(dim), "<f4", dim, nbg, "python train_apply_pca.py apply")
-    return NormalisedRows(raw[:nbg], base)
+    return NormalisedRows(MatrixFile(ddir.raw(dim), "<f4", dim, nbg, "python train_apply_pca.py apply"), base)
 
 
 def fixed_graph(ddir, nbg, k, x, base, test):
@@ -76,7 +76,7 @@ def fixed_graph(ddir, nbg, k, x, base, test):
     D = np.full((n, k), -np.inf, np.float32)
     I = np.full((n, k), -1, np.int32)
     if nbg:
-        I[:nbg], D[:nbg] = read_background_graph(ddir, nbg, k)
+        read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg])
     if n < knn.EXACT_BELOW:
         with Progress(nbg, "background images compared with base images") as progress:
             D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress.update)
@@ -86,23 +86,23 @@ def fixed_graph(ddir, nbg, k, x, base, test):
     raise NotImplementedError
 
 
-def add_novel(graph, x, novel, test):
+def add_novel(fixed, x, novel):
     """The graph with the novel images as further nodes, numbered after the others.
 
     Exact: each novel image is compared with all nodes, which also tells whose neighbour it becomes.
-    x: vectors of graph's nodes; novel float32 (m, d), test float32 (nt, d). graph.D may be a copy-on-write map; it is
-    changed.
+    fixed: FixedPart; x: vectors of its nodes; novel float32 (m, d).
     """
-    (n, k), m = graph.I.shape, len(novel)
-    I = np.empty((n + m, k), np.int32)
-    I[:n] = graph.I
+    I = fixed.load("I", room=len(novel))        # (n + m, k)
+    D = fixed.load("D")
+    (n, k), test = D.shape, fixed.load("test")
     with Progress(n, "nodes compared with novel images") as progress:
-        new_D, I[n:] = knn.cross_insert(novel, x, graph.D, I[:n], n, k, progress.update)
+        _, I[n:] = knn.cross_insert(novel, x, D, I[:n], n, k, progress.update)
     found_D, found_I = knn.exact_knn(test, novel, k)
     found_I[found_I >= 0] += n
-    test_D, test_I = knn.merge_neighbours(graph.test_D, graph.test_I, found_D, found_I, k)
-    order = None if graph.order is None else np.concatenate([graph.order, np.arange(n, n + m, dtype=np.int32)])
-    return Graph(I, None, test_I, test_D, order)
+    _, test_I = knn.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
+    order = fixed.load("order")
+    order = np.concatenate([order, np.arange(n, n + len(novel), dtype=np.int32)]) if len(order) else None
+    return Graph(I, None, test_I, None, order)
 
 
 def file_identity(path):
@@ -114,83 +114,99 @@ def file_identity(path):
 class FixedPart:
     """The part of a run that no seed changes: vectors of base and test images, and their completed graph.
 
-        part = fixed_part(...)
-        part.base, part.test, part.graph
+    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D as in Graph, order (empty for none); in memory, or in the
+    files of a folder, from where they are read when asked for.
     """
 
-    ARRAYS = ("base", "test", "I", "D", "test_I", "test_D", "order")
+    NAMES = ("base", "test", "I", "D", "test_I", "test_D", "order")
 
-    def __init__(self, arrays):
-        self.base, self.test = arrays["base"], arrays["test"]       # (nb, d), (nt, d)
-        self.graph = Graph(*(arrays[name] for name in self.ARRAYS[2:]))
+    def __init__(self, arrays=None, folder=None):
+        self.arrays, self.folder = arrays, folder
+
+    def load(self, name, room=0):
+        """The array, with `room` more rows of arbitrary content at its end. In memory it is handed out once."""
+        if self.folder is None:
+            a = self.arrays[name]
+            return np.concatenate([a, np.empty((room, *a.shape[1:]), a.dtype)]) if room else a
+        path = os.path.join(self.folder, name + ".npy")
+        shape, dtype, offset = npy_header(path)
+        a = np.empty((shape[0] + room, *shape[1:]), dtype)
+        with open(path, "rb") as f:
+            read_into(f.fileno(), a[:shape[0]], offset, path)
+        return a
 
 
-def fixed_part(ddir, mode, nbg, k, dim, base_rows, test_rows, log, cache=True):
-    """Return the FixedPart, from the stored one if it was made from the same files and rows.
+def npy_header(path):
+    """(shape, dtype, offset of the data) of a .npy file in C order; ValueError where it is not whole."""
+    with open(path, "rb") as f:
+        np.lib.format.read_magic(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        offset = f.tell()
+    if fortran or dtype.hasobject or os.path.getsize(path) != offset + dtype.itemsize * int(np.prod(shape)):
+        raise ValueError(f"{path} is truncated")
+    return shape, dtype, offset
 
-    base_rows: rows of train.hdf5; test_rows: rows of val.hdf5. cache=False neither reads nor writes it.
+
+class FixedKey:
+    """What the fixed part of a run is made from, and where it is kept.
+
+    base_rows: rows of train.hdf5; test_rows: rows of val.hdf5.
     """
-    sources = [ddir.train, ddir.val, ddir.pca(dim)]
-    if nbg:
-        sources += [ddir.raw(dim), *ddir.find_graph(nbg, k)[:2]]
-        if os.path.exists(ddir.index(nbg)):
-            sources.append(ddir.index(nbg))
-    for path in sources:
-        if not os.path.exists(path):
-            raise ValueError(f"{path} does not exist")
-    key = {"version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": [file_identity(p) for p in sources],
-           "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}
-    folder = ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}")
 
-    def make():
-        base = read_features(ddir.train, base_rows, ddir.pca(dim), "base images read")
-        test = read_features(ddir.val, test_rows, ddir.pca(dim), "test images read")
-        graph = fixed_graph(ddir, nbg, k, fixed_vectors(ddir, nbg, dim, base), base, test)
-        return dict(base=base, test=test, **{name: getattr(graph, name) for name in FixedPart.ARRAYS[2:]})
+    def __init__(self, ddir, mode, nbg, k, dim, base_rows, test_rows):
+        self.ddir, self.nbg, self.k, self.dim = ddir, nbg, k, dim
+        self.base_rows, self.test_rows = base_rows, test_rows
+        sources = [ddir.train, ddir.val, ddir.pca(dim)]
+        if nbg:
+            sources += [ddir.raw(dim), *ddir.find_graph(nbg, k)[:2]]
+        for path in sources:
+            if not os.path.exists(path):
+                raise ValueError(f"{path} does not exist: train_apply_pca.py makes it")
+        self.made_from = {
+            "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": [file_identity(p) for p in sources],
+            "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}
+        self.folder = ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}")
 
-    if not cache:
-        return FixedPart(make())
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    with open(folder + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)        # runs that start together make it once
-        arrays = load_arrays(folder, key)
-        if arrays is None:
-            store_arrays(folder, key, make())
-            arrays = load_arrays(folder, key)
-        else:
-            log(f"completed graph of base images and background: from {folder}")
-    return FixedPart(arrays)
-
-
-def load_arrays(folder, key):
-    """The stored arrays as copy-on-write maps, or None where they were made from something else or are not whole."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
-        with open(os.path.join(folder, "made_from.json")) as f:
-            if json.load(f) != json.loads(json.dumps(key)):
+    def stored(self):
+        """The stored part, or None where it is missing, not whole, or made from something else."""
+        with contextlib.suppress(OSError, ValueError):
+            if read_json(os.path.join(self.folder, "made_from.json")) != self.made_from:
                 return None
-        arrays = {}
-        for name in FixedPart.ARRAYS:
-            path = os.path.join(folder, name + ".npy")
-            if name != "order" or os.path.exists(path):
-                empty = np.load(path, mmap_mode="r").size == 0
-                arrays[name] = np.load(path, mmap_mode=None if empty else "c")
-            else:
-                arrays[name] = None
-        return arrays
-    return None
+            for name in FixedPart.NAMES:
+                npy_header(os.path.join(self.folder, name + ".npy"))
+            return FixedPart(folder=self.folder)
+        return None
 
+    def make(self):
+        """Compute the fixed part. Its arrays are in memory."""
+        base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")
+        test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
+        graph = fixed_graph(self.ddir, self.nbg, self.k, fixed_vectors(self.ddir, self.nbg, self.dim, base), base, test)
+        order = np.empty(0, np.int32) if graph.order is None else graph.order
+        return FixedPart(dict(base=base, test=test, I=graph.I, D=graph.D, test_I=graph.test_I, test_D=graph.test_D,
+                              order=order))
 
-def store_arrays(folder, key, arrays):
-    """Write the arrays to a folder that appears under its name only when it is whole."""
-    temporary = f"{folder}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
-        for name, a in arrays.items():
-            if a is not None:
-                np.save(os.path.join(temporary, name + ".npy"), a)
-        write_json(os.path.join(temporary, "made_from.json"), key)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def stored_or_made(self):
+        """The stored part, made first where there is none; runs that start together make it once."""
+        os.makedirs(os.path.dirname(self.folder), exist_ok=True)
+        with open(self.folder + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.stored() is None:
+                self._store(self.make())
+            return self.stored()
+
+    def _store(self, part):
+        """Write the arrays to a folder that appears under its name only when it is whole."""
+        for left_behind in glob.glob(glob.escape(self.folder) + ".*.tmp"):     # by killed processes
+            shutil.rmtree(left_behind, ignore_errors=True)
+        temporary = f"{self.folder}.{os.getpid()}.tmp"
+        os.makedirs(temporary)
+        try:
+            for name in FixedPart.NAMES:
+                with whole(os.path.join(temporary, name + ".npy")) as path:
+                    np.save(path, np.ascontiguousarray(part.arrays[name]))
+            write_json(os.path.join(temporary, "made_from.json"), self.made_from)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.rename(temporary, self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -87,8 +87,7 @@ class FeatureFile:
             starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]]) if len(rows) else [0]
             width = 4 * self.d
             for start, stop in zip(starts[:-1], starts[1:]):
-                self._read_bytes(memoryview(out[start:stop].reshape(-1)).cast("B"),
-                                 self._offset + int(rows[start]) * width)
+                read_into(self._fd, out[start:stop], self._offset + int(rows[start]) * width, self.path)
             return out
         feats = self.file["all_feats"]
         # read whole stretches and pick: h5py takes index lists one row at a time
@@ -101,14 +100,6 @@ class FeatureFile:
             out[start:stop] = x[rows[start:stop] - first]
             start = stop
         return out
-
-    def _read_bytes(self, buffer, position):
-        done = 0
-        while done < len(buffer):
-            got = os.preadv(self._fd, [buffer[done:]], position + done)
-            if got <= 0:
-                raise ValueError(f"{self.path} is truncated: it ends before byte {position + len(buffer)}")
-            done += got
 
     def _checked(self, x, rows):
         x = np.ascontiguousarray(x, np.float32)
@@ -133,11 +124,22 @@ class FeatureFile:
         self.close()
 
 
-def map_matrix(path, dtype, columns, rows=None, maker=None):
-    """Memory-map a headerless row-major matrix, after checking its size.
+def read_into(fd, array, position, path):
+    """Fill a C-contiguous array with the bytes of an open file from `position` on."""
+    buffer = memoryview(array.reshape(-1)).cast("B")
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:done + (1 << 30)]], position + done)
+        if got <= 0:
+            raise ValueError(f"{path} is truncated: it ends before byte {position + len(buffer)}")
+        done += got
+
+
+def matrix_rows(path, dtype, columns, rows=None, maker=None):
+    """Check the size of a headerless row-major matrix and return its number of rows.
 
     rows: rows the file must have at least, or None. maker: command line that makes the file, for the error text.
-    Returns a read-only (n, columns) array, n being what the file holds. Raises ValueError on a wrong size.
+    Raises ValueError on a wrong size.
     """
     hint = f": {maker} makes it" if maker else ""
     if not os.path.exists(path):
@@ -147,7 +149,38 @@ def map_matrix(path, dtype, columns, rows=None, maker=None):
     if have % width or (rows is not None and have < rows * width) or have == 0:
         want = f"at least {rows * width} ({rows} rows of {width})" if rows else f"a multiple of {width}"
         raise ValueError(f"{path} has {have} bytes, {want} expected: truncated or of another shape{hint}")
-    return np.memmap(path, dtype, "r", shape=(have // width, columns))
+    return have // width
+
+
+def map_matrix(path, dtype, columns, rows=None, maker=None):
+    """Memory-map a headerless row-major matrix read-only, (n, columns), after checking its size (see matrix_rows)."""
+    return np.memmap(path, dtype, "r", shape=(matrix_rows(path, dtype, columns, rows, maker), columns))
+
+
+class MatrixFile:
+    """The first `rows` rows of a headerless matrix, read where they are asked for: x[i:j] is a new array (j - i, columns).
+
+    Plain reads, unlike those of a memory map, do not count as this process's memory.
+    """
+
+    def __init__(self, path, dtype, columns, rows, maker=None):
+        matrix_rows(path, dtype, columns, rows, maker)
+        self.filename, self.dtype, self.shape = path, np.dtype(dtype), (rows, columns)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise IndexError("only stretches of rows can be read")
+        x = np.empty((max(stop - start, 0), self.shape[1]), self.dtype)
+        fd = os.open(self.filename, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            read_into(fd, x, start * self.shape[1] * self.dtype.itemsize, self.filename)
+        finally:
+            os.close(fd)
+        return x
 
 
 class NormalisedRows:

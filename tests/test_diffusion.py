@@ -125,20 +125,20 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
     write_background_graph(root, 60, 8)
     arguments = ["--nbg", 60, "--k", 8, "--niter", 2]
     first = diffusion(root, *arguments)
-    assert "from " not in first and "from " in diffusion(root, *arguments)
+    assert "images: from " not in first and "images: from " in diffusion(root, *arguments)
     raw = os.path.join(root, f"features/f100m/concatenated_PCAR{DIM}.raw")
     x = np.fromfile(raw, np.float32)
     x[::3] *= -1
     x.tofile(raw)
     write_background_graph(root, 60, 8)
     changed = diffusion(root, *arguments)
-    assert "from " not in changed and printed(changed) != printed(first)
+    assert "images: from " not in changed and printed(changed) != printed(first)
     # a truncated array of the stored graph is not taken for whole
     folder = os.path.join(root, f"knngraph/completed_val_ndis60_k8_d{DIM}")
     with open(os.path.join(folder, "I.npy"), "rb+") as f:
         f.truncate(200)
     again = diffusion(root, *arguments)
-    assert "from " not in again and printed(again) == printed(changed)
+    assert "images: from " not in again and printed(again) == printed(changed)
 
 
 def test_examples(ddir, tmp_path):
