@@ -1,1 +1,692 @@
 #include "neighbours.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+using tiles::kTile;
+
+constexpr uint32_t kNumber = 0x7fffffffu;       // numbers, and the mask of them in a key
+constexpr uint32_t kNew = 0x80000000u;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int64_t kGroup = 1024;                // queries whose cells are searched together
+
+bool want_amx = true;
+
+// Calls body(i0, i1) on blocks of [0, n) in parallel, with a thread's own Scratch; the first exception is thrown again.
+template <class Scratch, class Body>
+void parallel_blocks(int64_t n, int64_t block, Body body) {
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+    const int64_t nblock = (n + block - 1) / block;
+#pragma omp parallel
+    {
+        std::unique_ptr<Scratch> scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = 0; b < nblock; b++) {
+            if (failed) continue;
+            try {
+                if (!scratch) scratch.reset(new Scratch());
+                body(b * block, std::min(n, (b + 1) * block), *scratch);
+            } catch (...) {
+                if (!failed.exchange(true)) error = std::current_exception();
+            }
+        }
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+struct Nothing {};
+
+// ---- keys
+
+inline uint64_t key_of(float s, uint32_t low) {
+    uint32_t bits;
+    std::memcpy(&bits, &s, 4);
+    bits ^= (uint32_t)((int32_t)bits >> 31) | 0x80000000u;
+    return (uint64_t)bits << 32 | low;
+}
+
+inline float product_of(uint64_t key) {
+    if (!key) return kNone;
+    uint32_t bits = (uint32_t)(key >> 32);
+    bits ^= bits & 0x80000000u ? 0x80000000u : 0xffffffffu;
+    float s;
+    std::memcpy(&s, &bits, 4);
+    return s;
+}
+
+inline uint32_t number_of(uint64_t key) { return kNumber - ((uint32_t)key & kNumber); }
+
+// Memory aligned for whole vectors.
+template <class T>
+class Buffer {
+  public:
+    void reserve(size_t n) {
+        if (n <= size_) return;
+        data_.reset();
+        data_.reset(static_cast<T*>(::operator new(n * sizeof(T) + 64, std::align_val_t(64))));
+        size_ = n;
+    }
+    T* get() { return data_.get(); }
+
+  private:
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T, Free> data_;
+    size_t size_ = 0;
+};
+
+// The best K keys of each of a group of queries, as they come. A list is cut back to K when it is full, so that a
+// candidate costs a comparison, and one that passes a few operations more.
+class Lists {
+  public:
+    void start(int64_t n, int64_t K) {
+        K_ = K;
+        room_ = K == 1 ? 1 : K + std::max<int64_t>(K, 16);
+        keys_.reserve(n * room_);
+        count.assign(n, 0);
+        worst.assign(n, kNone);
+    }
+    void add(int64_t i, float s, uint32_t number) { add(i, key_of(s, kNumber - number)); }
+    void add(int64_t i, uint64_t key) {
+        uint64_t* list = keys_.get() + i * room_;
+        if (K_ == 1) {
+            if (!count[i] || key > *list) *list = key;
+            count[i] = 1;
+            worst[i] = product_of(*list);
+            return;
+        }
+        list[count[i]++] = key;
+        if (count[i] == room_) cut(i);
+    }
+    // The K best, or all; in no order.
+    uint64_t* best(int64_t i) {
+        if (count[i] > K_) cut(i);
+        return keys_.get() + i * room_;
+    }
+    void load(int64_t i, const int64_t* keys) {
+        for (int64_t j = 0; j < K_; j++)
+            if (keys[j]) add(i, (uint64_t)keys[j]);
+        if (K_ > 1 && count[i] == K_) cut(i);
+    }
+    void store(int64_t i, int64_t* keys) {
+        const uint64_t* list = best(i);
+        for (int64_t j = 0; j < K_; j++) keys[j] = j < count[i] ? (int64_t)list[j] : 0;
+    }
+
+    std::vector<int32_t> count;
+    std::vector<float> worst;
+
+  private:
+    void cut(int64_t i) {
+        uint64_t* list = keys_.get() + i * room_;
+        std::nth_element(list, list + K_ - 1, list + count[i], std::greater<uint64_t>());
+        count[i] = (int32_t)K_;
+        worst[i] = product_of(list[K_ - 1]);
+    }
+
+    int64_t K_ = 0, room_ = 0;
+    Buffer<uint64_t> keys_;
+};
+
+// Products of gathered queries with stretches of base vectors. The queries are what is packed in panels: AMX reads the
+// base vectors where they are, as there may be few queries for a long stretch.
+template <class Kernel>
+class Scanner {
+  public:
+    Scanner() { Kernel::begin(); }
+    ~Scanner() { Kernel::end(); }
+
+    // Takes m queries; query(i) is the vector of the i-th, list_of(i) its number in `lists`.
+    template <class Query, class ListOf>
+    void queries(int64_t m, int64_t np, Query query, ListOf list_of) {
+        const int64_t padded = (m + kTile - 1) / kTile * kTile;
+        bytes_ = Kernel::bytes(np);
+        panels_.reserve(padded * bytes_);
+        rows_.reserve(kTile * bytes_);
+        list_.resize(padded);
+        const uint32_t* source[kTile];
+        for (int64_t i = 0; i < m; i += kTile) {
+            for (int64_t c = 0; c < kTile; c++) source[c] = query(std::min(i + c, m - 1));
+            Kernel::panel(source, np, panels_.get() + i * bytes_);
+        }
+        for (int64_t i = 0; i < m; i++) list_[i] = (int32_t)list_of(i);
+        m_ = m;
+        np_ = np;
+    }
+
+    // Compares them with rows first .. last - 1 of X.
+    void scan(const uint32_t* X, int64_t first, int64_t last, int64_t offset, Lists& lists) {
+        worst_.resize(list_.size());
+        for (int64_t i = 0; i < m_; i++) worst_[i] = lists.worst[list_[i]];
+        for (size_t i = m_; i < list_.size(); i++) worst_[i] = std::numeric_limits<float>::infinity();
+        for (int64_t j = first; j < last; j += kTile) {
+            const int nr = (int)std::min<int64_t>(kTile, last - j);
+            const void* rows = Kernel::rows(X + j * np_, nr, np_, rows_.get());
+            for (int64_t i = 0; i < m_; i += kTile) {
+                Kernel::tile(rows, panels_.get() + i * bytes_, np_, products_);
+                float* worst = worst_.data() + i;
+                for (int r = 0; r < nr; r++) {
+                    const float* s = products_ + r * kTile;
+                    uint32_t better = tiles::above_each(s, worst);
+                    while (better) {
+                        const int c = __builtin_ctz(better);
+                        better &= better - 1;
+                        const int32_t list = list_[i + c];
+                        lists.add(list, s[c], (uint32_t)(offset + j + r));
+                        worst[c] = lists.worst[list];
+                    }
+                }
+            }
+        }
+    }
+
+    Lists lists;
+
+  private:
+    Buffer<char> rows_, panels_;
+    std::vector<int32_t> list_;
+    std::vector<float> worst_;
+    alignas(64) float products_[kTile * kTile];
+    int64_t m_ = 0, np_ = 0, bytes_ = 0;
+};
+
+void check_width(int64_t np) {
+    if (np <= 0 || np % 16) throw std::invalid_argument("bfloat16 vectors are padded to a multiple of 32 elements");
+}
+
+void check_numbers(int64_t n) {
+    if (n < 0 || n > (int64_t)kNumber) throw std::invalid_argument("at most 2^31 - 1 vectors");
+}
+
+template <class Kernel>
+void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* X, int64_t np, int64_t first,
+                     int64_t K, int64_t* keys) {
+    // few queries are divided among the threads; many go in groups whose lists stay in cache
+    const int64_t share = (nq / omp_get_max_threads() + kTile) / kTile * kTile;
+    parallel_blocks<Scanner<Kernel>>(nq, std::min(kGroup, share), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
+        scanner.lists.start(i1 - i0, K);
+        for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);
+        scanner.queries(i1 - i0, np, [&](int64_t i) { return Q + (i0 + i) * np; }, [](int64_t i) { return i; });
+        scanner.scan(X, 0, nb, first, scanner.lists);
+        for (int64_t i = i0; i < i1; i++) scanner.lists.store(i - i0, keys + i * K);
+    });
+}
+
+template <class Kernel>
+struct CellScratch {
+    Scanner<Kernel> coarse, fine;
+    std::vector<int64_t> first;                                 // where the queries of each cell begin in `members`
+    std::vector<int32_t> members, cells;
+    std::vector<std::pair<int32_t, int32_t>> visits;            // (cell, query)
+    std::vector<std::pair<float, int32_t>> order;
+};
+
+// Cells of query q in order of similarity until they hold `enough` vectors: for the rare query whose nprobe nearest
+// cells hold fewer.
+template <class Kernel>
+void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const uint32_t* centroids, int64_t nprobe,
+                int64_t enough, const int64_t* begin, const int64_t* end, CellScratch<Kernel>& t) {
+    t.order.clear();
+    for (int64_t c = 0; c < nlist; c++) {
+        float s = 0;
+        for (int64_t i = 0; i < np; i++)
+            s += tiles::lower(x[i]) * tiles::lower(centroids[c * np + i]) + tiles::upper(x[i]) * tiles::upper(centroids[c * np + i]);
+        t.order.emplace_back(-s, (int32_t)c);
+    }
+    std::sort(t.order.begin(), t.order.end());
+    int64_t have = 0;
+    for (int64_t i = 0; i < nlist && (i < nprobe || have < enough); i++) {
+        const int32_t c = t.order[i].second;
+        have += end[c] - begin[c];
+        t.visits.emplace_back(c, q);
+    }
+}
+
+template <class Kernel>
+void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
+                       int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const uint32_t* X,
+                       int64_t K, int64_t* keys) {
+    parallel_blocks<CellScratch<Kernel>>(nq, kGroup, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
+        const int64_t m = i1 - i0;
+        const uint32_t* group = Q + i0 * np;
+        t.coarse.lists.start(m, nprobe);
+        t.coarse.queries(m, np, [&](int64_t i) { return group + i * np; }, [](int64_t i) { return i; });
+        t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists);
+        t.visits.clear();
+        for (int64_t i = 0; i < m; i++) {
+            const uint64_t* best = t.coarse.lists.best(i);
+            const size_t before = t.visits.size();
+            int64_t have = 0;
+            for (int64_t j = 0; j < t.coarse.lists.count[i]; j++) {
+                const int32_t c = (int32_t)number_of(best[j]);
+                have += end[c] - begin[c];
+                t.visits.emplace_back(c, (int32_t)i);
+            }
+            if (have < enough && nprobe < nlist) {
+                t.visits.resize(before);
+                more_cells((int32_t)i, group + i * np, np, nlist, centroids, nprobe, enough, begin, end, t);
+            }
+        }
+        // queries by cell
+        t.first.assign(nlist + 1, 0);
+        for (const auto& visit : t.visits) t.first[visit.first + 1]++;
+        for (int64_t c = 0; c < nlist; c++) t.first[c + 1] += t.first[c];
+        t.members.resize(t.visits.size());
+        for (const auto& visit : t.visits) t.members[t.first[visit.first]++] = visit.second;
+        for (int64_t c = nlist; c > 0; c--) t.first[c] = t.first[c - 1];
+        t.first[0] = 0;
+        // the cells that most queries ask for are the nearest: taken first, they raise the bar for the others
+        t.cells.clear();
+        for (int64_t c = 0; c < nlist; c++)
+            if (t.first[c + 1] > t.first[c] && end[c] > begin[c]) t.cells.push_back((int32_t)c);
+        std::sort(t.cells.begin(), t.cells.end(), [&](int32_t a, int32_t b) {
+            const int64_t na = t.first[a + 1] - t.first[a], nb = t.first[b + 1] - t.first[b];
+            return na != nb ? na > nb : a < b;
+        });
+        Lists& lists = t.fine.lists;
+        lists.start(m, K);
+        for (int64_t i = 0; i < m; i++) lists.load(i, keys + (i0 + i) * K);
+        for (const int32_t c : t.cells) {
+            const int32_t* members = t.members.data() + t.first[c];
+            t.fine.queries(t.first[c + 1] - t.first[c], np, [&](int64_t i) { return group + members[i] * np; },
+                           [&](int64_t i) { return members[i]; });
+            t.fine.scan(X, begin[c], end[c], 0, lists);
+        }
+        for (int64_t i = 0; i < m; i++) lists.store(i, keys + (i0 + i) * K);
+    });
+}
+
+// ---- neighbours of neighbours
+
+inline uint32_t mixed(uint32_t x) {     // integer hash (Wellons' triple32 constants)
+    x ^= x >> 17;
+    x *= 0xed5ad4bbu;
+    x ^= x >> 11;
+    x *= 0xac4c1b51u;
+    x ^= x >> 15;
+    x *= 0x31848babu;
+    return x ^ x >> 14;
+}
+
+// The neighbours and reverse neighbours of one node, the new ones first.
+struct Neighbourhood {
+    std::vector<uint32_t> nodes;
+    int64_t nnew = 0;
+
+    template <class Sampled>
+    void gather(int64_t v, int64_t K, const int32_t* lists, const int64_t* offsets, const int32_t* reverse, int64_t R,
+                uint32_t seed, Sampled& sampled) {
+        nodes.clear();
+        for (int64_t j = 0; j < K; j++)
+            if (lists[v * K + j] != -1) nodes.push_back((uint32_t)lists[v * K + j]);
+        const size_t nforward = nodes.size();
+        sampled.clear();
+        for (int64_t e = offsets[v]; e < offsets[v + 1]; e++) {
+            const uint32_t u = (uint32_t)reverse[e];
+            bool known = false;
+            for (size_t j = 0; j < nforward; j++) known |= ((nodes[j] ^ u) & kNumber) == 0;
+            if (!known) sampled.emplace_back(mixed((u & kNumber) ^ mixed((uint32_t)v ^ seed)), u);
+        }
+        if ((int64_t)sampled.size() > R) {
+            std::nth_element(sampled.begin(), sampled.begin() + R, sampled.end());
+            sampled.resize(R);
+        }
+        for (const auto& entry : sampled) nodes.push_back(entry.second);
+        nnew = std::partition(nodes.begin(), nodes.end(), [](uint32_t u) { return u & kNew; }) - nodes.begin();
+        for (uint32_t& u : nodes) u &= kNumber;
+    }
+};
+
+template <class Kernel>
+struct JoinScratch {
+    JoinScratch() { Kernel::begin(); }
+    ~JoinScratch() { Kernel::end(); }
+    Neighbourhood now, next;
+    std::vector<std::pair<uint32_t, uint32_t>> sampled;
+    Buffer<char> rows, panel;
+    std::vector<float> worst;
+    alignas(64) float products[kTile * kTile];
+    int64_t inserted = 0;
+};
+
+class Inserter {
+  public:
+    Inserter(int64_t K, uint64_t* keys, float* worst) : K_(K), keys_(keys), worst_(worst), locks_(kLocks) {
+        for (auto& lock : locks_) lock.clear();
+    }
+
+    float worst(uint32_t a) const {
+        float s;
+        __atomic_load(worst_ + a, &s, __ATOMIC_RELAXED);
+        return s;
+    }
+
+    // Node b enters the list of a if it belongs there. The list is the best K of all that was offered, in any order.
+    bool offer(uint32_t a, uint32_t b, float s) {
+        const uint64_t key = key_of(s, kNew | (kNumber - b));
+        uint64_t* list = keys_ + (int64_t)a * K_;
+        // near nodes mostly know each other: that is seen without the lock, as entries are written in one piece and a
+        // better one never leaves for a worse
+        if (holds(list, key)) return false;
+        std::atomic_flag& lock = locks_[a % kLocks];
+        while (lock.test_and_set(std::memory_order_acquire)) {
+        }
+        int64_t least = 0;
+        for (int64_t j = 0; j < K_; j++)
+            if (list[j] < list[least]) least = j;
+        const bool enters = key > list[least] && !holds(list, key);
+        if (enters) {
+            list[least] = key;
+            float s = product_of(*std::min_element(list, list + K_));
+            __atomic_store(worst_ + a, &s, __ATOMIC_RELAXED);
+        }
+        lock.clear(std::memory_order_release);
+        return enters;
+    }
+
+  private:
+    // Whether the list has the key's node. An empty entry has number 2^31 - 1, which no node has.
+    bool holds(const uint64_t* list, uint64_t key) const {
+        uint64_t same = 0;
+        for (int64_t j = 0; j < K_; j++) same |= (uint64_t)(((list[j] ^ key) & kNumber) == 0);
+        return same;
+    }
+
+    static constexpr uint32_t kLocks = 1 << 14;
+    int64_t K_;
+    uint64_t* keys_;
+    float* worst_;
+    std::vector<std::atomic_flag> locks_;
+};
+
+template <class Kernel>
+void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& inserter, JoinScratch<Kernel>& t) {
+    const int64_t m = (int64_t)set.nodes.size(), bytes = Kernel::bytes(np);
+    const int64_t padded = (m + kTile - 1) / kTile * kTile;
+    t.rows.reserve(padded * bytes);
+    t.panel.reserve(kTile * bytes);
+    t.worst.resize(padded);
+    // a candidate as good as the worst may have the lower number, so the bound is just below
+    for (int64_t i = 0; i < m; i++) t.worst[i] = std::nextafter(inserter.worst(set.nodes[i]), kNone);
+    for (int64_t i = 0; i < set.nnew; i++) Kernel::row(X + (int64_t)set.nodes[i] * np, np, t.rows.get() + i * bytes);
+    const uint32_t* source[kTile];
+    for (int64_t j = 0; j < m; j += kTile) {
+        const int nc = (int)std::min<int64_t>(kTile, m - j);
+        for (int c = 0; c < kTile; c++) source[c] = X + (int64_t)set.nodes[j + std::min(c, nc - 1)] * np;
+        Kernel::panel(source, np, t.panel.get());
+        for (int64_t i = 0; i < set.nnew && i < j + kTile; i += kTile) {
+            Kernel::tile(t.rows.get() + i * bytes, t.panel.get(), np, t.products);
+            const int nr = (int)std::min<int64_t>(kTile, set.nnew - i);
+            for (int r = 0; r < nr; r++) {
+                const float* s = t.products + r * kTile;
+                // each pair once: columns after the row
+                uint32_t columns = nc == kTile ? ~0u : (1u << nc) - 1;
+                if (i + r >= j) columns &= i + r - j >= 31 ? 0u : ~0u << (i + r - j + 1);
+                const uint32_t a = set.nodes[i + r];
+                uint32_t better = tiles::above(s, t.worst[i + r]) & columns;
+                while (better) {
+                    const int c = __builtin_ctz(better);
+                    better &= better - 1;
+                    t.inserted += inserter.offer(a, set.nodes[j + c], s[c]);
+                }
+                better = tiles::above_each(s, t.worst.data() + j) & columns;
+                while (better) {
+                    const int c = __builtin_ctz(better);
+                    better &= better - 1;
+                    t.inserted += inserter.offer(set.nodes[j + c], a, s[c]);
+                }
+            }
+        }
+    }
+}
+
+template <class Kernel>
+int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
+                        const int32_t* reverse, int64_t R, uint32_t seed, int64_t first, int64_t last, uint64_t* keys,
+                        float* worst) {
+    std::atomic<int64_t> inserted{0};
+    Inserter inserter(K, keys, worst);
+    parallel_blocks<JoinScratch<Kernel>>(last - first, 256, [&](int64_t i0, int64_t i1, JoinScratch<Kernel>& t) {
+        t.inserted = 0;
+        auto gather = [&](int64_t i, Neighbourhood& set) {
+            set.gather(first + i, K, lists, offsets, reverse, R, seed, t.sampled);
+            if (set.nnew)
+                for (const uint32_t u : set.nodes)
+                    for (int64_t w = 0; w < np; w += 16) __builtin_prefetch(X + (int64_t)u * np + w);
+        };
+        gather(i0, t.now);
+        for (int64_t i = i0; i < i1; i++) {
+            if (i + 1 < i1) gather(i + 1, t.next);      // its vectors arrive while this one is computed
+            if (t.now.nnew) join(t.now, X, np, inserter, t);
+            std::swap(t.now, t.next);
+        }
+        inserted += t.inserted;
+    });
+    return inserted;
+}
+
+// ---- exact products
+
+float inner_product(const float* x, const float* y, int64_t d) {
+    typedef float Vector __attribute__((vector_size(64), aligned(4)));
+    Vector sums[2] = {};
+    int64_t i = 0;
+    for (; i + 32 <= d; i += 32)
+        for (int v = 0; v < 2; v++) sums[v] += *(const Vector*)(x + i + 16 * v) * *(const Vector*)(y + i + 16 * v);
+    sums[0] += sums[1];
+    float s = 0;
+    for (int c = 0; c < 16; c++) s += sums[0][c];
+    for (; i < d; i++) s += x[i] * y[i];
+    return s;
+}
+
+struct Vectors {
+    int64_t d;
+    const float* first;
+    int64_t nfirst;
+    const float* rest;
+    const float* scale;
+    const float* operator[](int64_t i) const { return i < nfirst ? first + i * d : rest + (i - nfirst) * d; }
+    float factor(int64_t i) const { return scale ? scale[i] : 1.0f; }
+};
+
+}  // namespace
+
+bool uses_amx() { return want_amx && tiles::Amx::available(); }
+void use_amx(bool yes) { want_amx = yes; }
+
+#ifdef TILES_AMX
+#define DISPATCH(FUNCTION, ...) (uses_amx() ? FUNCTION<tiles::Amx>(__VA_ARGS__) : FUNCTION<tiles::Float32>(__VA_ARGS__))
+#else
+#define DISPATCH(FUNCTION, ...) FUNCTION<tiles::Float32>(__VA_ARGS__)
+#endif
+
+void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
+    check_width(np);
+    if (d > 2 * np) throw std::invalid_argument("to_bfloat16: more elements than fit");
+    parallel_blocks<Nothing>(n, 1024, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) {
+            const float* row = x + i * d;
+            uint16_t* o = (uint16_t*)(out + i * np);
+            const float factor = scale ? scale[i] : 1.0f;
+            float lost = 0;
+            for (int64_t j = 0; j < d; j++) {
+                const float value = row[j] * factor;
+                uint32_t bits;
+                std::memcpy(&bits, &value, 4);
+                bits += 0x7fff + (bits >> 16 & 1);      // round to nearest, ties to even
+                o[j] = (uint16_t)(bits >> 16);
+                const float rest = value - tiles::lower(bits >> 16);
+                lost += rest * rest;
+            }
+            std::fill(o + d, o + 2 * np, (uint16_t)0);
+            if (residual) residual[i] = std::sqrt(lost);
+        }
+    });
+}
+
+void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int64_t first, int64_t K,
+                int64_t* keys) {
+    check_width(np);
+    check_numbers(first + nb);
+    if (K < 1) throw std::invalid_argument("search_all: K is less than 1");
+    DISPATCH(search_all_with, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, keys);
+}
+
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
+                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys) {
+    check_width(np);
+    check_numbers(nlist);
+    if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
+    DISPATCH(search_cells_with, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
+             enough, begin, end, (const uint32_t*)X, K, keys);
+}
+
+void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {
+    check_numbers(n);
+    parallel_blocks<Nothing>(n, 4096, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) {
+            uint64_t* list = (uint64_t*)keys + i * K;
+            std::sort(list, list + K, std::greater<uint64_t>());
+            for (int64_t j = 0; j < K; j++) {
+                lists[i * K + j] = list[j] ? (int32_t)(number_of(list[j]) | ((uint32_t)list[j] & kNew)) : -1;
+                if (list[j]) list[j] &= ~(uint64_t)kNew;
+            }
+            worst[i] = product_of(*std::min_element(list, list + K));
+        }
+    });
+}
+
+int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets) {
+    std::fill(offsets, offsets + n + 1, (int64_t)0);
+    std::atomic<bool> wrong{false};
+#pragma omp parallel for schedule(static)
+    for (int64_t e = 0; e < n * K; e++) {
+        if (lists[e] == -1) continue;
+        const int64_t u = lists[e] & kNumber;
+        if (u >= n) {
+            wrong = true;
+            continue;
+        }
+        __atomic_fetch_add(offsets + u + 1, (int64_t)1, __ATOMIC_RELAXED);
+    }
+    if (wrong) throw std::invalid_argument("reverse_offsets: a neighbour is out of range");
+    for (int64_t i = 0; i < n; i++) offsets[i + 1] += offsets[i];
+    return offsets[n];
+}
+
+void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse) {
+    std::vector<int32_t> filled(n, 0);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < K; j++) {
+            const int32_t entry = lists[i * K + j];
+            if (entry == -1) continue;
+            const int64_t u = entry & kNumber;
+            const int32_t at = __atomic_fetch_add(filled.data() + u, 1, __ATOMIC_RELAXED);
+            reverse[offsets[u] + at] = (int32_t)((uint32_t)i | ((uint32_t)entry & kNew));
+        }
+}
+
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
+                   const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
+                   float* worst) {
+    check_width(np);
+    if (first < 0 || last > n) throw std::invalid_argument("join_range: nodes out of range");
+    return DISPATCH(join_range_with, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
+                    (uint64_t*)keys, worst);
+}
+
+void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
+                    int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
+                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, float* D, int32_t* I) {
+    const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
+    struct Scratch {
+        std::vector<std::pair<float, int32_t>> list;
+    };
+    parallel_blocks<Scratch>(nq, 256, [&](int64_t i0, int64_t i1, Scratch& t) {
+        for (int64_t i = i0; i < i1; i++) {
+            const int64_t q = q_number ? q_number[i] : i;
+            const float* x = Q[q];
+            t.list.clear();
+            bool has_self = !self;
+            for (int64_t j = 0; j < K; j++) {
+                const uint64_t key = (uint64_t)keys[i * K + j];
+                if (!key) continue;
+                const int32_t number = x_number ? x_number[number_of(key)] : (int32_t)number_of(key);
+                has_self |= number == q;
+                t.list.emplace_back(0.0f, number);
+            }
+            if (!has_self) t.list.emplace_back(0.0f, (int32_t)q);
+            const size_t ahead = 4;
+            for (size_t j = 0; j < t.list.size() + ahead; j++) {
+                if (j < t.list.size()) {
+                    const float* y = X[t.list[j].second];
+                    for (int64_t w = 0; w < d; w += 16) __builtin_prefetch(y + w);
+                }
+                if (j >= ahead) {
+                    auto& entry = t.list[j - ahead];
+                    entry.first = inner_product(x, X[entry.second], d) * (Q.factor(q) * X.factor(entry.second));
+                }
+            }
+            // among equals the node itself comes first, then the lower number
+            auto better = [&](const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
+                if (a.first != b.first) return a.first > b.first;
+                if (self && (a.second == q || b.second == q)) return a.second == q && b.second != q;
+                return a.second < b.second;
+            };
+            std::sort(t.list.begin(), t.list.end(), better);
+            if (self && k < (int64_t)t.list.size()) {
+                // rounding, or vectors of zeros, may have put it behind the k best
+                const auto at = std::find_if(t.list.begin(), t.list.end(), [&](auto& entry) { return entry.second == q; });
+                if (at - t.list.begin() >= k) {
+                    t.list[k - 1] = *at;
+                }
+            }
+            for (int64_t j = 0; j < k; j++) {
+                const bool have = j < (int64_t)t.list.size();
+                D[q * k + j] = have ? t.list[j].first : kNone;
+                I[q * k + j] = have ? t.list[j].second : -1;
+            }
+        }
+    });
+}
+
+void merge_lists(int64_t n, int64_t k1, const float* D1, const int32_t* I1, int64_t k2, const float* D2,
+                 const int32_t* I2, int64_t k, float* D, int32_t* I) {
+    parallel_blocks<Nothing>(n, 4096, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) {
+            const float *a = D1 + i * k1, *b = D2 + i * k2;
+            const int32_t *u = I1 + i * k1, *v = I2 + i * k2;
+            int64_t p = 0, q = 0;
+            for (int64_t j = 0; j < k; j++) {
+                const bool left = p < k1 && u[p] >= 0, right = q < k2 && v[q] >= 0;
+                if (left && (!right || a[p] >= b[q])) {
+                    D[i * k + j] = a[p];
+                    I[i * k + j] = u[p++];
+                } else if (right) {
+                    D[i * k + j] = b[q];
+                    I[i * k + j] = v[q++];
+                } else {
+                    D[i * k + j] = kNone;
+                    I[i * k + j] = -1;
+                }
+            }
+        }
+    });
+}

@@ -1,5 +1,74 @@
-// K-nearest-neighbour graphs on vectors. Matrices are row major; a graph is a matrix of neighbour numbers (n x k), best
-// first, with -1 where a node has fewer than k neighbours.
+// K-nearest-neighbour search and graphs by inner product.
+//
+// Matrices are row major. Candidates are found with vectors in bfloat16, half the memory and, on CPUs with AMX, many
+// times the speed of float32; what is kept is computed again from the float32 vectors at the end (exact_products).
+// bfloat16 vectors have d padded with zeros to a multiple of 32, and are passed as `np` = d / 2 words of two elements.
+//
+// A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower
+// half 2^31 - 1 minus the neighbour's number, and in its top bit whether the neighbour is new to a round of
+// neighbours-of-neighbours. So the greater key is the better neighbour, and of equal products the one with the lower
+// number. Key 0 is "none". Lists are in no order. At most 2^31 - 1 vectors. Results do not depend on the number of
+// threads.
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+
+// Whether the products use AMX; use_amx(false) takes float32 arithmetic, use_amx(true) AMX where the CPU has it.
+bool uses_amx();
+void use_amx(bool yes);
+
+// out = x * scale in bfloat16; residual: the L2 norm of what rounding took away.
+//
+// x n x d; scale n or null; out n x np words; residual n or null
+void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual);
+
+// The K best of base vectors first .. first + nb - 1 for each query, joined with what keys held.
+//
+// Q nq x np, X nb x np, keys in/out nq x K (zeros to begin with)
+void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int64_t first, int64_t K,
+                int64_t* keys);
+
+// The K best of the base vectors in each query's nprobe nearest cells, joined with what keys held (and more cells, while
+// they hold fewer than K vectors). Quick if successive queries are near each other.
+//
+// centroids  in  nlist x np
+// begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
+// enough     in  cells are added to the nprobe nearest until they hold this many vectors
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
+                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys);
+
+// One round of neighbours-of-neighbours on a graph (NN-descent: Dong et al., WWW 2011). Deterministic.
+//
+// start_round copies the lists and marks all entries as old; reverse_lists makes the lists of who has a node as its
+// neighbour; join_range then compares, for each node of a range, all of its neighbours and up to R of its reverse
+// neighbours with each other, where at least one is new, and inserts in keys.
+//
+// keys      in/out  n x K
+// lists     out     n x K: neighbour numbers, those of new entries with the top bit set; -1 for none
+// worst     out     n: the least inner product of each full list, -inf of others. Kept up to date by join_range
+// offsets   out     n + 1; reverse out, offsets[n] <= n K: in the order of numbers; top bit as in lists
+void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst);
+int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
+void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse);
+// Returns the number of insertions.
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
+                   const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
+                   float* worst);
+
+// Exact float32 inner products of what lists of keys name, sorted; the k best of them.
+//
+// keys      in   nq x K; q_number in: nq, or null for 0 .. nq - 1: row of the queries and of the outputs of list q
+// x_number  in   or null: original number of each number in the keys
+// Q0, Q1    in   query vectors: the first nQ0 in Q0, others in Q1 (may be null); q_scale in: factor of each, or null
+// X0, X1    in   the same for the base vectors
+// self      in   1: queries are the base vectors, and each heads the list of those that are as near as itself; it is
+//                put in if it is missing
+// D, I      out  rows of k products and numbers, best first, -inf and -1 where there are fewer
+void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
+                    int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
+                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, float* D, int32_t* I);
+
+// The k best of two neighbour lists per row, each best first with -1 at the end; out may be neither of the inputs.
+void merge_lists(int64_t n, int64_t k1, const float* D1, const int32_t* I1, int64_t k2, const float* D2,
+                 const int32_t* I2, int64_t k, float* D, int32_t* I);

@@ -1,0 +1,138 @@
+"""K-nearest-neighbour search and graphs by inner product: shapes, dtypes and allocation for neighbours.cpp.
+
+Vectors to search among are held in bfloat16, as int32 arrays (n, np) of two elements each (`to_bfloat16`). Candidate
+lists are int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for
+none, in no order. `exact_products` turns them into float32 similarities and numbers.
+"""
+import numpy as np
+
+from graph_utils import core
+from graph_utils.product import aligned_zeros
+
+uses_amx = core.uses_amx
+use_amx = core.use_amx
+
+
+def _check(array, dtype, shape, name):
+    """The array itself; ValueError if it is not C-contiguous of this dtype and shape (None: any size)."""
+    if (array.dtype != dtype or array.ndim != len(shape) or not array.flags.c_contiguous
+            or any(s is not None and s != t for s, t in zip(shape, array.shape))):
+        want = "x".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: contiguous {np.dtype(dtype).name} {want} expected, found {array.dtype} "
+                         f"{'x'.join(map(str, array.shape))}")
+    return array
+
+
+def words(d):
+    """Words of a bfloat16 vector of d elements: padded to a multiple of 32 elements."""
+    return max(1, -(-d // 32)) * 16
+
+
+def to_bfloat16(x, scale=None, out=None, residual=None):
+    """x float32 (n, d), each row times scale (n,) if given, as int32 (n, words(d)).
+
+    residual: float32 (n,) that receives the L2 norm of what rounding took from each row.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    n, d = x.shape
+    if out is None:
+        out = aligned_zeros((n, words(d)), np.int32)
+    _check(out, np.int32, (n, words(d)), "out")
+    for array, name in ((scale, "scale"), (residual, "residual")):
+        if array is not None:
+            _check(array, np.float32, (n,), name)
+    core.to_bfloat16(n, d, x, scale, words(d), out, residual)
+    return out
+
+
+def search_all(Q, X, K, keys=None, first=0):
+    """The K best of X (nb, np) for each of Q (nq, np), numbered from `first`, joined with `keys`. Returns keys."""
+    nq, np_ = Q.shape
+    keys = np.zeros((nq, K), np.int64) if keys is None else _check(keys, np.int64, (nq, K), "keys")
+    core.search_all(nq, _check(Q, np.int32, (None, None), "Q"), len(X), _check(X, np.int32, (None, np_), "X"), np_,
+                    first, K, keys)
+    return keys
+
+
+def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None):
+    """Join to keys (nq, K) the best of rows begin[c]..end[c]-1 of X for the nprobe cells c that are nearest to each
+    query, and of more cells until they hold `enough` vectors (K by default)."""
+    nq, np_ = Q.shape
+    nlist = len(centroids)
+    K = keys.shape[1]
+    core.search_cells(nq, _check(Q, np.int32, (None, None), "Q"), np_, nlist,
+                      _check(centroids, np.int32, (None, np_), "centroids"), nprobe, K if enough is None else enough,
+                      _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
+                      _check(X, np.int32, (None, np_), "X"), K, _check(keys, np.int64, (nq, K), "keys"))
+
+
+def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
+    """One round of neighbours-of-neighbours on the lists of all nodes, in place (NN-descent).
+
+    For each node, its neighbours and up to R of its reverse neighbours are compared with each other, where at least
+    one of the two entered its list since the last round. progress: called with the number of nodes done.
+    Returns the number of insertions. Memory: 8 bytes per entry of keys besides.
+    """
+    n, K = keys.shape
+    _check(X, np.int32, (n, None), "X")
+    _check(keys, np.int64, (n, K), "keys")
+    lists = np.empty((n, K), np.int32)
+    worst = np.empty(n, np.float32)
+    core.start_round(n, K, keys, lists, worst)
+    offsets = np.empty(n + 1, np.int64)
+    reverse = np.empty(core.reverse_offsets(n, K, lists, offsets), np.int32)
+    core.reverse_lists(n, K, lists, offsets, reverse)
+    inserted = 0
+    for i in range(0, n, block):
+        inserted += core.join_range(n, X, X.shape[1], K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
+                                    worst)
+        if progress is not None:
+            progress(min(i + block, n))
+    return inserted
+
+
+def _two_parts(parts, name):
+    """Vectors as one or two float32 arrays, the second's rows numbered after the first's."""
+    parts = [parts] if isinstance(parts, np.ndarray) else list(parts)
+    d = parts[0].shape[1]
+    for part in parts:
+        _check(part, np.float32, (None, d), name)
+    return parts[0], parts[1] if len(parts) > 1 else None, sum(map(len, parts))
+
+
+def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale=None, x_scale=None, self=False,
+                   D=None, I=None):
+    """The k best of each list of keys (m, K), by float32 inner products, best first.
+
+    queries, base: float32 (., d), or pairs of such arrays that follow each other; q_scale, x_scale: factors of their
+    rows. q_number int32 (m,): the query and the row of D, I of each list (default: in order). x_number int32: original
+    numbers of the numbers in the keys. self: queries and base are the same; each is in its own list, and first in it
+    unless another is nearer by rounding. Returns D float32, I int32, with as many rows as there are queries.
+    """
+    m, K = keys.shape
+    Q0, Q1, nq = _two_parts(queries, "queries")
+    X0, X1, nb = _two_parts(base, "base")
+    if D is None:
+        D, I = np.empty((nq, k), np.float32), np.empty((nq, k), np.int32)
+    _check(D, np.float32, (nq, k), "D")
+    _check(I, np.int32, (nq, k), "I")
+    if q_number is not None:
+        _check(q_number, np.int32, (m,), "q_number")
+    if x_number is not None:
+        _check(x_number, np.int32, (None,), "x_number")
+    core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, Q0.shape[1], Q0, len(Q0), Q1,
+                        q_scale, X0, len(X0), X1, x_scale, bool(self), k, D, I)
+    return D, I
+
+
+def merge_lists(D1, I1, D2, I2, k):
+    """The k best of two neighbour lists per row, each best first with -1 at the end. Returns D (n, k), I (n, k)."""
+    n = len(I1)
+    arrays = []
+    for D, I in ((D1, I1), (D2, I2)):
+        arrays += [np.ascontiguousarray(D, np.float32), np.ascontiguousarray(I, np.int32)]
+        if len(D) != n or D.shape != I.shape:
+            raise ValueError(f"lists of {len(I1)} and {len(I2)} rows, similarities {D.shape}, numbers {I.shape}")
+    D, I = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
+    core.merge_lists(n, D1.shape[1], arrays[0], arrays[1], D2.shape[1], arrays[2], arrays[3], k, D, I)
+    return D, I
