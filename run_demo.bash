@@ -11,7 +11,7 @@
 # NLABELED, SEEDS, JOBS     see run_diffusion.bash; JOBS defaults to half of the cores
 # EXPERIMENT   experiment file (default: configs/demo.yaml)
 # DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts"
-# EPOCHS, DIM  epochs of training (default: demo/train_network.py's), dimensions after the PCA (default: 256)
+# EPOCHS       epochs of training (default: demo/train_network.py's)
 # PYTHON, REQUIREMENTS      see setup.bash
 set -euo pipefail
 DDIR=${DDIR:-$(dirname "${BASH_SOURCE[0]}")/demo_data}
@@ -24,21 +24,20 @@ source ./setup.bash
 
 cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')
 export JOBS=${JOBS:-$(( (cores + 1) / 2 ))}
-DIM=${DIM:-256}
-# what the steps below have to know of the experiment: NBG, most, k, nlabeled, seed
-eval "$("$PYTHON" - "$EXPERIMENT" << 'END'
+# what the steps below have to know of the experiment
+settings=$("$PYTHON" - "$EXPERIMENT" << 'END'
 import sys
 from lowshot.experiments import Experiment
 from lowshot.script import run
 def main():
     e = Experiment(sys.argv[1])
     nbg = e.diffusion["nbg"]
-    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={e.diffusion['k']} seed={e.seeds[0]}")
-    print(f"nlabeled=({' '.join(map(str, e.nlabeled))})")
+    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={e.diffusion['k']}")
+    print(f"dim={e.diffusion.get('dim', 256)} seed={e.seeds[0]} nlabeled=({' '.join(map(str, e.nlabeled))})")
 run(main)
 END
-)"
-[ -n "${k:-}" ] || exit 1
+)
+eval "$settings"
 export NBG
 
 step() { now=$SECONDS; number=$((${number:-0} + 1)); printf '\n== %d/9 %s   [%d:%02d]\n' "$number" "$1" $((now / 60)) $((now % 60)); }
@@ -71,16 +70,16 @@ features demo_val.yaml "$DDIR/features/val.hdf5" "$DDIR/imagenet_meta_val.json"
 block=$DDIR/features/f100m/block0.hdf5
 if [ "$most" -gt 0 ]; then features demo_background.yaml "$block" "$DDIR/yfcc100m"; fi
 
-step "PCA to $DIM dimensions"
-raw=$DDIR/features/f100m/concatenated_PCAR$DIM.raw
-show "$PYTHON" train_apply_pca.py train apply --dim "$DIM" --overwrite
+step "PCA to $dim dimensions"
+raw=$DDIR/features/f100m/concatenated_PCAR$dim.raw
+show "$PYTHON" train_apply_pca.py train apply --dim "$dim" --overwrite
 
 step "graphs of the background"
 for nbg in $NBG; do
     graph=$(compgen -G "$DDIR/knngraph/ndis${nbg}_k*_I_11.int32" | head -n 1 || true)
     if [ "$nbg" -gt 0 ] && { [ -z "$graph" ] || outdated "$graph" "$raw"; }; then
         rm -f "$DDIR"/knngraph/ndis"$nbg".index "$DDIR"/knngraph/ndis"$nbg"_k*
-        show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$DIM"
+        show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim"
     fi
 done
 
@@ -103,7 +102,7 @@ examples=$DDIR/demo_examples.npz
 sheet=()
 if [ "$most" -gt 0 ]; then
     show "$PYTHON" diffusion.py --mode test --nlabeled "${nlabeled[0]}" --seed "$seed" --nbg "$most" --k "$k" \
-        --dim "$DIM" --niter "$niter" --storeexamples "$examples" --record "$DDIR/demo_examples.json"
+        --dim "$dim" --niter "$niter" --storeexamples "$examples" --record "$DDIR/demo_examples.json"
     sheet=(--sheet "$DDIR/demo_examples.png" --examples "$examples")
 fi
 show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --k "$k" --nlabeled "${nlabeled[@]:0:2}" "${sheet[@]}"

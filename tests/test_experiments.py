@@ -1,0 +1,454 @@
+"""Experiment files, jobs, the choice of parameters, tables: with records written by hand."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lowshot import experiments, phases, report
+from lowshot.experiments import Experiment, Job
+from lowshot.layout import DataDir
+from lowshot.script import run
+
+CHECKOUT = experiments.CHECKOUT
+TINY = """
+nlabeled: [1, 2]
+seeds: [1, 2]
+logreg: {lr: [0.01, 0.001], wd: [0, 0.1], batchsize: [16, 64], maxiter: 1000}
+diffusion: {nbg: [0, 500], k: 10, niter: 4}
+"""
+
+
+def experiment(folder, text=TINY, environment=None):
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return Experiment(str(path), environment or {})
+
+
+@pytest.fixture
+def ddir(tmp_path):
+    root = tmp_path / "data"
+    (root / "features").mkdir(parents=True)
+    for name in ("train", "val"):
+        (root / "features" / f"{name}.hdf5").write_bytes(b"x")
+        os.utime(root / "features" / f"{name}.hdf5", (1e9, 1e9))
+    return DataDir(str(root))
+
+
+def write_record(job, results=None, complete=True, **changes):
+    """The record that the job would write: results is {iteration: (top5, novel)}, or {(lr, wd): such a dict}."""
+    arguments = {**job.arguments, "record": job.record, "device": "auto", **changes}
+    for key in ("lr", "wd"):
+        if key in arguments:
+            arguments[key] = [float(v) for v in np.atleast_1d(arguments[key])]
+
+    def listed(figures):
+        return [{"iteration": i, "top5": a, "top5_novel": b} for i, (a, b) in figures.items()]
+    content = {"arguments": arguments, "complete": complete}
+    if job.script == "logreg.py":
+        content["runs"] = [{"lr": lr, "wd": wd, "results": listed(figures)} for (lr, wd), figures in results.items()]
+    else:
+        content["results"] = listed(results or {})
+    os.makedirs(os.path.dirname(job.record), exist_ok=True)
+    with open(job.record, "w") as f:
+        json.dump(content, f)
+
+
+# ------------------------------------------------------------------------------------------------- experiment files
+
+def test_the_experiment_files_of_the_package_load():
+    e = Experiment(os.path.join(CHECKOUT, "configs", "paper.yaml"), {})
+    assert (e.name, e.nlabeled, e.seeds) == ("paper", [1, 2, 5, 10, 20], [1, 2, 3, 4, 5])
+    assert e.logreg == {"lr": [0.01, 0.001, 0.0001], "wd": [0, 0.01, 0.1], "batchsize": [16, 64, 128], "maxiter": 75000}
+    assert e.diffusion == {"nbg": [1000000], "k": 30, "niter": 40}
+    assert e.published["diffusion"]["1000000"]["1"]["all"] == [61.24, 0.55]
+    e = Experiment(os.path.join(CHECKOUT, "configs", "demo.yaml"), {})
+    assert e.diffusion["nbg"] == [0, 6000, 60000] and e.nlabeled == [1, 2, 5, 20] and e.published == {}
+
+
+def test_lists_from_the_environment(tmp_path):
+    e = experiment(tmp_path, environment={"NBG": "7, 10000000", "NLABELED": "5", "SEEDS": " 3 4 3 "})
+    assert (e.diffusion["nbg"], e.nlabeled, e.seeds) == ([7, 10000000], [5], [3, 4])
+    with pytest.raises(ValueError, match="NBG='1e6' is not a list of whole numbers"):
+        experiment(tmp_path, environment={"NBG": "1e6"})
+
+
+@pytest.mark.parametrize("change, message", [
+    (("seeds: [1, 2]", "seeds: 3"), "seeds must be a list of different numbers >= 0, found 3"),
+    (("[0.01, 0.001]", "[0.01, 0.01]"), r"logreg: lr must be a list of different numbers"),
+    (("k: 10", "k: ten"), "diffusion: k must be a number >= 0, found 'ten'"),
+    (("niter: 4", "niter: 4.5"), "diffusion: niter must be a number"),
+    (("k: 10, ", ""), "diffusion must have the entries k, nbg, niter"),
+    (("seeds:", "seed:"), "unknown entry 'seed'"),
+    (("nlabeled: [1, 2]", "nlabeled: ["), "is not valid YAML"),
+    ((TINY, "just text"), "is not an experiment file")])
+def test_bad_experiment_files(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as e:
+        experiment(tmp_path, TINY.replace(*change))
+    assert "tiny.yaml" in str(e.value)
+
+
+def test_missing_experiment_file():
+    with pytest.raises(ValueError, match="no experiment file nowhere.yaml"):
+        Experiment("nowhere.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+def test_validation_jobs(tmp_path, ddir):
+    e = experiment(tmp_path)
+    jobs = experiments.validation_jobs(e, "diffusion", ddir)
+    assert len(jobs) == len({j.name for j in jobs}) == 8
+    assert jobs[0].arguments == {"mode": "val", "nlabeled": 1, "seed": 1, "nbg": 0, "k": 10, "niter": 4}
+    assert jobs[0].record == ddir.log("diffusion", "tiny", "val_nbg0_nl1_seed1.json")
+    jobs = experiments.validation_jobs(e, "logreg", ddir)
+    assert len(jobs) == len({j.name for j in jobs}) == 8
+    command = " ".join(jobs[0].command())
+    assert "logreg.py --mode val --nlabeled 1 --seed 1 --maxiter 1000 --lr 0.01,0.001 --wd 0,0.1 --batchsize 16" in command
+
+
+def test_test_jobs(tmp_path, ddir):
+    e = experiment(tmp_path, TINY.replace("niter: 4", "niter: 4, niter_test: 3, dim: 32"))
+    chosen = {nbg: {"1": {"niter": 4}, "2": {"niter": 1}} for nbg in ("0", "500")}
+    jobs = experiments.test_jobs(e, "diffusion", ddir, chosen, "chosen")
+    # not fewer than niter_test iterations
+    assert [j.arguments["niter"] for j in jobs] == [4, 4, 3, 3] * 2
+    assert {j.arguments["dim"] for j in jobs} == {32} and {j.arguments["mode"] for j in jobs} == {"test"}
+    one = {"lr": 0.001, "wd": 0.1, "batchsize": 64, "maxiter": 500}
+    jobs = experiments.test_jobs(e, "logreg", ddir, {"1": one, "2": one}, "published")
+    assert jobs[0].name == "test-published_nl1_seed1"
+    assert jobs[0].arguments == {"mode": "test", "nlabeled": 1, "seed": 1, **one}
+    with pytest.raises(ValueError, match="no chosen parameters of diffusion for nbg=500, nlabeled=1"):
+        experiments.test_jobs(e, "diffusion", ddir, {"0": chosen["0"]}, "chosen")
+    with pytest.raises(ValueError, match="no published parameters of logreg for nlabeled=2"):
+        experiments.test_jobs(e, "logreg", ddir, {"1": one}, "published")
+
+
+def test_published_parameters_cover_the_paper(ddir):
+    e = Experiment(os.path.join(CHECKOUT, "configs", "paper.yaml"), {"NBG": "0 100000 1000000 10000000 100000000"})
+    for system, njobs in (("logreg", 25), ("diffusion", 125)):
+        parameters = experiments.read_parameters(e, system, ddir, "published")
+        assert len(experiments.test_jobs(e, system, ddir, parameters, "published")) == njobs
+
+
+def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, ddir):
+    e = experiment(tmp_path)
+    diffusion, logreg = (experiments.validation_jobs(e, system, ddir)[0] for system in ("diffusion", "logreg"))
+    assert diffusion.result() is None
+    write_record(diffusion)
+    assert diffusion.result()["complete"]
+    write_record(diffusion, complete=False)
+    assert diffusion.result() is None
+    write_record(diffusion, niter=3)
+    assert diffusion.result() is None
+    with open(diffusion.record, "w") as f:
+        f.write('{"complete": tr')
+    assert diffusion.result() is None
+    write_record(diffusion)
+    train = os.stat(ddir.train)
+    os.utime(ddir.train, (time.time() + 60,) * 2)
+    assert diffusion.result() is None
+    os.utime(ddir.train, (train.st_atime, train.st_mtime))
+    assert diffusion.result() is not None
+    write_record(logreg, {(0.01, 0.0): {500: (0.5, 0.5)}})
+    assert logreg.result() is not None
+    write_record(logreg, {(0.01, 0.0): {500: (0.5, 0.5)}}, lr=[0.01])
+    assert logreg.result() is None
+
+
+def test_as_text():
+    assert experiments.as_text([0.01, 1.0, 0, 5]) == "0.01,1,0,5"
+    assert experiments.as_text(75000) == "75000"
+    assert experiments.as_text("test") == "test"
+
+
+# A stand-in for a script: writes its arguments as a record, or fails if told so.
+SCRIPT = """
+import json, os, sys, time
+a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("pid", os.getpid(), flush=True)
+time.sleep(float(a.get("--sleep", 0)))
+if a.get("--fail") == "yes":
+    sys.exit("fails, as it was told to")
+if a.get("--fail") != "silently":
+    json.dump({"complete": True, "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
+               "arguments": {k[2:]: v for k, v in a.items()}}, open(a["--record"], "w"))
+"""
+
+
+def stand_in_jobs(tmp_path, *arguments):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return [Job(f"job{i}", str(script), a, str(tmp_path / "logs" / f"job{i}.json")) for i, a in enumerate(arguments)]
+
+
+def test_run_jobs(tmp_path, capsys):
+    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2}, {"a": [0.5, 1.0]})
+    environment = {**os.environ, "DDIR": str(tmp_path)}
+    environment.pop("OMP_NUM_THREADS", None)
+    experiments.run_jobs(jobs[:1], 1, environment)
+    assert jobs[0].result() == {"complete": True, "threads": "", "ddir": str(tmp_path),
+                                "arguments": {"a": "1", "record": jobs[0].record}}
+    before = os.stat(jobs[0].record).st_mtime_ns
+    capsys.readouterr()
+    experiments.run_jobs(jobs, 2, environment)
+    out = capsys.readouterr().out
+    assert "3 jobs, 1 of them complete" in out and "job0.json" not in out and "2/2 jobs done" in out
+    assert os.stat(jobs[0].record).st_mtime_ns == before
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert jobs[1].result()["threads"] == str(threads)
+    assert jobs[2].result()["arguments"]["a"] == "0.5,1"
+    assert open(jobs[1].log).read().startswith("pid ")
+
+    # the printed command, pasted into a shell, makes the same record
+    command = next(line for line in out.splitlines() if "job1.json" in line).split("] ", 1)[1]
+    os.unlink(jobs[1].record)
+    subprocess.run(command, shell=True, check=True, capture_output=True, env={"PATH": os.environ["PATH"]})
+    assert jobs[1].result()["threads"] == str(threads)
+
+
+def test_jobs_0_prints_commands(tmp_path, capsys):
+    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
+    experiments.run_jobs(jobs, 0, {"DDIR": "/some where"})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 2 and lines[0].startswith("DDIR='/some where' ") and not os.path.exists(tmp_path / "logs")
+
+
+def test_failed_jobs_are_named_and_the_others_go_on(tmp_path, capsys):
+    jobs = stand_in_jobs(tmp_path, {"fail": "yes"}, {"fail": "no"}, {"fail": "silently"})
+    with pytest.raises(ValueError, match="2 of 3 jobs failed: job0, job2"):
+        experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
+    out = capsys.readouterr().out
+    assert "job0 FAILED (status 1): fails, as it was told to" in out
+    assert "job2 FAILED (no complete record)" in out
+    assert jobs[1].result() is not None
+
+
+def test_ended_driver_ends_its_jobs(tmp_path):
+    jobs = stand_in_jobs(tmp_path, {"sleep": 60})
+    code = ("from lowshot.experiments import *\n"
+            f"run_jobs([Job('job0', {jobs[0].script!r}, {{'sleep': 60}}, {jobs[0].record!r})], 1)")
+    driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "DDIR": ".", "PYTHONPATH": CHECKOUT},
+                              stdout=subprocess.PIPE, text=True)
+    while "[1/1]" not in driver.stdout.readline():
+        pass
+    while not (os.path.exists(jobs[0].log) and open(jobs[0].log).read().endswith("\n")):
+        time.sleep(0.02)
+    pid = open(jobs[0].log).read().split()[1]
+    assert os.path.exists(f"/proc/{pid}")
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=20) == 143
+    driver.stdout.close()
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+# ----------------------------------------------------------------------------------------------------------- choose
+
+def curve(*figures):
+    return [{"iteration": i, "top5": a, "top5_novel": a / 2} for i, a in enumerate(figures)]
+
+
+def test_best_iteration():
+    assert experiments.best_iteration([curve(0.2, 0.5, 0.4), curve(0.2, 0.1, 0.4)])[0] == 2
+    assert experiments.best_iteration([curve(0.25, 0.5, 0.5), curve(0.5, 0.5, 0.5)]) == (1, 0.5, 0.25)
+    assert experiments.best_iteration([curve(0.25)]) == (0, 0.25, 0.125)
+    # equal means that differ in their last bit: .1 + .2 and .3 + 0
+    assert experiments.best_iteration([curve(0.3, 0.1), curve(0.0, 0.2)])[0] == 0
+    assert experiments.best_iteration([curve(0.1, 0.3), curve(0.2, 0.0)])[0] == 0
+    with pytest.raises(ValueError, match="different numbers of iterations"):
+        experiments.best_iteration([curve(0.1), curve(0.1, 0.2)])
+
+
+def test_choose_diffusion(tmp_path, ddir):
+    e = experiment(tmp_path)
+    jobs = experiments.validation_jobs(e, "diffusion", ddir)
+    best = {(0, 1): 0, (0, 2): 1, (500, 1): 4, (500, 2): 3}
+    with pytest.raises(ValueError, match="8 of 8 jobs have no complete record .* run phase 1 first"):
+        experiments.choose(e, "diffusion", ddir)
+    for job in jobs:
+        at = best[job.arguments["nbg"], job.arguments["nlabeled"]]
+        bonus = 0.1 * job.arguments["seed"]
+        write_record(job, {i: (0.5 - 0.1 * abs(i - at) + bonus, 0.25) for i in range(5)})
+    chosen = experiments.choose(e, "diffusion", ddir)
+    assert {(int(nbg), int(n)): p["niter"] for nbg, d in chosen.items() for n, p in d.items()} == best
+    assert chosen["500"]["1"]["val_top5"] == pytest.approx(0.65) and chosen["0"]["2"]["seeds"] == [1, 2]
+    os.unlink(jobs[3].record)
+    with pytest.raises(ValueError, match=f"1 of 8 jobs .* {jobs[3].name}"):
+        experiments.choose(e, "diffusion", ddir)
+
+
+def test_choose_logreg(tmp_path, ddir):
+    e = experiment(tmp_path)
+    points = [(lr, wd) for lr in (0.01, 0.001) for wd in (0.0, 0.1)]
+    for job in experiments.validation_jobs(e, "logreg", ddir):
+        figures = {p: {500: (0.3, 0.1), 1000: (0.2, 0.1)} for p in points}
+        if job.arguments["batchsize"] == 64 and job.arguments["nlabeled"] == 1:
+            figures[0.001, 0.1] = {500: (0.2, 0.1), 1000: (0.4, 0.35)}
+        if job.arguments["nlabeled"] == 2:      # as good at 500 iterations as others at 1000
+            figures = {p: {500: (0.1, 0.1), 1000: (0.6, 0.1)} for p in points}
+            if job.arguments["batchsize"] == 64:
+                figures[0.001, 0.0] = {500: (0.6, 0.2), 1000: (0.6, 0.2)}
+        write_record(job, figures)
+    chosen = experiments.choose(e, "logreg", ddir)
+    keys = ("lr", "wd", "batchsize", "maxiter")
+    assert [chosen["1"][k] for k in keys] == [0.001, 0.1, 64, 1000]
+    assert [chosen["2"][k] for k in keys] == [0.001, 0.0, 64, 500]
+    assert chosen["1"]["val_top5_novel"] == pytest.approx(0.35)
+
+
+def test_merge():
+    old = {"0": {"1": {"niter": 3, "seeds": [1]}}, "500": {"1": {"niter": 9, "seeds": [1]}}}
+    new = {"0": {"1": {"niter": 2, "seeds": [2]}, "5": {"niter": 1, "seeds": [2]}}}
+    assert experiments.merge(old, new) == {"0": new["0"], "500": old["500"]}
+    assert experiments.merge({"1": {"lr": 1, "seeds": [1]}}, {"1": {"lr": 2, "seeds": [1]}})["1"]["lr"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- reports
+
+@pytest.fixture
+def finished(tmp_path, ddir):
+    """An experiment of one background size with the records of the test phase of both systems."""
+    figures = {"1": {"all": [60.32, 0.845], "novel": [42.5, 1.34]}}
+    (tmp_path / "paper.json").write_text(json.dumps({
+        "logreg": figures, "diffusion": {"500": figures}, "parameters": {"logreg": {}, "diffusion": {}}}))
+    e = experiment(tmp_path, TINY + "published: paper.json\n")
+    chosen = {"diffusion": {nbg: {"1": {"niter": 2}, "2": {"niter": 0}} for nbg in ("0", "500")},
+              "logreg": {n: {"lr": 0.001, "wd": 0.1, "batchsize": 64, "maxiter": 500} for n in ("1", "2")}}
+    for system in chosen:
+        os.makedirs(e.folder(system, ddir), exist_ok=True)
+        with open(e.parameters_path(system, ddir), "w") as f:
+            json.dump(chosen[system], f)
+        for job in experiments.test_jobs(e, system, ddir, chosen[system], "chosen"):
+            a = job.arguments
+            top5 = 0.5 + 0.01 * a["seed"] + 0.1 * a["nlabeled"] + 0.0001 * a.get("nbg", 0)
+            if system == "logreg":
+                write_record(job, {(0.001, 0.1): {500: (top5 - 0.005, top5 - 0.1)}})
+            else:
+                write_record(job, {i: (top5 if i == a["niter"] else 0.1, top5 - 0.02) for i in range(a["niter"] + 1)})
+    return e
+
+
+def test_report(finished, ddir, capsys):
+    e = finished
+    for system in ("logreg", "diffusion"):
+        parameters = experiments.read_parameters(e, system, ddir, "chosen")
+        jobs = experiments.test_jobs(e, system, ddir, parameters, "chosen")
+        report.print_report(e, system, ddir, jobs, "chosen")
+    out = capsys.readouterr().out
+    # seeds 1, 2: population standard deviation of .61, .62 is .005
+    assert "nl=1: 61.00 +/- 0.500, novel 51.50 +/- 0.500" in out
+    assert "nbg=500\nnl=1: 66.50 +/- 0.500, novel 64.50 +/- 0.500" in out
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| 500 ")]
+    assert rows[0] == ["500", "1", "2", "2", "66.50 +/- 0.500", "64.50 +/- 0.500", "60.32 +/- 0.845", "42.50 +/- 1.340"]
+    assert rows[1][-2:] == ["", ""] and rows[1][2] == "0"
+    table = open(os.path.join(e.folder("logreg", ddir), "report.md")).read()
+    assert "| 1               | 64        | 0.001 | 0.1 | 500     | 2     | 61.00 +/- 0.500 |" in table
+    stored = json.load(open(os.path.join(e.folder("diffusion", ddir), "report.json")))
+    assert [(r["nbg"], r["nlabeled"]) for r in stored] == [(0, 1), (0, 2), (500, 1), (500, 2)]
+    assert stored[2]["top5"] == pytest.approx([66, 67]) and stored[2]["seeds"] == [1, 2]
+
+
+def test_report_tells_what_is_missing(finished, ddir, capsys):
+    e = finished
+    jobs = experiments.test_jobs(e, "logreg", ddir, experiments.read_parameters(e, "logreg", ddir, "chosen"), "chosen")
+    os.unlink(jobs[1].record)
+    with pytest.raises(ValueError, match=f"1 of 4 jobs have no record, {jobs[1].name} for one"):
+        report.print_report(e, "logreg", ddir, jobs, "chosen")
+    assert "nl=1: 60.50 +/- 0.000" in capsys.readouterr().out
+    for job in jobs[:1] + jobs[2:]:
+        os.unlink(job.record)
+    with pytest.raises(ValueError, match="none of the 4 jobs has a record"):
+        report.print_report(e, "logreg", ddir, jobs, "chosen")
+
+
+def test_comparison(finished, ddir, capsys):
+    report.print_comparison(finished, ddir)
+    out = capsys.readouterr().out
+    assert "| logistic regression              | 61.0 / 51.5" in out
+    assert "| diffusion, no background         | 61.5 / 59.5" in out
+    assert "| diffusion, 500 background images | 66.5 / 64.5" in out
+    assert "- holds: n = 1: diffusion is ahead of logistic regression by 5 points or more on the novel classes (+13.0)" in out
+    assert "- holds: n = 2: accuracy of diffusion grows with the background (71.5, 76.5)" in out
+    assert open(ddir.log("tiny.md")).read().strip() == out.strip()
+
+
+def row(top5, novel):
+    return {"top5": [top5], "top5_novel": [novel]}
+
+
+def test_findings_that_do_not_hold(tmp_path):
+    e = experiment(tmp_path, TINY.replace("[1, 2]", "[2, 20]", 1))
+    systems = {("logreg", None): {2: row(60, 50), 20: row(70, 60)},
+               ("diffusion", 0): {2: row(64, 52), 20: row(71, 61)},
+               ("diffusion", 500): {2: row(64, 54.9), 20: row(71.5, 65)}}
+    found = report.findings(e, systems)
+    assert [holds for _, holds in found] == [False, False, True, False]
+    assert "(+4.9)" in found[0][0] and "(64.0, 64.0)" in found[1][0] and "(-1.5)" in found[3][0]
+    assert all(holds for _, holds in report.findings(e, {**systems, ("diffusion", 500): {
+        2: row(65, 55), 20: row(69, 60)}, ("diffusion", 0): {2: row(60, 40), 20: row(68, 60)}}))
+
+
+def test_markdown():
+    assert report.markdown(["a", "long"], [["1234", "5"]]) == "| a    | long |\n| ---- | ---- |\n| 1234 | 5    |"
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+def call(monkeypatch, capsys, *arguments, **environment):
+    for name in ("PARAMS", "JOBS", "NBG", "NLABELED", "SEEDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["phases.py", *arguments])
+    with pytest.raises(SystemExit) as e:
+        run(phases.main)
+    return e.value.code, capsys.readouterr()
+
+
+def test_phases_2_and_4(finished, ddir, monkeypatch, capsys):
+    e = finished
+    for job in experiments.validation_jobs(e, "diffusion", ddir):
+        write_record(job, {i: (0.5 + (i == 2) / 10, 0.3) for i in range(5)})
+    code, out = call(monkeypatch, capsys, "diffusion", "2", e.path, DDIR=ddir.root, NBG="500")
+    assert code == 0 and "nbg=500 nl=1: niter 2 (validation: 60.00, novel 30.00)" in out.out
+    parameters = json.load(open(e.parameters_path("diffusion", ddir)))
+    assert parameters["0"]["2"]["niter"] == 0 and parameters["500"]["2"]["niter"] == 2      # NBG: 500 only
+    code, out = call(monkeypatch, capsys, "logreg", "4", e.path, DDIR=ddir.root)
+    assert code == 0 and "nl=1: 61.00" in out.out
+    code, out = call(monkeypatch, capsys, "compare", e.path, DDIR=ddir.root, NBG="0")
+    assert code == 0 and "no background" in out.out
+
+
+@pytest.mark.parametrize("arguments, environment, message", [
+    (["logreg"], {}, "no phase: the phases are 1 (validate), 2 (choose), 3 (test), 4 (report)"),
+    (["logreg", "5"], {}, "unknown phase '5': the phases are 1 (validate)"),
+    (["logreg", "1", "nowhere.yaml"], {}, "no experiment file nowhere.yaml"),
+    (["logreg", "3"], {"PARAMS": "best"}, "PARAMS='best': chosen or published is expected"),
+    (["logreg", "1"], {"JOBS": "two"}, "JOBS='two' is not a whole number"),
+    (["logreg", "3"], {}, "parameters.json does not exist: bash run_logreg.bash 2 writes it"),
+    (["logreg", "1"], {"DDIR": ""}, "DDIR is not set"),
+    (["logreg", "1"], {"DDIR": "/nowhere"}, "DDIR=/nowhere is not a directory")])
+def test_bad_calls(ddir, monkeypatch, capsys, arguments, environment, message):
+    code, out = call(monkeypatch, capsys, *arguments, **{"DDIR": ddir.root, **environment})
+    assert code in (1, 2) and message in out.err and len(out.err.strip().splitlines()) == 1
+
+
+def test_published_is_refused_where_there_is_none(tmp_path, ddir, monkeypatch, capsys):
+    e = experiment(tmp_path)
+    code, out = call(monkeypatch, capsys, "diffusion", "3", e.path, DDIR=ddir.root, PARAMS="published")
+    assert code == 1 and "names no published parameters of diffusion" in out.err
+
+
+def test_results_of_the_paper_file():
+    """The file's figures are those of the paper's table: a few of them, read off by hand."""
+    with open(os.path.join(CHECKOUT, "configs", "paper_results.json")) as f:
+        paper = json.load(f)
+    assert paper["logreg"]["20"]["novel"] == [82.92, 0.232]
+    assert paper["diffusion"]["100000000"]["1"]["all"] == [63.5, 0.642]
+    assert paper["parameters"]["logreg"]["2"] == {"lr": 0.001, "wd": 0.01, "batchsize": 128, "maxiter": 29500}
+    assert not re.search("session|issue", json.dumps(paper))
