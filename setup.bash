@@ -115,13 +115,19 @@ make_environment() {
         install_requirements || setup_fail "the packages could not be installed for PYTHON=$PYTHON; without PYTHON, " \
                                            "setup makes an environment of its own in .venv"
     else
-        base=$(find_python) || base=
-        # an environment that is there needs no venv any more, but the compiler and the headers
-        missing=$(missing_packages "$base" "$(venv_works && echo no || echo yes)")
-        [ -z "$missing" ] || install_packages $missing
-        base=$(find_python) || setup_fail "Python 3.10 or later is needed, $(python3 -V 2>&1) is here; name another one: PYTHON=..."
         PYTHON=$PWD/.venv/bin/python
-        if ! venv_works; then make_venv "$base"; fi
+        if venv_works; then
+            # an environment that is there needs no venv any more, but the compiler and the headers
+            missing=$(missing_packages "$PYTHON" no)
+            [ -z "$missing" ] || install_packages $missing
+            base=$(find_python) || base=$PYTHON
+        else
+            base=$(find_python) || base=
+            missing=$(missing_packages "$base" yes)
+            [ -z "$missing" ] || install_packages $missing
+            base=$(find_python) || setup_fail "Python 3.10 or later is needed, $(python3 -V 2>&1) is here; name another one: PYTHON=..."
+            make_venv "$base"
+        fi
         # a cut-off installation can leave packages that pip takes for whole: then once more from nothing
         install_requirements || { echo "setup: once more, in a new .venv" >&2; make_venv "$base"; install_requirements; } \
             || setup_fail "the packages could not be installed (see above)"
