@@ -188,11 +188,19 @@ def available_memory():
             for line in f:
                 if line.startswith("MemAvailable:"):
                     free = int(line.split()[1]) * 1024
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+    for folder, limit, used in (("/sys/fs/cgroup", "memory.max", "memory.current"),
+                                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):
-            with open(limit) as f, open(used) as g:
-                free = min(free, max(int(f.read()) - int(g.read()), 0))
+            values = {}
+            for name in (limit, used):
+                with open(os.path.join(folder, name)) as f:
+                    values[name] = int(f.read())
+            with open(os.path.join(folder, "memory.stat")) as f:
+                stat = dict(line.split() for line in f)
+            # files that were read are kept in memory as long as nobody else wants it
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0))) \
+                + int(stat.get("total_active_file", stat.get("active_file", 0)))
+            free = min(free, max(values[limit] - values[used] + cached, 0))
     return free
 
 
