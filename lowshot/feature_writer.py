@@ -1,0 +1,181 @@
+"""Writes one HDF5 block of features so that work can be cut off at any moment, and goes on where it stopped.
+
+While it grows, block0.hdf5 is called block0.hdf5.partial: an HDF5 file whose datasets have been laid out in full, empty,
+and whose structure is never touched again. Rows are written straight into their places; block0.hdf5.partial.json says how
+many are on disk for certain, and what they are made from. The last act is to rename the file.
+"""
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+
+from lowshot.script import read_json, size, write_json
+
+
+class FeatureWriter:
+    """Features of n images, written in order.
+
+        with FeatureWriter(path, n, d, labels, made_from) as out:
+            for i in range(out.done, n, m):
+                out.write(features, readable)       # (m, d) float32, (m,) bool: rows i..i+m-1
+            out.finish()
+
+    labels: int32 (n,). made_from: JSON-ready dict; a partial file made from something else is refused, or begun anew if
+    `overwrite`. notes: JSON-ready dict kept with the progress, for the caller. Only what was saved counts as done: at
+    most `period` seconds are lost.
+    """
+
+    def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20):
+        self.path, self.n, self.d, self.made_from, self.period = path, n, d, made_from, period
+        self.partial, self.progress = path + ".partial", path + ".partial.json"
+        self.done, self.notes = 0, {}
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(exclusive(self.partial))
+            if not (os.path.exists(self.partial) and self._resume()):
+                self._create(labels)
+            self.file = stack.enter_context(open(self.partial, "r+b", buffering=0))
+            self.open = stack.pop_all()
+        self.saved, self.saved_at = self.done, time.time()
+
+    def _resume(self):
+        """Take over what a partial file holds; False if nothing was saved yet."""
+        if not os.path.exists(self.progress):
+            return False
+        state = read_json(self.progress)
+        differs = first_difference(state.get("made_from"), self.made_from)
+        if differs:
+            if self.overwrite:
+                return False
+            raise ValueError(f"{self.partial} was begun with {differs}: delete it, or --overwrite")
+        self.offsets = {k: int(v) for k, v in state["offsets"].items()}
+        needed = max(self.offsets[k] + self.n * w for k, w in self._widths().items())
+        if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
+            raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
+                             f"delete it and {self.progress} to start over")
+        self.done, self.notes = state["done"], state["notes"]
+        return True
+
+    def _widths(self):
+        return {"all_feats": 4 * self.d, "readable": 1}
+
+    def _create(self, labels):
+        import h5py
+        remove(self.progress)                   # of a file that is no more
+        needed = self.n * (4 * self.d + 5) + 10000
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(self.path))).free
+        if needed > free:
+            raise OSError(f"{self.path} needs {size(needed)}, the disk has {size(free)} free")
+        fresh = f"{self.partial}.{os.getpid()}.tmp"
+        try:
+            with h5py.File(fresh, "w") as f:
+                f.attrs["made_from"] = json.dumps(self.made_from)
+                f["count"] = np.array([self.n], np.int32)
+                f["all_labels"] = np.ascontiguousarray(labels, np.int32)
+                for name, shape, dtype in (("all_feats", (self.n, self.d), h5py.h5t.IEEE_F32LE),
+                                           ("readable", (self.n,), h5py.h5t.py_create(np.dtype(bool), logical=True))):
+                    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                    plist.set_layout(h5py.h5d.CONTIGUOUS)
+                    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)         # so that its place is known
+                    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                    h5py.h5d.create(f.id, name.encode(), dtype, h5py.h5s.create_simple(shape), dcpl=plist)
+                self.offsets = {name: f[name].id.get_offset() for name in self._widths()}
+            os.replace(fresh, self.partial)
+        finally:
+            remove(fresh)
+
+    def write(self, features, readable):
+        """Write the next rows: float32 (m, d) and bool (m,)."""
+        for name, x in (("all_feats", np.ascontiguousarray(features, "<f4")),
+                        ("readable", np.ascontiguousarray(readable, np.uint8))):
+            data = memoryview(x).cast("B")
+            at = self.offsets[name] + self.done * self._widths()[name]
+            while data:
+                written = os.pwrite(self.file.fileno(), data, at)
+                data, at = data[written:], at + written
+        self.done += len(features)
+        if time.time() > self.saved_at + self.period:
+            self.save()
+
+    def save(self):
+        """Make sure that all rows so far are on disk, then say so."""
+        os.fsync(self.file.fileno())
+        write_json(self.progress, {"done": self.done, "notes": self.notes, "offsets": self.offsets,
+                                   "made_from": self.made_from})
+        self.saved, self.saved_at = self.done, time.time()
+
+    def readable(self):
+        """bool (n,) of the rows written so far."""
+        data = os.pread(self.file.fileno(), self.done, self.offsets["readable"])
+        return np.frombuffer(data, bool)
+
+    def finish(self):
+        """Give the file its name: all rows must have been written."""
+        if self.done != self.n:
+            raise ValueError(f"{self.done} of {self.n} rows written")
+        self.save()                             # if the rename fails, nothing is lost
+        os.replace(self.partial, self.path)
+        remove(self.progress)
+
+    def discard(self):
+        """Remove the partial file."""
+        remove(self.progress)
+        remove(self.partial)
+        self.saved = self.done = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        with self.open:
+            if self.done > self.saved:
+                self.save()
+
+
+@contextlib.contextmanager
+def exclusive(path):
+    """While the block runs no other process can enter one for the same path: that is a ValueError. Ends with the
+    process, however it ends, and is not passed on to processes it forks."""
+    with open(path + ".lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing {path}")
+        try:
+            yield
+        finally:
+            remove(lock.name)
+
+
+def remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def made_from(path):
+    """What a complete block was made from, or None if it does not tell."""
+    import h5py
+    try:
+        with h5py.File(path, "r") as f:
+            return json.loads(f.attrs["made_from"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def first_difference(old, new):
+    """None if two dicts are equal, else the first key they differ in, as text: 'i1 = 10, now 20'."""
+    if old is None:
+        return "unknown arguments"
+    for key in (*new, *(k for k in old if k not in new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = first_difference(a, b)
+            if inner:
+                return f"{key}: {inner}"
+        elif a != b:
+            return f"{key} = {a}, now {b}"
+    return None

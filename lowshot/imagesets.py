@@ -1,0 +1,481 @@
+"""Sets of images on disk, described by a YAML file, decoded to uint8 arrays of one size.
+
+    config = load_config("f100m_save_data.yaml")
+    images = open_set(config)                           # len(images), images.labels(i0, i1)
+    pixels = Preprocess(config)(images.read(i))         # (crop, crop, 3) uint8
+
+A configuration has three parts, all but `dataset` optional:
+
+    dataset:
+      kind: yfcc100m            # the image numbers are places in zip files: 12345678 is 678.jpg in ROOT/12/345.zip
+      root: ${DDIR}/yfcc100m    #   ${...}: environment variables
+      length: 100000000         #   number of images; without it, up to the last one found
+      # kind: imagenet          # meta: a JSON file with image_names and image_labels; names are relative to root, or
+      #                         #   to the JSON's folder if there is no root
+      # kind: folder            # root: a subfolder per class, classes numbered in their sorted order, or images only;
+      #                         #   classes: another folder of the same classes, that numbers them (root if absent)
+      # kind: cifar10           # or cifar100, by torchvision: root, train (true/false), download (true/false)
+    transforms:
+      resize: 256               # pixels of the shorter side; null leaves images as they are
+      crop: 224                 # pixels of the centre square; smaller images get a black border
+      mean: [0.485, 0.456, 0.406]
+      std: [0.229, 0.224, 0.225]
+    loader:
+      batchsize: 64             # images at a time
+      workers: null             # threads or processes that read and decode; null: one per CPU
+      open_zips: 8              # zip files that a process keeps open
+"""
+import collections
+import errno
+import hashlib
+import io
+import os
+import re
+import struct
+import threading
+import zipfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+try:
+    import simplejpeg           # the same pixels as PIL, several times quicker on small images
+except ImportError:
+    simplejpeg = None
+
+from lowshot.packages import load_torchvision
+from lowshot.script import read_json
+
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+DATASET_KEYS = {"yfcc100m": {"root", "length"}, "imagenet": {"meta", "root"}, "folder": {"root", "classes"},
+                "cifar10": {"root", "train", "download"}, "cifar100": {"root", "train", "download"}}
+TRANSFORMS = {"resize": 256, "crop": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+LOADER = {"batchsize": 64, "workers": None, "open_zips": 8}
+
+
+class Missing(Exception):
+    """There is no image of this number."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+def load_config(name):
+    """Read and check a configuration: a path, or the bare name of a file in configs/. Returns a dict with all keys.
+
+    Paths in it have their environment variables expanded. Raises ValueError, naming the file, for anything amiss.
+    """
+    import yaml
+    path = name
+    if not os.path.exists(path) and not os.path.dirname(name):
+        path = os.path.join(CONFIGS, name)
+    if not os.path.isfile(path):
+        have = sorted(n for n in os.listdir(CONFIGS) if n.endswith(".yaml")) if os.path.isdir(CONFIGS) else []
+        raise ValueError(f"no configuration {name}, neither here nor in {CONFIGS}, which has {', '.join(have)}")
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = yaml.safe_load(f)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}")
+    return _checked(content, path)
+
+
+def _checked(content, path):
+    """The configuration with defaults filled in and paths expanded."""
+    def need(condition, what):
+        if not condition:
+            raise ValueError(f"{path}: {what}")
+
+    def whole_number(part, key, low, optional=False):
+        value = part[key]
+        need(optional and value is None or type(value) is int and value >= low,
+             f"{key} is {value!r}, a whole number of at least {low}{' or null' if optional else ''} was expected")
+
+    need(isinstance(content, dict) and isinstance(content.get("dataset"), dict),
+         "a section 'dataset' was expected: see lowshot/imagesets.py for an example")
+    parts = {}
+    for name, part in content.items():
+        need(name in ("dataset", "transforms", "loader"), f"unknown section {name!r}: dataset, transforms and loader "
+                                                          "are known")
+        need(part is None or isinstance(part, dict), f"{name} must be a section of keys and values")
+        parts[name] = dict(part or {})
+    dataset = parts["dataset"]
+    kind = dataset.get("kind")
+    need(kind in DATASET_KEYS, f"dataset kind is {kind!r}, one of {', '.join(DATASET_KEYS)} was expected")
+    for name, known in (("dataset", {"kind"} | DATASET_KEYS[kind]), ("transforms", set(TRANSFORMS)),
+                        ("loader", set(LOADER))):
+        unknown = sorted(map(str, set(parts.get(name, {})) - known))
+        need(not unknown, f"unknown key {unknown[0]!r} in {name}: {', '.join(sorted(known))} are known"
+             if unknown else "")
+    transforms = {**TRANSFORMS, **parts.get("transforms", {})}
+    loader = {**LOADER, **parts.get("loader", {})}
+
+    for key in ("root", "meta", "classes"):
+        if key in dataset:
+            need(isinstance(dataset[key], str) and dataset[key], f"{key} is {dataset[key]!r}, a path was expected")
+            dataset[key] = _expand(dataset[key], path)
+    need(("meta" if kind == "imagenet" else "root") in dataset,
+         f"dataset kind {kind} needs {'meta' if kind == 'imagenet' else 'root'}")
+    if kind == "yfcc100m":
+        dataset.setdefault("length", None)
+        whole_number(dataset, "length", 1, optional=True)
+    for key, default in (("train", True), ("download", False)):
+        if key in DATASET_KEYS[kind]:
+            need(isinstance(dataset.setdefault(key, default), bool), f"{key} must be true or false")
+    whole_number(transforms, "resize", 1, optional=True)
+    whole_number(transforms, "crop", 1)
+    need(transforms["resize"] is None or transforms["crop"] <= transforms["resize"],
+         f"crop ({transforms['crop']}) is larger than resize ({transforms['resize']})")
+    for key in ("mean", "std"):
+        v = transforms[key]
+        need(isinstance(v, list) and len(v) == 3 and all(isinstance(x, (int, float)) for x in v)
+             and (key == "mean" or min(v) > 0), f"{key} is {v!r}, three numbers (for red, green, blue) were expected")
+    whole_number(loader, "batchsize", 1)
+    whole_number(loader, "workers", 1, optional=True)
+    whole_number(loader, "open_zips", 1)
+    return {"dataset": dataset, "transforms": transforms, "loader": loader}
+
+
+def _expand(text, path):
+    """Replace ${NAME} and $NAME by environment variables, which must be set and not empty."""
+    def value(match):
+        name = match.group(1) or match.group(2)
+        if not os.environ.get(name):
+            raise ValueError(f"{path} uses ${{{name}}}, but the environment variable {name} is not set or empty")
+        return os.environ[name]
+    return os.path.expanduser(re.sub(r"\$\{(\w+)\}|\$(\w+)", value, text))
+
+
+# ---------------------------------------------------------------------------------------------- sets
+
+def open_set(config):
+    """The set of images that a configuration describes.
+
+    len(images), images.labels(i0, i1) int32, images.read(i) -> bytes or uint8 (h, w, 3), images.name(i),
+    images.class_names (list or None), images.identity(i0, i1): dict that tells these images from others, wherever
+    they are stored.
+    """
+    dataset = config["dataset"]
+    kind = dataset["kind"]
+    if kind == "yfcc100m":
+        return ZipSet(dataset["root"], dataset["length"], config["loader"]["open_zips"])
+    if kind == "imagenet":
+        return meta_set(dataset["meta"], dataset.get("root"))
+    if kind == "folder":
+        return folder_set(dataset["root"], dataset.get("classes"))
+    return CifarSet(kind, dataset["root"], dataset["train"], dataset["download"])
+
+
+class ZipSet:
+    """YFCC100M: image number abcdefgh is fgh.jpg in ab/cde.zip. Numbers may be missing; there are no labels (0).
+
+    At most `open_zips` files are kept open, the ones used last; threads may share them.
+    """
+    class_names = None
+
+    def __init__(self, root, length=None, open_zips=8):
+        if not os.path.isdir(root):
+            raise ValueError(f"{root} is not a directory: the zip files 00/000.zip ... were expected in it")
+        self.root, self.open_zips = root, open_zips
+        self.files, self.lock = collections.OrderedDict(), threading.Lock()
+        self.length = self._last() + 1 if length is None else length
+
+    def _last(self):
+        """Number of the last image found."""
+        for folder in sorted((n for n in os.listdir(self.root) if re.fullmatch(r"\d\d", n)), reverse=True):
+            for name in sorted(os.listdir(os.path.join(self.root, folder)), reverse=True):
+                if re.fullmatch(r"\d\d\d\.zip", name):
+                    try:
+                        with zipfile.ZipFile(os.path.join(self.root, folder, name)) as f:
+                            images = [n for n in f.namelist() if re.fullmatch(r"\d\d\d\.jpg", n)]
+                    except (OSError, zipfile.BadZipFile):
+                        images = ["999.jpg"]        # damaged, but it has a place in the numbering
+                    if images:
+                        return int(folder) * 10 ** 6 + int(name[:3]) * 1000 + int(max(images)[:3])
+        raise ValueError(f"no image found in {self.root}: files such as 00/000.zip, holding 000.jpg ..., were expected")
+
+    def __len__(self):
+        return self.length
+
+    def identity(self, i0, i1):
+        digest = hashlib.sha256()
+        for z in range(i0 // 1000, -(-i1 // 1000)):
+            path = os.path.join(self.root, self.name(z * 1000).rsplit("/", 1)[0])
+            digest.update(b"%d " % (os.path.getsize(path) if os.path.exists(path) else -1))
+        return {"sha256_zip_sizes": digest.hexdigest()}
+
+    def labels(self, i0, i1):
+        return np.zeros(i1 - i0, np.int32)
+
+    def name(self, i):
+        return f"{i // 10 ** 6:02d}/{i // 1000 % 1000:03d}.zip/{i % 1000:03d}.jpg"
+
+    def read(self, i):
+        """The bytes of image i; raises Missing, or any other exception if its file is damaged."""
+        z, i = divmod(i, 1000)
+        with self.lock:
+            reader = self.files.get(z)
+            if reader is None:
+                while len(self.files) >= self.open_zips:
+                    self.files.popitem(last=False)          # closed when the last thread that reads it lets go
+                reader = self.files[z] = ZipReader(os.path.join(self.root, f"{z // 1000:02d}", f"{z % 1000:03d}.zip"))
+            else:
+                self.files.move_to_end(z)
+        return reader.read(f"{i:03d}.jpg")
+
+
+class ZipReader:
+    """A zip file whose members are read whole. One that is missing or damaged has no members, and is remembered so.
+
+    Members stored without compression, as in YFCC100M, are read by one system call; the zipfile module, which does
+    the rest, takes longer for each than the decoding of a small image.
+    """
+
+    def __init__(self, path):
+        self.zip, self.members = None, {}
+        self.error = None
+        try:
+            self.zip = zipfile.ZipFile(path)
+            self.members = {m.filename: m for m in self.zip.infolist()}
+        except FileNotFoundError:
+            self.error = Missing(f"no file {path}")
+        except OSError as e:
+            raise_if_grave(e)
+            self.error = e
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError) as e:
+            self.error = zipfile.BadZipFile(f"{path}: {e}")
+
+    def read(self, name):
+        if self.error is not None:
+            raise self.error
+        m = self.members.get(name)
+        if m is None:
+            raise Missing(f"no {name} in {self.zip.filename}")
+        if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1:
+            return self.zip.read(m)
+        # a member is a header of 30 bytes, its name, an extra field, then the data
+        fd, spare = self.zip.fp.fileno(), 64
+        data = os.pread(fd, 30 + len(name) + spare + m.file_size, m.header_offset)
+        if data[:4] != b"PK\3\4" or len(data) < 30:
+            raise zipfile.BadZipFile(f"no member where {name} should start")
+        start = 30 + sum(struct.unpack_from("<HH", data, 26))
+        if start + m.file_size > len(data):
+            data, start = os.pread(fd, m.file_size, m.header_offset + start), 0
+        data = data[start:start + m.file_size]
+        if zlib.crc32(data) != m.CRC:
+            raise zipfile.BadZipFile(f"bad checksum of {name}")
+        return data
+
+class FileSet:
+    """Images in files of their own. names: paths below `root`; labels: int32 (n,)."""
+
+    def __init__(self, root, names, labels, class_names=None):
+        self.root = root
+        # bytes in one array: a list of a million strings would be copied into every process
+        self.names = np.array([os.fsencode(n) for n in names], dtype="S")
+        self._labels = np.asarray(labels, np.int32)
+        self.class_names = class_names
+
+    def __len__(self):
+        return len(self.names)
+
+    def identity(self, i0, i1):
+        digest = hashlib.sha256(self.names[i0:i1].tobytes())
+        digest.update(self._labels[i0:i1].tobytes())
+        return {"sha256_names_labels": digest.hexdigest()}
+
+    def labels(self, i0, i1):
+        return self._labels[i0:i1]
+
+    def name(self, i):
+        return os.fsdecode(self.names[i])
+
+    def read(self, i):
+        try:
+            with open(os.path.join(self.root, self.name(i)), "rb", buffering=0) as f:
+                return f.read()
+        except FileNotFoundError as e:
+            raise Missing(str(e))
+
+
+def meta_set(meta, root=None):
+    """ImageNet by a JSON file: image_names (paths) and image_labels (class numbers from 0, as many)."""
+    if not os.path.exists(meta):
+        raise ValueError(f"{meta} does not exist: a JSON file with image_names and image_labels was expected")
+    content = read_json(meta)
+    names, labels = (content.get(k) if isinstance(content, dict) else None for k in ("image_names", "image_labels"))
+    if not isinstance(names, list) or not isinstance(labels, list):
+        raise ValueError(f"{meta} has no lists image_names and image_labels")
+    if len(names) != len(labels):
+        raise ValueError(f"{meta} has {len(names)} image_names, but {len(labels)} image_labels")
+    if not names:
+        raise ValueError(f"{meta} lists no image")
+    for i, (name, label) in enumerate(zip(names, labels)):
+        if not isinstance(name, str) or not name or "\0" in name or type(label) is not int or not 0 <= label < 2 ** 31:
+            raise ValueError(f"{meta}: entry {i} is {name!r} of class {label!r}; a path and a class number from 0 "
+                             "were expected")
+    return FileSet(root or os.path.dirname(os.path.abspath(meta)), names, labels)
+
+
+def folder_set(root, classes=None):
+    """Images in a folder, in sorted order: a subfolder per class (labels 0, 1, ...), or images only (labels 0).
+
+    classes: folder whose subfolders number the classes, so that training and test images get the same numbers.
+    """
+    def subfolders(folder):
+        if not os.path.isdir(folder):
+            raise ValueError(f"{folder} is not a directory: images, or a subfolder of images per class, were expected")
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+    own = subfolders(root)
+    class_names = own if classes is None else subfolders(classes)
+    if set(own) - set(class_names):
+        raise ValueError(f"{root} has a class {sorted(set(own) - set(class_names))[0]!r} that {classes} lacks")
+    number = {name: i for i, name in enumerate(class_names)}
+    names, labels = [], []
+    loose = [n for n in sorted(os.listdir(root)) if _is_image(n) and os.path.isfile(os.path.join(root, n))]
+    if loose and own:
+        raise ValueError(f"{root} holds both images ({loose[0]} ...) and subfolders ({own[0]} ...): either images only,"
+                         " or a subfolder per class, was expected")
+    if loose:
+        names, labels, class_names = loose, [0] * len(loose), None
+    for name in own:
+        before = len(names)
+        for folder, folders, files in os.walk(os.path.join(root, name)):
+            folders.sort()
+            relative = os.path.relpath(folder, root)
+            names += [os.path.join(relative, n) for n in sorted(files) if _is_image(n)]
+        labels += [number[name]] * (len(names) - before)
+    if not names:
+        raise ValueError(f"{root} holds no images: files ending in {', '.join(EXTENSIONS)} were expected")
+    return FileSet(root, names, labels, class_names)
+
+
+def _is_image(name):
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+class CifarSet:
+    """CIFAR-10 or CIFAR-100 (its 100 fine classes), read and checked by torchvision; all in memory."""
+
+    def __init__(self, kind, root, train, download):
+        datasets = load_torchvision().datasets
+        maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+        try:
+            data = maker(root, train=train, download=download)
+        except RuntimeError as e:
+            raise ValueError(f"{kind} in {root}: {str(e).splitlines()[0]} ('download: true' in the configuration "
+                             "lets torchvision download it)")
+        self.pixels, self._labels = data.data, np.asarray(data.targets, np.int32)
+        self.class_names = list(data.classes)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def identity(self, i0, i1):
+        return {"sha256_pixels": hashlib.sha256(np.ascontiguousarray(self.pixels[i0:i1])).hexdigest()}
+
+    def labels(self, i0, i1):
+        return self._labels[i0:i1]
+
+    def name(self, i):
+        return f"image {i}"
+
+    def read(self, i):
+        return self.pixels[i]
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+
+def decode(data):
+    """An image file's bytes (or pixels as they are) -> uint8 (h, w, 3). Raises some exception if it is damaged."""
+    if isinstance(data, np.ndarray):
+        return data
+    if simplejpeg is not None and data[:2] == b"\xff\xd8":
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if height * width < Image.MAX_IMAGE_PIXELS and colours in ("YCbCr", "Gray", "RGB"):
+                return simplejpeg.decode_jpeg(data)
+        except ValueError:
+            pass                            # PIL is the judge of what is damaged
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+class Preprocess:
+    """uint8 (h, w, 3) or a file's bytes -> uint8 (crop, crop, 3): shorter side to `resize` (bilinear), centre crop.
+
+    Sizes and places are those of torchvision's Resize and CenterCrop. Subtracting the mean and dividing by the
+    standard deviation is left to the network's device.
+    """
+
+    def __init__(self, config):
+        self.resize, self.crop = config["transforms"]["resize"], config["transforms"]["crop"]
+
+    def __call__(self, data):
+        x = decode(data)
+        h, w, _ = x.shape
+        if self.resize is not None and min(h, w) != self.resize:
+            new_h = self.resize if h <= w else int(self.resize * h / w)
+            new_w = self.resize if w <= h else int(self.resize * w / h)
+            x = np.asarray(Image.fromarray(x).resize((new_w, new_h), Image.BILINEAR))
+            h, w = new_h, new_w
+        c = self.crop
+        if (h, w) == (c, c):
+            return x
+        if h < c or w < c:
+            border = [(max(0, (c - s) // 2), max(0, (c - s + 1) // 2)) for s in (h, w)]
+            x = np.pad(x, (*border, (0, 0)))
+            h, w, _ = x.shape
+        top, left = round((h - c) / 2), round((w - c) / 2)
+        return x[top:top + c, left:left + c]
+
+
+GRAVE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def raise_if_grave(e):
+    """Raise errors that say nothing about the image: they may be gone at the next try, and must not be recorded."""
+    if isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno in GRAVE:
+        raise e
+
+
+READABLE, MISSING, DAMAGED = range(3)
+
+
+class Batches:
+    """Batch b of images i0..i1-1 -> (pixels uint8 (m, crop, crop, 3), state uint8 (m,), what is wrong with them).
+
+    Images that are MISSING or DAMAGED are black. The last batch has fewer images.
+    """
+
+    def __init__(self, images, preprocess, i0, i1, batchsize):
+        self.images, self.preprocess = images, preprocess
+        self.i0, self.i1, self.batchsize = i0, i1, batchsize
+
+    def __len__(self):
+        return -(-(self.i1 - self.i0) // self.batchsize)
+
+    def __getitem__(self, b):
+        first = self.i0 + b * self.batchsize
+        m = min(self.batchsize, self.i1 - first)
+        c = self.preprocess.crop
+        pixels = np.empty((m, c, c, 3), np.uint8)
+        state = np.zeros(m, np.uint8)
+        faults = []
+        for j in range(m):
+            try:
+                pixels[j] = self.preprocess(self.images.read(first + j))
+            except Missing:
+                state[j] = MISSING
+            except Exception as e:          # decoders fail in many ways
+                raise_if_grave(e)
+                state[j] = DAMAGED
+                if not faults:
+                    faults.append(f"{self.images.name(first + j)}: {type(e).__name__} {' '.join(str(e).split())[:100]}")
+            if state[j]:
+                pixels[j] = 0
+        return pixels, state, faults

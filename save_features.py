@@ -1,0 +1,292 @@
+"""Stage 1: compute the features of a set of images, or of a block of it, with a network.
+
+reads   the images that the YAML configuration describes, and the network's checkpoint
+writes  OUTFILE, HDF5: all_feats float32 (n, d), all_labels int32 (n), count int32 (1), readable bool (n).
+        Row r is image i0 + r. d is 2048 for ResNet50, 512 for ResNet10.
+
+Images that are missing or damaged get the features of a black image, are False in `readable`, and are counted at the
+end. A run that is cut off goes on where it stopped when the same command is given again; OUTFILE appears when complete.
+
+The background in blocks of a million images, then the labelled images:
+
+  python save_features.py --cfg f100m_save_data.yaml --model ResNet50 --modelfile $DDIR/models/checkpoints/ResNet50/89.tar
+         --i0 0 --i1 1000000 --outfile $DDIR/features/f100m/block0.hdf5
+  python save_features.py --cfg imagenet_train_save_data.yaml --model ResNet50
+         --modelfile $DDIR/models/checkpoints/ResNet50/89.tar --outfile $DDIR/features/train.hdf5
+"""
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import signal
+import time
+
+import numpy as np
+
+from lowshot.script import Parser, Progress, clock, log, number, peak_memory, print_header, run, size
+
+
+def main():
+    args = arguments()
+    import torch
+    from lowshot.feature_writer import FeatureWriter, first_difference, made_from
+    from lowshot.imagesets import Batches, Preprocess, load_config, open_set
+    from lowshot.networks import for_inference, load_checkpoint, make_network
+
+    config = load_config(args.cfg)
+    loader, transforms = config["loader"], config["transforms"]
+    batchsize = args.batchsize or loader["batchsize"]
+    device = choose_device(args.device)
+    workers = choose_workers(args.workers if args.workers is not None else loader["workers"], device)
+
+    network = make_network(args.model, pretrained=not args.modelfile)
+    if args.modelfile:
+        load_checkpoint(network, args.modelfile)
+
+    images = open_set(config)
+    i0, i1 = block(args, len(images))
+    n, d = i1 - i0, network.feature_dim
+    # what the features depend on; not where it is stored
+    origin = {"model": args.model, "modelfile_sha256": digest(args.modelfile), "i0": i0, "i1": i1,
+              "kind": config["dataset"]["kind"], **images.identity(i0, i1), "transforms": transforms}
+
+    if os.path.exists(args.outfile) and not args.overwrite:
+        differs = first_difference(made_from(args.outfile), origin)
+        if differs is None:
+            log(f"{args.outfile} is complete, nothing to do")
+            return 0
+        raise ValueError(f"{args.outfile} exists, made with {differs}: --overwrite replaces it")
+
+    batchsize = min(max(8, batchsize // workers) if device == "cpu" else batchsize, n)
+    shape = (batchsize, transforms["crop"], transforms["crop"], 3)
+    print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
+
+    if device == "cpu":
+        torch.set_num_threads(1)            # each worker thread runs the network by itself: none waits for another
+    with FeatureWriter(args.outfile, n, d, images.labels(i0, i1), origin, args.overwrite) as out:
+        if out.done:
+            log(f"going on at image {i0 + out.done}: {out.done} of {n} were done")
+        todo = n - out.done
+        with torch.inference_mode():
+            extract = for_inference(network, transforms["mean"], transforms["std"], shape, device)
+            batches = Batches(images, Preprocess(config), i0 + out.done, i1, batchsize)
+            start = time.time()
+            results = by_threads if device == "cpu" else by_processes
+            with contextlib.closing(results(batches, extract, workers)) as stream:
+                save_all(stream, extract(torch.zeros(shape, dtype=torch.uint8))()[0], out, i0)
+            seconds = time.time() - start
+            report_unreadable(out, i0, images)
+            out.finish()
+            if todo:
+                report_speed(results, extract, workers, shape, todo, seconds)
+    if images.class_names:
+        names = images.class_names
+        log(f"{len(names)} classes: 0 is {names[0]}, {len(names) - 1} is {names[-1]}")
+    log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory {size(peak_memory())}")
+
+
+def arguments():
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("input")
+    group.add_argument("--cfg", required=True, help="YAML description of the images: a path, or the name of a file in "
+                       "configs/")
+    group.add_argument("--i0", type=number(int, 0), default=0, help="first image")
+    group.add_argument("--i1", type=number(int, -1), default=-1, help="image after the last one; -1: all")
+    group.add_argument("--model", default="ResNet50", help="ResNet10, 18, 34, 50 or 101, or the lower-case name of a "
+                       "torchvision model")
+    group.add_argument("--modelfile", help="checkpoint with the network's weights; torchvision's models can do without, "
+                       "torchvision then downloads their weights")
+    group = parser.add_argument_group("output")
+    group.add_argument("--outfile", required=True, help="HDF5 file to write")
+    group.add_argument("--overwrite", action="store_true", help="replace OUTFILE where it exists and was made with "
+                       "other arguments")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="cpu, cuda (all GPUs), cuda:0, ...; auto: all GPUs if there are "
+                       "any")
+    group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, divided among the "
+                       "workers (default: of the configuration)")
+    group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that read, decode and run the "
+                       "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
+                       "CPU)")
+    return parser.parse_args()
+
+
+def choose_device(name):
+    """The torch device for --device, checked to be there."""
+    import torch
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: auto, cpu, cuda, or cuda:0 and so on was expected")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return name
+
+
+def choose_workers(workers, device):
+    """Number of worker threads (CPU) or loading processes (GPU): as many as there are CPUs, unless given."""
+    return workers or len(os.sched_getaffinity(0))
+
+
+def block(args, length):
+    """(i0, i1) within the set of images."""
+    if args.i0 >= length:
+        raise ValueError(f"--i0 is {args.i0}, but {args.cfg} has {length} images (0 to {length - 1})")
+    i1 = length if args.i1 < 0 else min(args.i1, length)
+    if i1 <= args.i0:
+        raise ValueError(f"--i0 {args.i0} --i1 {args.i1} is no image: i1 is the image after the last one")
+    if i1 < args.i1:
+        log(f"--i1 is {args.i1}, {args.cfg} has {length} images: stopping there")
+    return args.i0, i1
+
+
+def digest(path):
+    """SHA-256 of a file, hexadecimal; None for None."""
+    if path is None:
+        return None
+    with open(path, "rb") as f:
+        h = hashlib.sha256()
+        while data := f.read(1 << 20):
+            h.update(data)
+        return h.hexdigest()
+
+
+def by_threads(batches, extract, workers):
+    """Yield (features or None, state, faults) of all batches in order; each thread reads, decodes and runs the network.
+
+    On a CPU this is quicker than processes that decode beside a network on all CPUs: no core waits at the end of each
+    layer for one that was busy decoding, and no pixels go from process to process.
+    """
+    import torch
+    def work(b):
+        with torch.inference_mode():                # holds for one thread
+            return features_of(batches[b], extract)
+
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            running = collections.deque()
+            for b in range(len(batches)):
+                running.append(pool.submit(work, b))
+                if len(running) > 2 * workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def by_processes(batches, extract, workers):
+    """The same for GPUs: processes read and decode, and this one feeds the network."""
+    from torch.utils.data import DataLoader
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=be_quiet,
+                        multiprocessing_context="fork")
+    try:
+        for batch in loader:
+            yield features_of(batch, extract)
+    except RuntimeError as e:
+        raise OSError(f"{' '.join(str(e).split())[:300]} (a loading process killed for lack of memory? Run again to go on, "
+                      "with fewer --workers)")
+    except OSError as e:
+        raise OSError(str(e).strip().splitlines()[-1])          # the last line of the process's traceback
+
+
+def as_it_is(batch):
+    return batch        # numpy arrays go through a pipe: small shared memory, as in containers, is no limit
+
+
+def be_quiet(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # the main process tells of Ctrl-C
+
+
+def features_of(batch, extract):
+    """Start the network on (pixels, state, faults): the first becomes a function that gives features (m, d)."""
+    import torch
+    pixels, state, faults = batch
+    if state.all():
+        return None, state, faults
+    m, size_prepared = len(pixels), extract.shape[0]
+    if m < size_prepared:
+        pixels = np.concatenate([pixels, np.zeros((size_prepared - m, *pixels.shape[1:]), np.uint8)])
+    wait = extract(torch.from_numpy(pixels))
+    return (lambda: wait()[:m]), state, faults
+
+
+def save_all(stream, black, out, i0):
+    """Write the features of all batches, one batch behind the network. black: features of a black image, (d,)."""
+    def write(features, state, faults):
+        x = np.empty((len(state), out.d), np.float32) if features is None else features().copy()
+        x[state != 0] = black
+        bad = ~np.isfinite(x).all(axis=1)
+        if bad.any():
+            raise ValueError(f"the features of image {i0 + out.done + np.argmax(bad)} are NaN or infinite: are the "
+                             "network's weights damaged?")
+        for what, code in (("missing", 1), ("damaged", 2)):
+            out.notes[what] = out.notes.get(what, 0) + int((state == code).sum())
+        if faults:
+            out.notes.setdefault("fault", faults[0])
+        out.write(x, state == 0)
+
+    waiting = None
+    with Progress(out.n, "images", out.done) as progress:
+        for batch in stream:
+            if waiting is not None:
+                write(*waiting)
+                progress.update(out.done)
+            waiting = batch
+        if waiting is not None:
+            write(*waiting)
+            progress.update(out.done)
+
+
+def report_unreadable(out, i0, images):
+    """Count the unreadable images; if there is no other, that is an error and nothing is kept."""
+    readable = out.readable()
+    bad = out.n - int(readable.sum())
+    detail = ""
+    if bad:
+        detail = (f" ({out.notes['missing']} missing, {out.notes['damaged']} damaged); the first one is "
+                  f"{images.name(i0 + int(np.argmin(readable)))}")
+    if "fault" in out.notes:
+        detail += f"; a damaged one: {out.notes['fault']}"
+    if bad == out.n:
+        out.discard()
+        raise ValueError(f"none of the {out.n} images could be read{detail}")
+    log(f"{bad} of {out.n} images unreadable{', with the features of a black image' if bad else ''}{detail}")
+
+
+def report_speed(results, extract, workers, shape, n, seconds):
+    """Images per second of this run, beside those of the network fed with images in memory, some seconds long."""
+    rate = 0
+    reps = 2 * workers
+    while not rate:
+        start = time.time()
+        for features, _, _ in results(InMemory(shape, reps), extract, workers):
+            features()
+        elapsed = time.time() - start
+        if elapsed > 1.5:
+            rate = reps * shape[0] / elapsed
+        reps = max(2 * reps, min(64 * reps, int(reps * 2 / elapsed)))
+    log(f"{n / seconds:.1f} images/s; the same network fed from memory: {rate:.1f} images/s; ratio {n / seconds / rate:.3f}")
+
+
+class InMemory:
+    """The same random images as every batch."""
+
+    def __init__(self, shape, n):
+        self.batch = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8), np.zeros(shape[0], np.uint8), []
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, b):
+        return self.batch
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""Stage 2: train the PCA that brings features to 256 dimensions, and apply it to the whole background.
+
+train   reads   $DDIR/features/f100m/block0.hdf5
+        writes  $DDIR/features/f100m/PCAR256.vt, a Faiss PCAMatrix(2048, 256, 0, True): PCA, then a random rotation
+apply   reads   PCAR256.vt and all of $DDIR/features/f100m/block0.hdf5, block1.hdf5, ...
+        writes  $DDIR/features/f100m/concatenated_PCAR256.raw, float32 (images, 256) without header, not normalised
+
+Beside each output a small .json tells what it was made from. What is complete is not made again; `apply` goes on where
+it was cut off.
+
+  python train_apply_pca.py train
+  python train_apply_pca.py apply
+  python train_apply_pca.py train apply --dim 128 --ntrain 100000
+"""
+import hashlib
+import os
+import shutil
+import time
+
+import numpy as np
+
+from lowshot.feature_writer import exclusive, remove
+from lowshot.features import SLAB_BYTES, FeatureFile
+from lowshot.layout import DataDir
+from lowshot.script import (Parser, Progress, available_memory, clock, log, number, peak_memory, print_header,
+                            read_json, run, size, whole, write_json)
+
+
+def main():
+    args = arguments()
+    ddir = DataDir()
+    blocks = ddir.blocks()
+    if "train" in args.steps:
+        train(args, blocks[0], ddir.pca(args.dim, write=True))
+    if "apply" in args.steps:
+        apply(args, blocks, ddir.pca(args.dim), ddir.raw(args.dim, write=True))
+
+
+def arguments():
+    parser = Parser(__doc__)
+    parser.add_argument("steps", nargs="+", choices=("train", "apply"), help="what to do")
+    parser.add_argument("--dim", type=number(int, 1), default=256, help="dimensions to keep; file names carry it")
+    parser.add_argument("--ntrain", type=number(int, 1), help="train on the first rows of block0 only, this many "
+                        "(default: all; takes their memory)")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that were made from something else")
+    return parser.parse_args()
+
+
+def train(args, block0, path):
+    """Train on rows of block0 and write the transform."""
+    from lowshot.packages import faiss
+    with FeatureFile(block0) as f:
+        n = f.n if args.ntrain is None else args.ntrain
+        if n > f.n:
+            raise ValueError(f"--ntrain is {n}, but {block0} has {f.n} rows")
+        if args.dim > f.d:
+            raise ValueError(f"--dim is {args.dim}, but {block0} has {f.d} columns: PCA keeps at most as many")
+        if n < args.dim:
+            raise ValueError(f"{n} rows of {block0} are too few to train {args.dim} dimensions: at least as many are "
+                             "needed (--dim, --ntrain)")
+        origin = {"dim": args.dim, "rows": n, "block0": identity(f)}
+        if complete(path, origin, args.overwrite):
+            return
+        # rows, the covariance matrix in float32 and float64, its eigenvectors, and a slab being read
+        memory = 4 * n * f.d + 28 * f.d * f.d + 2 * SLAB_BYTES
+        print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(memory))
+        if memory > available_memory():
+            raise ValueError(f"training on {n} rows takes {size(memory)}, the machine has {size(available_memory())} "
+                             f"free: --ntrain {max(args.dim, int(0.8 * n * available_memory() / memory))} fits")
+        start = time.time()
+        x = np.empty((n, f.d), np.float32)
+        with Progress(n, "rows read") as progress:
+            for i, slab in f.slabs(0, n):
+                x[i:i + len(slab)] = slab
+                progress.update(i + len(slab))
+    pca = faiss.PCAMatrix(x.shape[1], args.dim, 0, True)
+    pca.max_points_per_d = n                    # Faiss would leave rows out beyond 1000 per column
+    log(f"training on {n} x {x.shape[1]}")
+    pca.train(x)
+    variances = faiss.vector_to_array(pca.eigenvalues).astype(np.float64)
+    kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
+    remove(path + ".json")                      # that of the file about to be replaced
+    with whole(path) as temporary:
+        faiss.write_VectorTransform(pca, temporary)
+    write_json(path + ".json", origin)
+    log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "
+        f"{clock(time.time() - start)}, peak memory {size(peak_memory())}")
+
+
+def apply(args, blocks, pca_path, path):
+    """Apply the transform to all rows of all blocks, one slab of about 64 MB after the other."""
+    from lowshot.pca import load_pca
+    counts, origins = [], []
+    for block in blocks:
+        with FeatureFile(block) as f:
+            pca = load_pca(pca_path, f.d, block)
+            counts.append(f.n)
+            origins.append(identity(f))
+    if pca.d_out != args.dim:
+        raise ValueError(f"{pca_path} gives {pca.d_out} dimensions, its name and --dim say {args.dim}")
+    n, width = sum(counts), 4 * args.dim
+    with open(pca_path, "rb") as f:
+        origin = {"dim": args.dim, "pca_sha256": hashlib.sha256(f.read()).hexdigest(), "blocks": origins}
+    if complete(path, origin, args.overwrite, n * width):
+        return
+    with exclusive(path + ".partial"):
+        write_all(args, blocks, counts, pca, path, origin)
+
+
+def write_all(args, blocks, counts, pca, path, origin):
+    """The rows of all blocks to `path`, going on from a partial file made from the same."""
+    n, width = sum(counts), 4 * args.dim
+    partial, progress_path = path + ".partial", path + ".partial.json"
+    done = 0
+    if os.path.exists(partial) and os.path.exists(progress_path):
+        state = read_json(progress_path)
+        if state["made_from"] == origin and os.path.getsize(partial) >= state["rows"] * width:
+            done = state["rows"]
+        elif not args.overwrite:
+            raise ValueError(f"{partial} was begun from another PCA or other blocks: delete it, or --overwrite")
+    columns = pca.d_in
+    print_header(args, step="apply", blocks=len(blocks), rows=n, output=size(n * width),
+                 predicted_memory=size(2 * SLAB_BYTES + SLAB_BYTES * args.dim // columns + (150 << 20)))
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if (n - done) * width > free:
+        raise OSError(f"{path} needs {size((n - done) * width)} more, the disk has {size(free)} free")
+    if done:
+        log(f"going on at row {done}")
+
+    start = time.time()
+    with open(partial, "r+b" if done else "wb") as out, Progress(n, "rows", done) as progress:
+        out.seek(done * width)
+        out.truncate()                          # what was written after the progress was noted last
+
+        def save():
+            out.flush()
+            os.fsync(out.fileno())
+            write_json(progress_path, {"rows": done, "made_from": origin})
+
+        first, saved = 0, time.time()
+        for block, count in zip(blocks, counts):
+            with FeatureFile(block) as f:
+                for i, x in f.slabs(min(max(done - first, 0), count), count):
+                    out.write(pca.apply(x))
+                    done = first + i + len(x)
+                    progress.update(done)
+                    if time.time() > saved + 10:
+                        save()
+                        saved = time.time()
+            first += count
+        save()
+    if os.path.getsize(partial) != n * width:
+        raise OSError(f"{partial} has {os.path.getsize(partial)} bytes, {n * width} expected ({n} rows of {width})")
+    remove(path + ".json")
+    os.replace(partial, path)
+    write_json(path + ".json", origin)
+    os.unlink(progress_path)
+    log(f"wrote {path}: {n} x {args.dim}, {os.path.getsize(path)} bytes, in {clock(time.time() - start)}, "
+        f"peak memory {size(peak_memory())}")
+
+
+def identity(f):
+    """What tells a feature file from another: its size, and a digest of 16 of its rows (reading all takes too long)."""
+    digest = hashlib.sha256()
+    if f.n:
+        for row in np.unique(np.linspace(0, f.n - 1, 16).astype(np.int64)):
+            digest.update(np.ascontiguousarray(f.file["all_feats"][row], np.float32).tobytes())
+    return {"rows": f.n, "columns": f.d, "sha256_of_16_rows": digest.hexdigest()}
+
+
+def complete(path, origin, overwrite, nbytes=None):
+    """Whether the output is there, made from the same; one made otherwise is an error unless it may be replaced."""
+    if not os.path.exists(path):
+        return False
+    note = path + ".json"
+    if os.path.exists(note) and read_json(note) == origin and nbytes in (None, os.path.getsize(path)):
+        log(f"{path} is complete, nothing to do")
+        return True
+    if not overwrite:
+        found = "was made from something else" if os.path.exists(note) else "does not tell what it was made from"
+        if nbytes not in (None, os.path.getsize(path)):
+            found = f"has {os.path.getsize(path)} bytes, {nbytes} expected from the blocks there are"
+        raise ValueError(f"{path} exists and {found}: --overwrite replaces it")
+    return False
+
+
+if __name__ == "__main__":
+    run(main)
