@@ -163,7 +163,7 @@ def figure(diffusion, logreg, nlabeled=(1, 2), chosen=None):
                     left.set_title(labels, loc="left", fontweight="bold", fontsize=10)
                 else:
                     left.set_xlabel("iterations of diffusion")
-                    right.set_xlabel("background images (iterations chosen on validation)" if chosen else
+                    right.set_xlabel("background (iterations by validation)" if chosen else
                                      "background images (last iteration)")
             axes[row, 0].set_ylabel(f"top-5 accuracy (%), {words}")
         handles, names = axes[0, 0].get_legend_handles_labels()
