@@ -41,7 +41,8 @@ eval "$settings"
 export NBG
 
 step() { now=$SECONDS; number=$((${number:-0} + 1)); printf '\n== %d/9 %s   [%d:%02d]\n' "$number" "$1" $((now / 60)) $((now % 60)); }
-show() { echo "\$ $*"; "$@"; }
+# run a command, printed so that it can be pasted into a shell in this folder
+show() { local words; words=$(printf ' %q' "$@"); echo "\$${words//"$PWD/"/}"; "$@"; }
 # whether $1 is missing or older than one of the other files or folders
 outdated() {
     local output=$1
@@ -49,6 +50,7 @@ outdated() {
     [ ! -e "$output" ] || [ -n "$(find "$@" -newer "$output" -print -quit)" ]
 }
 SECONDS=0
+printf 'data directory:  export DDIR=%q\n' "$DDIR"
 
 step "data: characters of a hundred fonts"
 # shellcheck disable=SC2086
