@@ -225,7 +225,7 @@ def main():
     if fixed:
         log(f"graph of background and base images: from {key.folder}")
     else:
-        fixed = key.make() if args.nocache else key.stored_or_made()
+        fixed = key.make(log) if args.nocache else key.stored_or_made(log)
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
     graph = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)

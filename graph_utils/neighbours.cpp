@@ -21,7 +21,7 @@ using tiles::kTile;
 constexpr uint32_t kNumber = 0x7fffffffu;       // numbers, and the mask of them in a key
 constexpr uint32_t kNew = 0x80000000u;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int64_t kGroup = 1024;                // queries whose cells are searched together
+constexpr int64_t kGroup = 1024;                // queries whose panels (512 KB at d = 256) stay in the L2 cache
 
 bool want_amx = true;
 
@@ -215,11 +215,12 @@ void check_numbers(int64_t n) {
 
 template <class Kernel>
 void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* X, int64_t np, int64_t first,
-                     int64_t K, int64_t* keys) {
+                     int64_t K, const float* bound, int64_t* keys) {
     // few queries are divided among the threads; many go in groups whose lists stay in cache
     const int64_t share = (nq / omp_get_max_threads() + kTile) / kTile * kTile;
     parallel_blocks<Scanner<Kernel>>(nq, std::min(kGroup, share), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
         scanner.lists.start(i1 - i0, K);
+        if (bound) std::copy(bound + i0, bound + i1, scanner.lists.worst.begin());
         for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);
         scanner.queries(i1 - i0, np, [&](int64_t i) { return Q + (i0 + i) * np; }, [](int64_t i) { return i; });
         scanner.scan(X, 0, nb, first, scanner.lists);
@@ -261,25 +262,31 @@ template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
                        int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const uint32_t* X,
                        int64_t K, int64_t* keys) {
-    parallel_blocks<CellScratch<Kernel>>(nq, kGroup, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
+    // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles
+    const int64_t size = std::clamp(nq / 64 / kGroup, (int64_t)1, (int64_t)8) * kGroup;
+    parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * np;
-        t.coarse.lists.start(m, nprobe);
-        t.coarse.queries(m, np, [&](int64_t i) { return group + i * np; }, [](int64_t i) { return i; });
-        t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists);
         t.visits.clear();
-        for (int64_t i = 0; i < m; i++) {
-            const uint64_t* best = t.coarse.lists.best(i);
-            const size_t before = t.visits.size();
-            int64_t have = 0;
-            for (int64_t j = 0; j < t.coarse.lists.count[i]; j++) {
-                const int32_t c = (int32_t)number_of(best[j]);
-                have += end[c] - begin[c];
-                t.visits.emplace_back(c, (int32_t)i);
-            }
-            if (have < enough && nprobe < nlist) {
-                t.visits.resize(before);
-                more_cells((int32_t)i, group + i * np, np, nlist, centroids, nprobe, enough, begin, end, t);
+        for (int64_t j0 = 0; j0 < m; j0 += kGroup) {
+            const int64_t mj = std::min(kGroup, m - j0);
+            t.coarse.lists.start(mj, nprobe);
+            t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * np; }, [](int64_t i) { return i; });
+            t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists);
+            for (int64_t i = 0; i < mj; i++) {
+                const uint64_t* best = t.coarse.lists.best(i);
+                const size_t before = t.visits.size();
+                int64_t have = 0;
+                for (int64_t j = 0; j < t.coarse.lists.count[i]; j++) {
+                    const int32_t c = (int32_t)number_of(best[j]);
+                    have += end[c] - begin[c];
+                    t.visits.emplace_back(c, (int32_t)(j0 + i));
+                }
+                if (have < enough && nprobe < nlist) {
+                    t.visits.resize(before);
+                    more_cells((int32_t)(j0 + i), group + (j0 + i) * np, np, nlist, centroids, nprobe, enough, begin,
+                               end, t);
+                }
             }
         }
         // queries by cell
@@ -302,10 +309,12 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
         lists.start(m, K);
         for (int64_t i = 0; i < m; i++) lists.load(i, keys + (i0 + i) * K);
         for (const int32_t c : t.cells) {
-            const int32_t* members = t.members.data() + t.first[c];
-            t.fine.queries(t.first[c + 1] - t.first[c], np, [&](int64_t i) { return group + members[i] * np; },
-                           [&](int64_t i) { return members[i]; });
-            t.fine.scan(X, begin[c], end[c], 0, lists);
+            for (int64_t e = t.first[c]; e < t.first[c + 1]; e += kGroup) {
+                const int32_t* members = t.members.data() + e;
+                t.fine.queries(std::min(kGroup, t.first[c + 1] - e), np,
+                               [&](int64_t i) { return group + members[i] * np; }, [&](int64_t i) { return members[i]; });
+                t.fine.scan(X, begin[c], end[c], 0, lists);
+            }
         }
         for (int64_t i = 0; i < m; i++) lists.store(i, keys + (i0 + i) * K);
     });
@@ -541,11 +550,11 @@ void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64
 }
 
 void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int64_t first, int64_t K,
-                int64_t* keys) {
+                const float* bound, int64_t* keys) {
     check_width(np);
     check_numbers(first + nb);
     if (K < 1) throw std::invalid_argument("search_all: K is less than 1");
-    DISPATCH(search_all_with, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, keys);
+    DISPATCH(search_all_with, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,

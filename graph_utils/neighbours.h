@@ -26,8 +26,9 @@ void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64
 // The K best of base vectors first .. first + nb - 1 for each query, joined with what keys held.
 //
 // Q nq x np, X nb x np, keys in/out nq x K (zeros to begin with)
+// bound      in  nq or null: products that are not greater are left out
 void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int64_t first, int64_t K,
-                int64_t* keys);
+                const float* bound, int64_t* keys);
 
 // The K best of the base vectors in each query's nprobe nearest cells, joined with what keys held (and more cells, while
 // they hold fewer than K vectors). Quick if successive queries are near each other.

@@ -45,12 +45,15 @@ def to_bfloat16(x, scale=None, out=None, residual=None):
     return out
 
 
-def search_all(Q, X, K, keys=None, first=0):
-    """The K best of X (nb, np) for each of Q (nq, np), numbered from `first`, joined with `keys`. Returns keys."""
+def search_all(Q, X, K, keys=None, first=0, bound=None):
+    """The K best of X (nb, np) for each of Q (nq, np), numbered from `first`, joined with `keys`. Returns keys.
+
+    bound: float32 (nq,), products that are not greater are left out.
+    """
     nq, np_ = Q.shape
     keys = np.zeros((nq, K), np.int64) if keys is None else _check(keys, np.int64, (nq, K), "keys")
     core.search_all(nq, _check(Q, np.int32, (None, None), "Q"), len(X), _check(X, np.int32, (None, np_), "X"), np_,
-                    first, K, keys)
+                    first, K, None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys)
     return keys
 
 

@@ -22,7 +22,8 @@ namespace tiles {
 constexpr int kTile = 32;
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"      // GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"      // false alarms of GCC 12 in its own headers
+#pragma GCC diagnostic ignored "-Wuninitialized"
 // 16 x 16 words: out[r * out_stride + c] = source[c][r].
 inline void transpose16(const uint32_t* const* source, int64_t offset, uint32_t* out, int64_t out_stride) {
 #ifdef __AVX512F__

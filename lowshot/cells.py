@@ -1,8 +1,11 @@
 """Vectors sorted by cell, as an inverted file (IVF) holds them, for dense products of whole cells and for walks on
 graphs: neighbours have near row numbers, so they are found in cache."""
+import mmap
+
 import numpy as np
 
 from graph_utils import neighbours as nb
+from lowshot.features import MatrixFile, NormalisedRows
 
 BLOCK = 1 << 16
 NUMBER = np.int64(0x7fffffff)       # numbers in candidate keys: NUMBER - number (graph_utils/neighbours.h)
@@ -11,65 +14,91 @@ TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as 
 
 
 class Vectors:
-    """Vectors as they are given: float32 arrays (or memory maps) that follow each other, not necessarily normalised.
+    """Vectors where they are: one or two float32 arrays or files of float32 that follow each other.
 
-    parts: one array or two, each (., d). normalised: False if rows are to be divided by their norm as they are used.
-    No copy is made. Raises ValueError where a row holds NaN or infinity.
+    x: float32 array (n, d), normalised by the caller; or NormalisedRows, whose rows are divided by their norm when
+    they are used. Stretches of rows are read plainly; single rows of a file come from a memory map, whose pages
+    release() gives back. Raises ValueError where a row holds NaN or infinity.
+
+    n, d; scale float32 (n,) factor of each row, or None; longest: the largest norm of a scaled row.
+    Memory: 4 bytes per vector.
     """
 
-    def __init__(self, parts, normalised=True, names=None):
-        self.parts = [parts] if isinstance(parts, np.ndarray) else [p for p in parts if len(p)] or [parts[0]]
-        if len(self.parts) > 2:
-            raise ValueError(f"{len(self.parts)} arrays of vectors, at most two are supported")
-        # memory maps stay maps, without the overhead of their class
-        self.parts = [np.asarray(p) if p.flags.c_contiguous and p.dtype == np.float32
-                      else np.ascontiguousarray(p, np.float32) for p in self.parts]
-        self.starts = np.cumsum([0] + [len(p) for p in self.parts])
-        self.n, self.d = int(self.starts[-1]), self.parts[0].shape[1]
-        if any(p.shape[1] != self.d for p in self.parts):
-            raise ValueError("vectors of " + " and ".join(str(p.shape[1]) for p in self.parts) + " columns in one set")
+    def __init__(self, x):
+        self.scale = None
+        normalise = isinstance(x, NormalisedRows)
+        self.sources = [m if isinstance(m, MatrixFile) else np.ascontiguousarray(m, np.float32)
+                        for m in (x.matrices if normalise else [x])]
+        if len(self.sources) > 2:
+            raise ValueError(f"{len(self.sources)} arrays of vectors, at most two are supported")
+        self.d = x.shape[1]
+        self.sources = self.sources or [np.empty((0, self.d), np.float32)]
+        self._arrays = None
+        self.starts = np.cumsum([0] + [len(m) for m in self.sources])
+        self.n = int(self.starts[-1])
         if self.n >= 2 ** 31:
             raise ValueError(f"{self.n} vectors: node numbers have 32 bits")
-        self.scale = None
-        scale = np.empty(self.n, np.float32)
+        norms = np.empty(self.n, np.float32)
         for i in range(0, self.n, BLOCK):
-            x = self.rows(slice(i, min(i + BLOCK, self.n)))
-            scale[i:i + BLOCK] = np.einsum("ij,ij->i", x, x)
-        bad = ~np.isfinite(scale)
+            rows = self.stretch(i, min(i + BLOCK, self.n))
+            norms[i:i + BLOCK] = np.einsum("ij,ij->i", rows, rows)
+        bad = ~np.isfinite(norms)
         if bad.any():
             row = int(np.argmax(bad))
             part = int(np.searchsorted(self.starts, row, "right")) - 1
-            of = f"{names[part]}: " if names else ""
-            raise ValueError(f"{of}row {row - self.starts[part]} holds NaN, infinity or numbers too large to square")
-        if not normalised:
-            np.sqrt(scale, out=scale)
-            scale[scale == 0] = 1
-            self.scale = np.divide(1, scale, out=scale)
+            name = getattr(self.sources[part], "filename", "the features")
+            raise ValueError(f"{name}: row {row - self.starts[part]} holds NaN or infinity")
+        np.sqrt(norms, out=norms)
+        self.longest = 1.0 if normalise else float(norms.max(initial=0))
+        if normalise:
+            norms[norms == 0] = 1
+            self.scale = np.divide(1, norms, out=norms)
+
+    def stretch(self, start, stop):
+        """Rows start .. stop - 1, not scaled; an array or a view of one."""
+        pieces = [m[max(start - first, 0):stop - first] for m, first in zip(self.sources, self.starts)
+                  if start < first + len(m) and stop > first]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, self.d), np.float32)])
+
+    def blocks(self):
+        """Yield (first, last + 1) of stretches that cover all rows."""
+        for i in range(0, self.n, BLOCK):
+            yield i, min(i + BLOCK, self.n)
+
+    @property
+    def arrays(self):
+        """The parts as arrays, files as memory maps."""
+        if self._arrays is None:
+            self._arrays = [m if isinstance(m, np.ndarray) else np.memmap(m.filename, m.dtype, "r", shape=m.shape)
+                            for m in self.sources]
+        return [np.asarray(a) for a in self._arrays]
+
+    def release(self):
+        """Give back the pages of memory maps; they count as this process's memory as long as they are mapped."""
+        for a in self._arrays or []:
+            if isinstance(a, np.memmap):
+                a._mmap.madvise(mmap.MADV_DONTNEED)
 
     def rows(self, which):
-        """float32 copies (or a view, for a slice within one part) of rows, not scaled. which: slice or numbers."""
-        if isinstance(which, slice):
-            for part, start in zip(self.parts, self.starts):
-                if start <= which.start and which.stop <= start + len(part):
-                    return part[which.start - start:which.stop - start]
-            which = np.arange(which.start, which.stop)
-        if len(self.parts) == 1:
-            return self.parts[0][which]
+        """Copies of rows by number, not scaled, float32 (len(which), d)."""
+        which = np.asarray(which, np.int64)
+        arrays = self.arrays
+        if len(arrays) == 1:
+            return arrays[0][which]
         out = np.empty((len(which), self.d), np.float32)
         first = which < self.starts[1]
-        out[first] = self.parts[0][which[first]]
-        out[~first] = self.parts[1][which[~first] - self.starts[1]]
+        out[first] = arrays[0][which[first]]
+        out[~first] = arrays[1][which[~first] - self.starts[1]]
         return out
 
-    def scale_of(self, which):
-        return None if self.scale is None else np.ascontiguousarray(self.scale[which])
-
-    def normalised_rows(self, which):
+    def scaled_rows(self, which):
         x = self.rows(which)
         return x if self.scale is None else x * self.scale[which, None]
 
-    def bfloat16(self, which, residual=None):
-        return nb.to_bfloat16(self.rows(which), self.scale_of(which), residual=residual)
+    def bfloat16(self, start, stop, residual=None):
+        """Rows start .. stop - 1, scaled, in bfloat16 (graph_utils.neighbours.to_bfloat16)."""
+        scale = None if self.scale is None else self.scale[start:stop]
+        return nb.to_bfloat16(self.stretch(start, stop), scale, residual=residual)
 
 
 def default_nlist(n):
@@ -82,7 +111,7 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     rs = np.random.RandomState(seed)
     m = min(vectors.n, TRAINING_PER_CELL * nlist)
     sample = np.sort(rs.choice(vectors.n, m, replace=False)) if m < vectors.n else np.arange(m)
-    x = vectors.normalised_rows(sample)
+    x = vectors.scaled_rows(sample)
     X = nb.to_bfloat16(x)
     centroids = np.ascontiguousarray(x[rs.choice(m, nlist, replace=m < nlist)])
     for iteration in range(iterations):
@@ -111,11 +140,10 @@ def assign(vectors, centroids, progress=None):
     """The cell of each vector, int32 (n,), a block at a time."""
     cell = np.empty(vectors.n, np.int32)
     C = nb.to_bfloat16(centroids)
-    for i in range(0, vectors.n, BLOCK):
-        rows = slice(i, min(i + BLOCK, vectors.n))
-        cell[rows] = NUMBER - (nb.search_all(vectors.bfloat16(rows), C, 1)[:, 0] & NUMBER)
+    for i, j in vectors.blocks():
+        cell[i:j] = NUMBER - (nb.search_all(vectors.bfloat16(i, j), C, 1)[:, 0] & NUMBER)
         if progress is not None:
-            progress(rows.stop)
+            progress(j)
     return cell
 
 
@@ -159,22 +187,21 @@ class Cells:
         self.begin = self.end - sizes
         self.X = nb.aligned_zeros((self.n, nb.words(vectors.d)), np.int32)
         self.residual = 0.0
-        for i in range(0, self.n, BLOCK):
-            rows = self.order[i:i + BLOCK]
-            residual = np.empty(len(rows), np.float32)
-            nb.to_bfloat16(vectors.rows(rows), vectors.scale_of(rows), out=self.X[i:i + BLOCK], residual=residual)
+        position = self.position()
+        for i, j in vectors.blocks():
+            residual = np.empty(j - i, np.float32)
+            self.X[position[i:j]] = vectors.bfloat16(i, j, residual)
             self.residual = max(self.residual, float(residual.max()))
             if progress is not None:
-                progress(i + len(rows))
+                progress(j)
 
     @classmethod
     def train(cls, vectors, nlist=None, seed=0, progress=None):
         """Cells found by k-means. progress: called with (stage, done, total)."""
         at = (lambda *a: None) if progress is None else progress
-        nlist = default_nlist(vectors.n) if nlist is None else nlist
-        centroids = train_centroids(vectors, nlist, seed, progress=lambda i: at("rounds of k-means", i, 6))
-        cell = assign(vectors, centroids, lambda i: at("vectors assigned to cells", i, vectors.n))
-        return cls(vectors, centroids, cell, lambda i: at("vectors sorted", i, vectors.n))
+        centroids = train_centroids(vectors, nlist or default_nlist(vectors.n), seed,
+                                    progress=lambda i: at("rounds of k-means", i, 6))
+        return cls(vectors, centroids, assign(vectors, centroids, lambda i: at("vectors assigned to cells", i, vectors.n)))
 
     def position(self):
         """int32 (n,): the row of X of each number."""

@@ -67,9 +67,11 @@ def fixed_vectors(ddir, nbg, dim, base):
     return NormalisedRows(MatrixFile(ddir.raw(dim), "<f4", dim, nbg, "python train_apply_pca.py apply"), base)
 
 
-def fixed_graph(ddir, nbg, k, x, base, test):
-    """Graph of background and base images, and test images against both. Exact below 100,000 nodes.
+def fixed_graph(ddir, nbg, k, x, base, test, log):
+    """Graph of background and base images, and test images against both.
 
+    Exact below 100,000 nodes; above, base images are searched for among near cells and neighbours of neighbours until
+    recall@k >= 0.95 over all nodes, and test images among near cells at recall@k >= 0.99, as measured on samples.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n = len(x)
@@ -77,13 +79,18 @@ def fixed_graph(ddir, nbg, k, x, base, test):
     I = np.full((n, k), -1, np.int32)
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg])
-    if n < knn.EXACT_BELOW:
-        with Progress(nbg, "background images compared with base images") as progress:
-            D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress.update)
-        with Progress(len(test), "test images compared with all nodes") as progress:
-            test_D, test_I = knn.exact_knn(test, x[:], k, progress.update)
-        return Graph(I, D, test_I, test_D)
-    raise NotImplementedError
+    with knn.show_progress() as progress:
+        if n < knn.EXACT_BELOW:
+            D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress)
+            test_D, test_I = knn.exact_knn(test, x, k, progress)
+            return Graph(I, D, test_I, test_D)
+        cells = knn.Cells.train(knn.Vectors(x), progress=progress)
+        # first, as the graph gives the vectors in cells up
+        test_D, test_I, info = knn.search(cells, test, k, recall=0.99, progress=progress)
+        log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
+        knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
+                            progress=progress, say=log, release=True)
+        return Graph(I, D, test_I, test_D, cells.order)
 
 
 def add_novel(fixed, x, novel):
@@ -95,8 +102,8 @@ def add_novel(fixed, x, novel):
     I = fixed.load("I", room=len(novel))        # (n + m, k)
     D = fixed.load("D")
     (n, k), test = D.shape, fixed.load("test")
-    with Progress(n, "nodes compared with novel images") as progress:
-        _, I[n:] = knn.cross_insert(novel, x, D, I[:n], n, k, progress.update)
+    with knn.show_progress() as progress:
+        _, I[n:] = knn.cross_insert(novel, x, D, I[:n], n, k, progress)
     found_D, found_I = knn.exact_knn(test, novel, k)
     found_I[found_I >= 0] += n
     _, test_I = knn.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
@@ -177,22 +184,23 @@ class FixedKey:
             return FixedPart(folder=self.folder)
         return None
 
-    def make(self):
+    def make(self, log):
         """Compute the fixed part. Its arrays are in memory."""
         base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
-        graph = fixed_graph(self.ddir, self.nbg, self.k, fixed_vectors(self.ddir, self.nbg, self.dim, base), base, test)
+        graph = fixed_graph(self.ddir, self.nbg, self.k, fixed_vectors(self.ddir, self.nbg, self.dim, base), base, test,
+                            log)
         order = np.empty(0, np.int32) if graph.order is None else graph.order
         return FixedPart(dict(base=base, test=test, I=graph.I, D=graph.D, test_I=graph.test_I, test_D=graph.test_D,
                               order=order))
 
-    def stored_or_made(self):
+    def stored_or_made(self, log):
         """The stored part, made first where there is none; runs that start together make it once."""
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
         with open(self.folder + ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.stored() is None:
-                self._store(self.make())
+                self._store(self.make(log))
             return self.stored()
 
     def _store(self, part):

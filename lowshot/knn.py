@@ -1,21 +1,36 @@
 """K-nearest-neighbour search and graphs by inner product, for build_graph.py and diffusion.py.
 
 Neighbour lists are pairs (D float32 (n, k), I int32 (n, k)): inner products and row numbers, best first; where there
-are fewer than k neighbours, I is -1 and D is -inf. A node is a neighbour of itself. Negative similarities are
-neighbours like any other. Vectors are float32 (n, d), L2-normalised by the caller unless said otherwise.
+are fewer than k neighbours, I is -1 and D is -inf. Negative similarities are neighbours like any other. Vectors `x`
+are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lowshot/features.py) over files and arrays.
+`progress` is called with (what, done, total); show_progress() makes such a function.
 
-    exact_knn(xq, xb, k, progress=None) -> D, I
+    exact_knn(xq, x, k) -> D, I
     merge_neighbours(D1, I1, D2, I2, k) -> D, I
-    cross_insert(x_new, x_all, D, I, first_new_number, k, progress=None) -> D_new, I_new        (D, I updated in place)
-    search_index(index, xq, k, recall=.95, I=None, progress=None) -> D, I, info
-    build_knn_graph(x, k, recall=.95, initial=None, progress=None) -> D, I, info
+    cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change in place
+    cells = Cells.train(Vectors(x))                                         cells.order puts near nodes together
+    build_knn_graph(x, k, recall=.95, initial=(D, I), cells=cells) -> D, I, info
+    search(cells, xq, k, recall=.95) -> D, I, info
+    search_index(index, xq, k, recall=.95, x=None) -> D, I, info            index: Faiss index (IVF,Flat or Flat)
+
+Below EXACT_BELOW vectors all is exact; above it, recall is measured on a sample by exact search, and raised until it
+is reached.
 """
+import contextlib
+
 import numpy as np
 
+from graph_utils import neighbours as nb
+from lowshot.cells import BLOCK, NEW, NUMBER, Cells, Vectors
 from lowshot.packages import faiss
+from lowshot.script import Progress
 
 EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
-BLOCK = 65536
+SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
+SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
+MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
+SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
+REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours
 
 
 def padded_to_power_of_two(k):
@@ -23,69 +38,434 @@ def padded_to_power_of_two(k):
     return 1 << (k - 1).bit_length()
 
 
-def exact_knn(xq, xb, k, progress=None):
-    """The k vectors of xb (nb, d) with the highest inner product with each of xq (nq, d), by comparing them all.
+@contextlib.contextmanager
+def show_progress():
+    """A function of (what, done, total) that shows one line of progress per kind of work."""
+    current = [None]
 
-    progress: called with the number of queries done. Returns D float32 (nq, k), I int32 (nq, k).
+    def close():
+        if current[0] is not None:
+            current[0].__exit__(None, None, None)
+
+    def progress(what, done, total):
+        if current[0] is None or (current[0].what, current[0].total) != (what, total) or done < current[0].done:
+            close()
+            current[0] = Progress(total, what)
+        current[0].update(done)
+
+    try:
+        yield progress
+    finally:
+        close()
+
+
+def _silent(what, done, total):
+    pass
+
+
+def _vectors(x):
+    return x if isinstance(x, Vectors) else Vectors(x)
+
+
+# ---- exact search
+
+def exact_knn(xq, x, k, progress=None, self=False):
+    """The k vectors of x with the highest inner product with each of xq, by comparing them all.
+
+    Candidates come from products in bfloat16; they are compared in float32, and where the errors of bfloat16 could
+    hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in its own
+    list. Memory: x is read in blocks. Returns D float32 (nq, k), I int32 (nq, k).
     """
-    nq, nb = len(xq), len(xb)
-    D = np.full((nq, k), -np.inf, np.float32)
-    I = np.full((nq, k), -1, np.int32)
-    kk = min(k, nb)
-    step = 4096
-    for i in range(0, nq if kk else 0, step):
-        d, j = faiss.knn(np.ascontiguousarray(xq[i:i + step]), np.ascontiguousarray(xb), kk,
-                         metric=faiss.METRIC_INNER_PRODUCT)
-        D[i:i + step, :kk], I[i:i + step, :kk] = d, j
-        if progress is not None:
-            progress(min(i + step, nq))
+    Q, X = _vectors(xq), _vectors(x)
+    if Q.d != X.d:
+        raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
+    D = np.full((Q.n, k), -np.inf, np.float32)
+    I = np.full((Q.n, k), -1, np.int32)
+    if not Q.n or not X.n:
+        return D, I
+    progress = progress or _silent
+    lost = np.empty(Q.n, np.float32)
+    queries = np.concatenate([Q.bfloat16(i, j, lost[i:j]) for i, j in Q.blocks()])
+    keys = np.zeros((Q.n, min(k + SPARE, X.n)), np.int64)
+    lost_most = 0.0
+    for i, j in X.blocks():
+        residual = np.empty(j - i, np.float32)
+        nb.search_all(queries, X.bfloat16(i, j, residual), keys.shape[1], keys, i)
+        lost_most = max(lost_most, float(residual.max()))
+        progress("vectors compared with all queries", j, X.n)
+    nb.exact_products(keys, Q.arrays, X.arrays, k, q_scale=Q.scale, x_scale=X.scale, self=self, D=D, I=I)
+    if keys.shape[1] < X.n:
+        unsure = np.flatnonzero(~_certain(keys, D, lost, lost_most, Q.longest, X.longest))
+        for i in range(0, len(unsure), 4096):
+            rows = unsure[i:i + 4096]
+            D[rows], I[rows] = _float32_knn(Q.scaled_rows(rows), X, k)
+            if self:
+                _put_self(D, I, rows)
+            progress("queries compared in float32", i + len(rows), len(unsure))
     return D, I
 
 
+def _certain(keys, D, lost, lost_most, q_longest, x_longest):
+    """Whether each list's k best are proven: what was left out has a product of at most the worst candidate's in
+    bfloat16 plus its error, |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
+    worst = _products(keys.min(axis=1))
+    error = lost * (x_longest + lost_most) + q_longest * lost_most + 4e-5 * q_longest * x_longest
+    return D[:, -1] >= worst + error
+
+
+def _products(keys):
+    """The similarity of each key, float32; -inf for none."""
+    bits = (keys >> 32).astype(np.int64) & 0xffffffff
+    bits = np.where(bits & 0x80000000, bits ^ 0x80000000, bits ^ 0xffffffff).astype(np.uint32)
+    return np.where(keys == 0, np.float32(-np.inf), bits.view(np.float32))
+
+
+def _float32_knn(xq, X, k):
+    """Exact search in float32 throughout."""
+    D, I = np.full((len(xq), k), -np.inf, np.float32), np.full((len(xq), k), -1, np.int32)
+    for i, j in X.blocks():
+        x = X.stretch(i, j)
+        x = np.ascontiguousarray(x if X.scale is None else x * X.scale[i:j, None])
+        d, number = faiss.knn(np.ascontiguousarray(xq), x, min(k, j - i), metric=faiss.METRIC_INNER_PRODUCT)
+        D, I = nb.merge_lists(D, I, d, np.where(number < 0, -1, number + i).astype(np.int32), k)
+    return D, I
+
+
+def _put_self(D, I, rows):
+    """Rows that lost themselves among others that are as near get themselves in the place of the last."""
+    for row in rows:
+        if row not in I[row]:
+            I[row] = np.concatenate([[row], I[row, :-1]]) if D[row, 0] == D[row, -1] else [*I[row, :-1], row]
+
+
 def merge_neighbours(D1, I1, D2, I2, k):
-    """The k best of two neighbour lists per row, each (n, any number); a number stands in one of the lists only."""
-    D = np.concatenate([np.where(I1 < 0, -np.inf, D1), np.where(I2 < 0, -np.inf, D2)], axis=1)
-    I = np.concatenate([I1, I2], axis=1)
-    if D.shape[1] < k:
-        more = ((0, 0), (0, k - D.shape[1]))
-        D, I = np.pad(D, more, constant_values=-np.inf), np.pad(I, more, constant_values=-1)
-    order = np.argsort(-D, axis=1, kind="stable")[:, :k]
-    return (np.take_along_axis(D, order, 1).astype(np.float32, copy=False),
-            np.take_along_axis(I, order, 1).astype(np.int32, copy=False))
+    """The k best of two neighbour lists per row, each best first; a number stands in one of the two only."""
+    return nb.merge_lists(D1, I1, D2, I2, k)
 
 
-def cross_insert(x_new, x_all, D, I, first_new_number, k, progress=None):
+def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     """Add m new nodes to a graph of n existing ones, exactly, in one pass over the existing vectors.
 
-    x_new (m, d), numbered from first_new_number on; x_all (n, d) the existing nodes, whose lists D, I (n, >= k) are
-    updated in place: a new node enters where it is better than the last neighbour. progress: called with the number
-    of existing nodes done. Returns the lists of the new nodes, (m, k), among existing and new nodes.
+    x_new (m, d), numbered from first_new_number on; x: the n existing nodes, whose lists D, I (n, >= k) are updated
+    in place: a new node enters where it is better than the last neighbour. Returns the lists of the new nodes, (m, k),
+    among existing and new nodes. Memory: that of x_new, and blocks of x.
     """
-    D_new, I_new = exact_knn(x_new, x_new, k)
+    new, X = _vectors(x_new), _vectors(x)
+    D_new, I_new = exact_knn(new, new, k, self=True)
     I_new[I_new >= 0] += first_new_number
-    for i in range(0, len(x_all), BLOCK):
-        x = np.ascontiguousarray(x_all[i:i + BLOCK])
-        d, j = exact_knn(x, x_new, min(k, len(x_new)))
-        j[j >= 0] += first_new_number
-        D[i:i + BLOCK], I[i:i + BLOCK] = merge_neighbours(D[i:i + BLOCK], I[i:i + BLOCK], d, j, D.shape[1])
-        d, j = exact_knn(x_new, x, k)
-        j[j >= 0] += i
-        D_new, I_new = merge_neighbours(D_new, I_new, d, j, k)
-        if progress is not None:
-            progress(min(i + BLOCK, len(x_all)))
-    return D_new, I_new
+    m = new.n
+    if not m or not X.n:
+        return D_new, I_new
+    progress = progress or _silent
+    new_lost = np.empty(m, np.float32)
+    new_bf = np.concatenate([new.bfloat16(i, j, new_lost[i:j]) for i, j in new.blocks()])
+    lost_most = float(new_lost.max())
+    columns = I.shape[1]
+    keys_new = np.zeros((m, min(k + SPARE, X.n)), np.int64)
+    X_lost_most = 0.0
+    for i, j in X.blocks():
+        lost = np.empty(j - i, np.float32)
+        block = X.bfloat16(i, j, lost)
+        X_lost_most = max(X_lost_most, float(lost.max()))
+        nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i)
+        # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
+        error = lost * (new.longest + lost_most) + X.longest * lost_most + np.float32(4e-5) * X.longest * new.longest
+        bound = D[i:j, -1] - error
+        bound[I[i:j, -1] < 0] = -np.inf
+        keys = nb.search_all(block, new_bf, min(columns + SPARE, m), bound=bound.astype(np.float32))
+        rows = np.flatnonzero(keys.any(axis=1))
+        if len(rows):
+            keys = np.ascontiguousarray(keys[rows])
+            numbers = (i + rows).astype(np.int32)
+            at = np.arange(len(rows), dtype=np.int32)
+            found_D, found_I = nb.exact_products(
+                keys, np.ascontiguousarray(X.rows(numbers)), new.arrays, columns, q_number=at,
+                q_scale=None if X.scale is None else X.scale[numbers], x_scale=new.scale)
+            full = (keys != 0).all(axis=1) & (keys.shape[1] < m)
+            unsure = np.flatnonzero(full & ~_certain(keys, found_D, lost[rows], lost_most, X.longest, new.longest))
+            if len(unsure):
+                found_D[unsure], found_I[unsure] = _float32_knn(X.scaled_rows(numbers[unsure]), new, columns)
+            found_I[found_I >= 0] += first_new_number
+            D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
+        progress("nodes compared with new ones", j, X.n)
+    found_D, found_I = nb.exact_products(keys_new, new.arrays, X.arrays, k, q_scale=new.scale, x_scale=X.scale)
+    if keys_new.shape[1] < X.n:
+        unsure = np.flatnonzero(~_certain(keys_new, found_D, new_lost, X_lost_most, new.longest, X.longest))
+        if len(unsure):
+            found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
+    return nb.merge_lists(D_new, I_new, found_D, found_I, k)
 
 
-def search_index(index, xq, k, recall=0.95, I=None, progress=None):
-    """The k nearest of each of xq (nq, d) in a Faiss index, with at least the given recall as measured on a sample."""
-    D, J = index.search(np.ascontiguousarray(xq), k)
-    D[J < 0] = -np.inf
-    if progress is not None:
-        progress(len(xq))
-    return D, J.astype(np.int32), {}
+# ---- recall
+
+class Sample:
+    """Some nodes or queries and their true neighbours.
+
+    number int32 (m,); D, I: their k nearest by exact search.
+    """
+
+    def __init__(self, vectors, cells, k, seed, size=SAMPLE, self_too=True):
+        rs = np.random.RandomState(seed)
+        self.number = np.sort(rs.choice(vectors.n, min(size, vectors.n), replace=False)).astype(np.int32)
+        self.k = k
+        self.x = vectors.scaled_rows(self.number)
+        self.D, self.I = self._exact(cells, self_too)
+
+    def _exact(self, cells, self_too):
+        X = cells.vectors
+        lost = np.empty(len(self.x), np.float32)
+        queries = nb.to_bfloat16(self.x, residual=lost)
+        keys = nb.search_all(queries, cells.X, min(self.k + SPARE, X.n))
+        D, I = nb.exact_products(keys, self.x, X.arrays, self.k, x_number=cells.order, x_scale=X.scale)
+        if keys.shape[1] < X.n:
+            unsure = np.flatnonzero(~_certain(keys, D, lost, cells.residual, 1.0, X.longest))
+            if len(unsure):
+                D[unsure], I[unsure] = _float32_knn(self.x[unsure], X, self.k)
+        return D, I
+
+    def recall_by_nprobe(self, cells, position):
+        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ..."""
+        nlist = len(cells.centroids)
+        S = self.x @ cells.centroids.T
+        rank = np.empty(S.shape, np.int32)
+        np.put_along_axis(rank, np.argsort(-S, axis=1, kind="stable"), np.arange(nlist, dtype=np.int32)[None], 1)
+        have = self.I >= 0
+        cell = np.searchsorted(cells.end, position[np.maximum(self.I, 0)], "right")
+        counts = np.bincount(np.take_along_axis(rank, cell, 1)[have], minlength=nlist)
+        return np.cumsum(counts) / max(1, have.sum())
+
+    def recall(self, D):
+        """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
+        have = self.I >= 0
+        last = np.where(have, self.D, np.inf).min(axis=1)
+        found = (D[:, :self.k] >= last[:, None] - 1e-6) & have
+        return float(found.sum() / max(1, have.sum()))
 
 
-def build_knn_graph(x, k, recall=0.95, initial=None, progress=None):
-    """The graph of each vector's k nearest, itself included."""
-    D, I = exact_knn(x, x, k, progress)
-    return D, I, {}
+def power_of_two_reaching(curve, wanted):
+    """The smallest power of two p with curve[p - 1] >= wanted, or the number of cells."""
+    p = 1
+    while p < len(curve) and curve[p - 1] < wanted:
+        p *= 2
+    return min(p, len(curve))
+
+
+# ---- graphs
+
+def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
+                    checkpoint=None, release=False):
+    """The graph of each vector's k nearest, itself included.
+
+    Sets below EXACT_BELOW are compared whole. Of larger ones, the vectors of each node's nprobe nearest cells are
+    compared with it, and then neighbours of neighbours, until recall@k as measured on a sample is reached. Similarities
+    are exact float32 products. Deterministic for a seed, whatever the number of threads.
+
+    initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only.
+    cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
+    release: give up the vectors in cells before the similarities are computed, to save memory.
+    out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
+    Returns D, I, info (recall, nprobe, rounds, exact).
+    """
+    progress, say = progress or _silent, say or (lambda line: None)
+    vectors = cells.vectors if cells is not None else _vectors(x)
+    n = vectors.n
+    D, I = out if out is not None else (np.empty((n, k), np.float32), np.empty((n, k), np.int32))
+    if n < EXACT_BELOW and cells is None:
+        for array, found in zip((D, I), exact_knn(vectors, vectors, k, progress, self=True)):
+            array[:] = found
+        return D, I, {"recall": 1.0, "exact": True}
+    if cells is None:
+        cells = Cells.train(vectors, seed=seed, progress=progress)
+    position = cells.position()
+    sample = Sample(vectors, cells, min(k, n), seed)
+    curve = sample.recall_by_nprobe(cells, position)
+    lists = Lists(cells, position, k, initial, checkpoint)
+    wanted = min(recall + MARGIN, 1.0)
+    # from here on neighbours of neighbours are the quicker way
+    p = nprobe or power_of_two_reaching(curve, max(1 - 2 * (1 - wanted), .5))
+    rounds, have = 0, 0.0
+    while True:
+        lists.search(p, progress)
+        have = lists.recall(sample)
+        say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} nodes")
+        gained = 1.0
+        while not nprobe and have < wanted and gained > .002 and rounds < 12:
+            inserted = nb.descent_round(cells.X, lists.keys, REVERSE, seed + rounds,
+                                        lambda done: progress("nodes' neighbours compared with each other", done, n))
+            rounds += 1
+            lists.round_done(rounds)
+            before, have = have, lists.recall(sample)
+            gained = have - before
+            say(f"neighbours of neighbours, round {rounds}: {inserted / n:.2f} insertions per node, recall@{k} {have:.4f}")
+        if nprobe or have >= wanted or p == len(curve):
+            break
+        p = min(4 * p, len(curve))
+        lists.restart()
+    if release:
+        cells.X = None      # not needed any more, and the largest part of the memory
+    keys = lists.keys
+    for i in range(0, n, BLOCK):
+        nb.exact_products(keys[i:i + BLOCK], vectors.arrays, vectors.arrays, k, cells.order[i:i + BLOCK], cells.order,
+                          vectors.scale, vectors.scale, True, D, I)
+        progress("nodes' similarities computed", min(i + BLOCK, n), n)
+    vectors.release()
+    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+
+
+class Lists:
+    """The candidate lists of all nodes, in the order of cells."""
+
+    def __init__(self, cells, position, k, initial=None, checkpoint=None):
+        self.cells, self.position, self.checkpoint = cells, position, checkpoint
+        self.initial = initial
+        self.n0 = len(initial[0]) if initial is not None else 0
+        self.K = max(k, initial[0].shape[1] if self.n0 else 0)
+        n = cells.n
+        # in each cell the first nodes come first: from `middle` on they are new
+        known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
+        self.middle = cells.begin + known[cells.end] - known[cells.begin]
+        if checkpoint is not None:
+            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K)
+        else:
+            self.keys, self.searched, self.rounds, self.nprobe = nb.aligned_zeros((n, self.K), np.int64), 0, 0, 0
+        if self.searched == 0:
+            self.restart()
+
+    def restart(self):
+        """Empty lists, but for those that were given."""
+        self.searched, self.rounds = 0, 0
+        for i in range(0, self.cells.n, BLOCK):
+            rows = self.cells.order[i:i + BLOCK]
+            self.keys[i:i + BLOCK] = 0
+            old = np.flatnonzero(rows < self.n0)
+            if len(old):
+                D, I = (a[rows[old]] for a in self.initial)
+                self.keys[i + old, :I.shape[1]] = _keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
+
+    def search(self, nprobe, progress):
+        """Join the best of each node's nprobe nearest cells; known nodes are compared with new ones only."""
+        c, n = self.cells, self.cells.n
+        if self.searched and self.nprobe != nprobe:
+            self.restart()
+        self.nprobe = nprobe
+        for i in range(self.searched, n, SEARCH_BLOCK):
+            block = slice(i, min(i + SEARCH_BLOCK, n))
+            if not self.n0:
+                nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.end, c.X, self.keys[block])
+            else:
+                old = c.order[block] < self.n0
+                for rows, begin in ((i + np.flatnonzero(old), self.middle), (i + np.flatnonzero(~old), c.begin)):
+                    if len(rows):
+                        keys = self.keys[rows]
+                        # known nodes have their lists: they need no more cells if there is little in the nearest
+                        nb.search_cells(c.X[rows], c.C, nprobe, begin, c.end, c.X, keys,
+                                        enough=0 if begin is self.middle else self.K)
+                        self.keys[rows] = keys
+            self.searched = block.stop
+            if self.checkpoint is not None:
+                self.checkpoint.save(self)
+            progress("nodes compared with near cells", block.stop, n)
+        self._mark_new()
+
+    def _mark_new(self):
+        """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
+        for i in range(0, self.cells.n, BLOCK):
+            keys = self.keys[i:i + BLOCK]
+            new = keys != 0
+            if self.n0 and not self.rounds:
+                number = np.where(new, NUMBER - (keys & NUMBER), 0)
+                new &= (self.cells.order[number] >= self.n0) | (self.cells.order[i:i + BLOCK, None] >= self.n0)
+            keys[new] |= NEW
+
+    def round_done(self, rounds):
+        self.rounds = rounds
+        if self.checkpoint is not None:
+            self.checkpoint.save(self)
+
+    def recall(self, sample):
+        """Recall on the sample, as it would be if similarities were computed now."""
+        v = self.cells.vectors
+        keys = np.ascontiguousarray(self.keys[self.position[sample.number]])
+        D, _ = nb.exact_products(keys, sample.x, v.arrays, sample.k, x_number=self.cells.order, x_scale=v.scale)
+        return sample.recall(D)
+
+
+def _keys(D, number):
+    """Candidate keys of similarities and numbers (-1: none), int64, as neighbours.cpp makes them."""
+    bits = np.ascontiguousarray(D, np.float32).view(np.int32).astype(np.int64)
+    bits = np.where(bits < 0, ~bits & 0xffffffff, bits | 0x80000000)
+    return np.where(number < 0, 0, (bits << 32) | (NUMBER - number))
+
+
+# ---- searching for vectors that are no nodes
+
+def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
+    """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
+
+    nprobe: number of cells to search, found by measurement if 0. Returns D, I, info (recall, nprobe).
+    """
+    progress = progress or _silent
+    Q, X = _vectors(xq), cells.vectors
+    if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW:
+        return *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
+    sample = Sample(Q, cells, k, seed)
+    curve = sample.recall_by_nprobe(cells, cells.position())
+    p = nprobe or power_of_two_reaching(curve, min(recall + MARGIN, 1.0))
+    queries = np.concatenate([Q.bfloat16(i, j) for i, j in Q.blocks()])
+    # queries of one cell after the other share what is read
+    order = np.argsort(NUMBER - (nb.search_all(queries, cells.C, 1)[:, 0] & NUMBER), kind="stable").astype(np.int32)
+    D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
+    for i in range(0, Q.n, SEARCH_BLOCK):
+        rows = order[i:i + SEARCH_BLOCK]
+        keys = np.zeros((len(rows), k + 2), np.int64)
+        nb.search_cells(queries[rows], cells.C, p, cells.begin, cells.end, cells.X, keys)
+        nb.exact_products(keys, Q.arrays, X.arrays, k, rows, cells.order, Q.scale, X.scale, False, D, I)
+        progress("queries searched", i + len(rows), Q.n)
+    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "exact": False}
+
+
+def search_index(index, xq, k, recall=0.95, x=None, progress=None):
+    """The same in a Faiss index: by cells for IVF,Flat, by Faiss itself (with its settings) for others.
+
+    x: the vectors in the index, if they are at hand; they are copied out of it otherwise.
+    """
+    if x is None and not isinstance(index, (faiss.IndexIVFFlat, faiss.IndexFlat)):
+        D, I = index.search(np.ascontiguousarray(xq[0:len(xq)], np.float32), k)
+        return np.where(I < 0, np.float32(-np.inf), D), I.astype(np.int32), {}
+    if isinstance(index, faiss.IndexIVFFlat):
+        centroids, cell = cells_of_index(index)
+        vectors = _vectors(x) if x is not None else Vectors(vectors_of_index(index))
+        return search(Cells(vectors, centroids, cell), xq, k, recall, progress=progress)
+    return *exact_knn(xq, x if x is not None else index.reconstruct_n(0, index.ntotal), k, progress), {"exact": True}
+
+
+def cells_of_index(index):
+    """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index."""
+    cell = np.full(index.ntotal, -1, np.int32)
+    lists = index.invlists
+    for c in range(index.nlist):
+        size = lists.list_size(c)
+        if size:
+            ids = lists.get_ids(c)
+            number = faiss.rev_swig_ptr(ids, size)
+            if number.min() < 0 or number.max() >= index.ntotal:
+                raise ValueError(f"the index numbers its {index.ntotal} vectors up to {number.max()}")
+            cell[number] = c
+            lists.release_ids(c, ids)
+    if (cell < 0).any():
+        raise ValueError(f"the index has no vector number {np.argmax(cell < 0)}")
+    return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
+
+
+def vectors_of_index(index):
+    """Copies of all vectors of an IVF,Flat index, float32 (n, d)."""
+    x = np.empty((index.ntotal, index.d), np.float32)
+    lists = index.invlists
+    for c in range(index.nlist):
+        size = lists.list_size(c)
+        if size:
+            ids, codes = lists.get_ids(c), lists.get_codes(c)
+            x[faiss.rev_swig_ptr(ids, size)] = faiss.rev_swig_ptr(codes, size * 4 * index.d).view(np.float32).reshape(size, -1)
+            lists.release_ids(c, ids)
+            lists.release_codes(c, codes)
+    return x

@@ -307,22 +307,6 @@ def test_training_without_data(tmp_path):
     assert done.returncode == 1 and "no label_idx.json" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_augment():
-    import torch
-    from demo.train_network import augment
-    x = torch.rand(6, 3, 20, 24)
-    a, b = (augment(x, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert a.shape == x.shape and torch.equal(a, b) and a.isfinite().all()
-    assert not torch.equal(a, augment(x, torch.Generator().manual_seed(4)))
-    # mixing the colours of a grey image keeps distances between pixels up to the contrast's factor
-    flat = torch.full((200, 3, 8, 8), 0.5)
-    out = augment(flat, torch.Generator().manual_seed(5))
-    untouched = (out - 0.5).abs().flatten(1).max(1).values < 1e-5
-    assert 0.6 < untouched.float().mean() < 0.9         # a patch covers a quarter of the images
-
-
-# -------------------------------------------------------------------------------------------------------------- showing
-
 def record(mode, n, seed, nbg, accuracies, k=30):
     return {"arguments": {"mode": mode, "nlabeled": n, "seed": seed, "nbg": nbg, "k": k, "niter": len(accuracies) - 1},
             "results": [{"iteration": i, "nnz": 1.0, "top5": a, "top5_novel": a / 2} for i, a in enumerate(accuracies)]}
