@@ -270,6 +270,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
         for process in running:
             process.wait()
         signal.signal(signal.SIGTERM, previous)
+    failed = [job.name for job in todo if job.name in failed]         # in their order, not in that of their ends
     if failed:
         raise ValueError(f"{len(failed)} of {len(todo)} jobs failed: {', '.join(failed)} "
                          "(the same command runs these again)")
