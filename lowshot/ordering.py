@@ -1,0 +1,26 @@
+"""An order of the nodes of the graph that puts near nodes next to each other.
+
+    order = locality_order(I)                       # int32 (n,), from the graph alone
+    rank[order] = np.arange(n)                      # for SymmetricGraph(I, rank)
+
+The product W L reads a row of L for each edge: where neighbours have near numbers, most of them are still in a cache.
+"""
+import numpy as np
+
+from graph_utils import core
+from graph_utils.product import _rows
+
+
+def locality_order(I):
+    """I: (n, k) int32 neighbours, negative = none. Returns a permutation of the nodes, int32 (n,).
+
+    Clusters by label propagation, of growing size, each level's clusters made of those of the level below, laid out so
+    that clusters with many edges between them are side by side. The same for any number of threads. Memory: about 25
+    bytes per node; seconds for a million nodes, time is proportional to n k.
+    """
+    I = np.asarray(I)
+    n, k = I.shape
+    rows, stride = _rows(I, np.int32, "I")
+    order = np.empty(n, np.int32)
+    core.locality_order(n, k, stride, rows, order)
+    return order

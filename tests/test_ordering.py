@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+import graph_utils
+from graph_utils import SymmetricGraph
+from lowshot.ordering import locality_order
+
+
+def random_graph(rs, n, k):
+    I = np.full((n, k), -1, np.int32)
+    for i in range(n):
+        row = rs.choice(n, min(k, n), replace=False)
+        I[i, :len(row)] = row
+        I[i, rs.choice([0, k // 2, k, k]):] = -1
+    return I
+
+
+def ring(n, k, names):
+    """Each node is joined to the k nodes after it on a ring; names: a permutation that hides the ring."""
+    I = np.empty((n, k), np.int32)
+    I[names] = names[(np.arange(n)[:, None] + np.arange(k)) % n]
+    return I
+
+
+def is_permutation(order, n):
+    return order.dtype == np.int32 and order.shape == (n,) and (np.sort(order) == np.arange(n)).all()
+
+
+@pytest.mark.parametrize("n,k", [(0, 3), (1, 1), (1, 5), (2, 2), (7, 12), (255, 4), (1030, 30), (5000, 7), (3000, 100)])
+def test_is_a_permutation(n, k):
+    rs = np.random.RandomState(n)
+    for I in (random_graph(rs, n, k), np.full((n, k), -1, np.int32)):
+        assert is_permutation(locality_order(I), n)
+
+
+def test_odd_graphs():
+    n = 3000
+    star = np.zeros((n, 2), np.int32)
+    star[:, 1] = np.arange(n)
+    two_stars = star.copy()
+    two_stars[n // 2:, 0] = n - 1
+    pairs = np.stack([np.arange(n), np.arange(n) ^ 1], axis=1).astype(np.int32)
+    repeated = np.full((n, 3), 5, np.int32)
+    for I in (star, two_stars, pairs, repeated, np.empty((n, 0), np.int32)):
+        assert is_permutation(locality_order(I), n)
+    place = np.argsort(locality_order(pairs))
+    assert (np.abs(place[::2] - place[1::2]) == 1).all()
+
+
+def test_neighbours_come_near():
+    rs = np.random.RandomState(1)
+    n, k = 20000, 8
+    I = ring(n, k, rs.permutation(n).astype(np.int32))
+    place = np.argsort(locality_order(I))
+    assert (np.abs(place[I] - place[:, None]) < 256).mean() > .9
+    # groups of 50 that know nobody else stay together
+    group = rs.permutation(n) // 50
+    members = np.argsort(group, kind="stable").reshape(-1, 50)
+    J = members[group][np.arange(n)[:, None], rs.randint(0, 50, (n, k))].astype(np.int32)
+    place = np.argsort(locality_order(J))
+    spread = place[members].max(axis=1) - place[members].min(axis=1)
+    assert np.median(spread) < 100
+
+
+def test_the_same_for_any_number_of_threads():
+    I = random_graph(np.random.RandomState(2), 6000, 12)
+    before = graph_utils.get_num_threads()
+    orders = []
+    for threads in (1, 2, 5, 2):
+        graph_utils.set_num_threads(threads)
+        orders.append(locality_order(I))
+    graph_utils.set_num_threads(before)
+    for other in orders[1:]:
+        np.testing.assert_array_equal(orders[0], other)
+
+
+def test_columns_of_a_wider_matrix():
+    rs = np.random.RandomState(3)
+    wide = np.full((500, 9), 499, np.int32)
+    wide[:, :6] = random_graph(rs, 500, 6)
+    np.testing.assert_array_equal(locality_order(wide[:, :6]), locality_order(wide[:, :6].copy()))
+
+
+def test_renumbers_a_graph():
+    I = random_graph(np.random.RandomState(4), 700, 9)
+    order = locality_order(I)
+    rank = np.empty(700, np.int32)
+    rank[order] = np.arange(700)
+    assert SymmetricGraph(I, rank).nnz == SymmetricGraph(I).nnz
+
+
+def test_bad_graphs():
+    with pytest.raises(ValueError, match="not below the number of nodes"):
+        locality_order(np.array([[0, 1], [1, 2]], np.int32))
+    with pytest.raises(ValueError, match="int32"):
+        locality_order(np.zeros((3, 2), np.int64))
