@@ -1,73 +1,216 @@
 #!/usr/bin/env python3
-"""Stage 3: build the k-nearest-neighbour graph of the background (paper, section 3.1).
+"""Stage 4: the k-nearest-neighbour graph of the background (paper, section 3.1).
 
-reads   $DDIR/features/f100m/concatenated_PCAR256.raw, its first NBG vectors, L2-normalised as they are read
+reads   $DDIR/features/f100m/concatenated_PCAR256.raw    its first NBG vectors, L2-normalised as they are read
 writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the normalised vectors, inner product
         $DDIR/knngraph/ndis{NBG}_k32_I_11.int32          neighbours of each image, itself included, best first
         $DDIR/knngraph/ndis{NBG}_k32_D_11.float32        their inner products
 
     python build_graph.py 1000000
     python build_graph.py 60000 --k 30 --dim 128
+    python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
+
+Below 100,000 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and then with
+neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with
+the index if it is complete, and beyond 2,000,000 vectors with the lists found so far.
 """
 import os
 import time
 
-import numpy as np
-
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
 from lowshot.layout import DataDir
-from lowshot.script import Parser, Progress, clock, log, number, peak_memory, print_header, run, size, whole
+from lowshot.script import Parser, clock, log, number, peak_memory, print_header, provenance, run, size, whole, write_json
 
-BLOCK = 65536
+CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
+FAISS_BLOCK = 1 << 16           # queries between two saves where Faiss searches
 
 
 def arguments():
     p = Parser(__doc__)
     p.add_argument("nbg", type=number(int, 1), help="number of background images: the first rows of the .raw file")
-    p.add_argument("--k", type=number(int, 1), default=32, help="neighbours; stored are the next power of two")
-    p.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
-    p.add_argument("--index", default="", help="Faiss factory string (default: Flat below 100,000 vectors, else "
-                                               "IVF with 4 sqrt(n) lists)")
+    g = p.add_argument_group("graph")
+    g.add_argument("--k", type=number(int, 1, 1024), default=32,
+                   help="neighbours per image; the next power of two is stored")
+    g.add_argument("--recall", type=number(float, 0, 1), default=0.95,
+                   help="share of the true neighbours that has to be found, as measured on 1000 images; raise it for a "
+                        "better graph in more time")
+    g.add_argument("--nprobe", type=number(int, 0), default=0,
+                   help="cells searched per image, and nothing more; 0: what the wanted recall takes")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of k-means and of the sample")
+    g = p.add_argument_group("index")
+    g.add_argument("--index", default="auto", metavar="FACTORY",
+                   help="Faiss factory string, e.g. IVF4000,Flat or OPQ64,IVF4000,PQ64; auto: Flat below 100,000 "
+                        "vectors, else IVF with 4 sqrt(n) lists. Any but Flat and IVF...,Flat is searched by Faiss")
+    g = p.add_argument_group("data")
+    g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
+    g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
+                   help="gpu: Faiss on all GPUs, the index sharded among them; auto: gpu if Faiss sees one")
     return p.parse_args()
 
 
 def main():
     args = arguments()
     ddir = DataDir()
-    from lowshot import knn
-    n, k = args.nbg, knn.padded_to_power_of_two(args.k)
-    raw = ddir.raw(args.dim)
-    matrix_rows(raw, "<f4", args.dim, n, "python train_apply_pca.py apply")
-    x = NormalisedRows(MatrixFile(raw, "<f4", args.dim, n))
-    print_header(args)
-    path_I, path_D = ddir.graph(n, k)
     start = time.time()
-    write_index(ddir.index(n), x, args)
-    if all(os.path.exists(p) and os.path.getsize(p) == 4 * n * k for p in (path_I, path_D)):
-        log(f"{path_I} is complete, nothing to do")
-        return
-    with Progress(n, "images") as progress:
-        D, I, _ = knn.build_knn_graph(x[:], k, progress=progress.update)
-    for path, a in ((path_D, D), (path_I, I)):
-        with whole(path) as temporary:
-            a.tofile(temporary)
-    log(f"wrote {path_I}: {n} x {k} in {clock(time.time() - start)}, peak memory {size(peak_memory())}")
-
-
-def write_index(path, x, args):
+    n, d = args.nbg, args.dim
+    raw = ddir.raw(d)
+    matrix_rows(raw, "<f4", d, n, "python train_apply_pca.py apply")
+    # after the checks: these load Faiss and the compiled library
     from lowshot import knn
+    from lowshot.index_files import Checkpoint, GraphFiles
     from lowshot.packages import faiss
-    if os.path.exists(path):
+    k = knn.padded_to_power_of_two(args.k)
+    gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
+    if args.device == "gpu" and not gpus:
+        raise ValueError("--device gpu: this Faiss sees no GPU (requirements-gpu.txt has the package that does)")
+    path_I, path_D = ddir.graph(n, k)
+    predicted = predicted_memory(n, d, k)
+    print_header(args, predicted_memory=size(predicted), products="AMX" if knn.nb.uses_amx() else "float32")
+    if all(os.path.exists(p) and os.path.getsize(p) == 4 * n * k for p in (path_I, path_D)) \
+            and os.path.exists(ddir.index(n)):
+        log(f"{path_I} is complete, nothing to do (remove it to build it again)")
         return
-    n, d = x.shape
-    factory = args.index or ("Flat" if n < knn.EXACT_BELOW else f"IVF{int(4 * n ** 0.5)},Flat")
-    index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
+
+    with knn.show_progress() as progress:
+        vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
+        index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
+        log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
+        identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
+        search_with_faiss = gpus or (cells is None and not isinstance(index, faiss.IndexFlat))
+        files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)
+        if search_with_faiss:
+            info = faiss_graph(index, vectors, k, args, gpus, files, progress)
+        else:
+            checkpoint = None
+            if n >= CHECKPOINT_FROM:
+                checkpoint = Checkpoint(path_I + ".lists.partial", identity)
+            _, _, info = knn.build_knn_graph(vectors, k, args.recall, None, cells, args.nprobe, args.seed, files.arrays,
+                                             progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
+                                             checkpoint, release=True)
+            if checkpoint is not None:
+                checkpoint.remove()
+        files.finish()
+    seconds = time.time() - start
+    found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
+    log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
+        f"({size(predicted)} predicted)")
+    write_json(ddir.log("build_graph", f"ndis{n}_k{k}.json"),
+               {**provenance(args), **info, "seconds": seconds, "peak_memory": peak_memory(),
+                "predicted_memory": predicted})
+
+
+def predicted_memory(n, d, k):
+    """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them."""
+    from lowshot import knn
+    from graph_utils.neighbours import words
+    vectors, half, lists = 4 * n * d, 4 * n * words(d), 8 * n * k
+    base = 220e6
+    if n < knn.EXACT_BELOW:
+        return int(base + vectors + half + lists + 16 * n * (k + knn.SPARE))
+    making_index = vectors + half + 24 * n
+    # candidates, their copy and reverse lists; measuring recall maps at most 64 kB around each candidate
+    rounds = half + 2 * lists + 40 * n + min(vectors, knn.SAMPLE * k * 65536)
+    similarities = vectors + 2 * lists + 24 * n
+    return int(base + max(making_index, rounds, similarities))
+
+
+def stored_index(path, vectors, args, progress, log):
+    """The Faiss index on disk, made if it is not there: (index, Cells of an IVF,Flat index or None)."""
+    from lowshot import knn
+    from lowshot.cells import Cells, assign, default_nlist, train_centroids
+    from lowshot.index_files import read_index, write_ivf_flat
+    from lowshot.packages import faiss
+    n, d = vectors.n, vectors.d
+    if os.path.exists(path):
+        index = read_index(path, n, d)
+        if isinstance(index, faiss.IndexIVFFlat):
+            return index, Cells(vectors, *knn.cells_of_index(index))
+        return index, None
+    factory = args.index
+    if factory == "auto":
+        factory = "Flat" if n < knn.EXACT_BELOW else f"IVF{default_nlist(n)},Flat"
+    try:
+        index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as e:
+        raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
+    if isinstance(index, faiss.IndexIVFFlat) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
+        if index.nlist > n:
+            raise ValueError(f"--index {factory}: {index.nlist} lists for {n} vectors")
+        centroids = train_centroids(vectors, index.nlist, args.seed,
+                                    progress=lambda i: progress("rounds of k-means", i, 6))
+        cell = assign(vectors, centroids, lambda i: progress("vectors assigned to cells", i, n))
+        cells = Cells(vectors, centroids, cell)
+        write_ivf_flat(path, cells, progress=progress)
+        return read_index(path, n, d), cells
     if not index.is_trained:
-        index.train(x[:min(n, 50 * int(4 * n ** 0.5))])
-    for i in range(0, n, BLOCK):
-        index.add(np.ascontiguousarray(x[i:i + BLOCK]))
+        import numpy as np
+        ivf = faiss.try_extract_index_ivf(index)
+        most = min(n, max(50 * ivf.nlist if ivf is not None else 0, 65536))
+        rows = np.sort(np.random.RandomState(args.seed).choice(n, most, replace=False))
+        log(f"training {factory} on {most} vectors")
+        try:
+            index.train(vectors.scaled_rows(rows))
+        except RuntimeError as e:
+            raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
+    for i, j in vectors.blocks():
+        index.add(vectors.stretch(i, j) * vectors.scale[i:j, None])
+        progress("vectors added to the index", j, n)
     with whole(path) as temporary:
         faiss.write_index(index, temporary)
+    return index, None
+
+
+def faiss_graph(index, vectors, k, args, gpus, files, progress):
+    """The graph by searching the index with Faiss, block after block, on GPUs if there are any. Returns info."""
+    import numpy as np
+    from lowshot import knn
+    from lowshot.packages import faiss
+    n = vectors.n
+    if gpus:
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard = True
+        index = faiss.index_cpu_to_all_gpus(index, co=options)
+    parameters = faiss.GpuParameterSpace() if gpus else faiss.ParameterSpace()
+
+    def set_nprobe(nprobe):
+        try:
+            parameters.set_index_parameter(index, "nprobe", nprobe)
+        except RuntimeError:        # no such parameter: nothing to set
+            return False
+        return True
+
+    def search(x):
+        D, I = index.search(x, k)
+        D[I < 0] = -np.inf
+        return D, I.astype(np.int32)
+
+    sample = np.sort(np.random.RandomState(args.seed).choice(n, min(n, knn.SAMPLE), replace=False))
+    x = vectors.scaled_rows(sample)
+    true_D, true_I = knn.exact_knn(x, vectors, k, progress)
+    nprobe = args.nprobe or 1
+    while True:
+        has_nprobe = set_nprobe(nprobe)
+        # among equals any is right, so similarities tell: exact ones, of what was found
+        I = search(x)[1]
+        found = (I >= 0) & (exact_similarities(x, vectors, I) >= np.where(true_I >= 0, true_D, np.inf).min(1)[:, None] - 1e-6)
+        recall = float(found.sum() / max(1, (true_I >= 0).sum()))
+        log(f"nprobe {nprobe}: recall@{min(k, n)} {recall:.4f} on {len(sample)} images")
+        if args.nprobe or not has_nprobe or recall >= args.recall or nprobe >= n:
+            break
+        nprobe *= 2
+    D, I = files.arrays
+    for i in range(files.done, n, FAISS_BLOCK):
+        j = min(i + FAISS_BLOCK, n)
+        D[i:j], I[i:j] = search(vectors.stretch(i, j) * vectors.scale[i:j, None])
+        files.save(j)
+        progress("images searched", j, n)
+    return {"recall": recall, "nprobe": nprobe, "exact": False}
+
+
+def exact_similarities(x, vectors, I):
+    """Inner products of each row of x with the vectors numbered in its row of I."""
+    import numpy as np
+    return np.stack([vectors.scaled_rows(np.maximum(row, 0)) @ q for q, row in zip(x, I)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""Files of the background's graph as they are written: the Faiss index, and what lets a killed run go on."""
+import contextlib
+import os
+import struct
+
+import numpy as np
+
+from lowshot.cells import BLOCK
+from lowshot.packages import faiss
+from lowshot.script import read_json, whole, write_json
+
+
+def read_index(path, n, d, factory=""):
+    """Read a Faiss index of n vectors of d dimensions; lists stay on disk. ValueError if it is another."""
+    try:
+        index = faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    except RuntimeError as e:
+        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss index: remove it and run "
+                         f"build_graph.py again ({str(e).splitlines()[0]})")
+    have = (index.ntotal, index.d, index.metric_type)
+    if have != (n, d, faiss.METRIC_INNER_PRODUCT):
+        raise ValueError(f"{path} holds {have[0]} vectors of {have[1]} dimensions, metric {have[2]}; {n} of {d}, inner "
+                         f"product ({faiss.METRIC_INNER_PRODUCT}), expected: remove it and run build_graph.py again")
+    return index
+
+
+def write_ivf_flat(path, cells, nprobe=256, progress=None):
+    """Write the vectors of `cells` as a Faiss IVF,Flat index: what faiss.write_index would, without a copy in memory.
+
+    nprobe: what the index searches if nobody says otherwise (paper, section 3.2: 256).
+    """
+    v = cells.vectors
+    nlist, sizes = len(cells.centroids), (cells.end - cells.begin).astype("<u8")
+    quantizer = faiss.IndexFlatIP(v.d)
+    quantizer.add(cells.centroids)
+    empty = faiss.IndexIVFFlat(quantizer, v.d, nlist, faiss.METRIC_INNER_PRODUCT)
+    empty.is_trained, empty.ntotal, empty.nprobe = True, v.n, min(nprobe, nlist)
+    # an index ends with its lists: "ilar", their number, bytes per vector, how sizes are stored, sizes, contents
+    header = faiss.serialize_index(empty).tobytes()
+    lists = b"ilar" + struct.pack("<QQ", nlist, 4 * v.d)
+    none = lists + b"sprs" + struct.pack("<Q", 0)
+    if not header.endswith(none):
+        raise RuntimeError(f"Faiss {faiss.__version__} writes IVF indexes in another way than expected")
+    with whole(path) as temporary, open(temporary, "wb") as f:
+        f.write(header[:-len(none)] + lists + b"full" + struct.pack("<Q", nlist) + sizes.tobytes())
+        for first, last in stretches_of_cells(cells):
+            begin, end = cells.begin[first], cells.end[last - 1]
+            x = v.scaled_rows(cells.order[begin:end])
+            for c in range(first, last):
+                rows = slice(cells.begin[c], cells.end[c])
+                f.write(x[rows.start - begin:rows.stop - begin])
+                f.write(cells.order[rows].astype("<i8"))
+            if progress is not None:
+                progress("vectors written to the index", int(end), v.n)
+    v.release()
+
+
+def stretches_of_cells(cells):
+    """Yield (first, last + 1) of cells that hold about a block of vectors together, or one cell."""
+    first = 0
+    while first < len(cells.end):
+        last = max(first + 1, int(np.searchsorted(cells.end, cells.begin[first] + BLOCK, "right")))
+        yield first, last
+        first = last
+
+
+class Checkpoint:
+    """Candidate lists in a file, for build_knn_graph() of many vectors: a killed run goes on where it was saved.
+
+    path: the file; identity: what the lists depend on, JSON-ready.
+    """
+
+    def __init__(self, path, identity):
+        self.path, self.state_path, self.identity = path, path + ".json", identity
+
+    def open(self, n, K):
+        """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning."""
+        fresh = {"identity": self.identity, "shape": [n, K]}
+        state = {}
+        with contextlib.suppress(OSError, ValueError):
+            state = read_json(self.state_path)
+        size = 8 * n * K
+        if {k: state.get(k) for k in fresh} != fresh or not os.path.exists(self.path) or os.path.getsize(self.path) != size:
+            state = {}
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with open(self.path, "wb") as f:
+                f.truncate(size)
+        self.fresh = fresh
+        self.keys = np.memmap(self.path, np.int64, "r+", shape=(n, K))
+        return np.asarray(self.keys), state.get("searched", 0), state.get("rounds", 0), state.get("nprobe", 0)
+
+    def save(self, lists):
+        self.keys.flush()
+        write_json(self.state_path, {**self.fresh, "searched": lists.searched, "rounds": lists.rounds,
+                                     "nprobe": lists.nprobe})
+
+    def remove(self):
+        self.keys = None
+        for path in (self.path, self.state_path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+class GraphFiles:
+    """The graph's two files while they are made: (D, I) maps of temporary files, renamed when they are complete.
+
+    A run that writes blocks of rows in order may say how many are done with save(), and go on there the next time.
+    """
+
+    def __init__(self, path_I, path_D, n, k, identity=None):
+        self.paths = (path_D, path_I)
+        self.temporary = [p + ".partial" for p in self.paths]
+        self.state_path = path_I + ".partial.json"
+        self.state = {"identity": identity, "shape": [n, k]}
+        self.done = 0
+        os.makedirs(os.path.dirname(path_I), exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            state = read_json(self.state_path)
+            if (identity is not None and all(state.get(key) == value for key, value in self.state.items())
+                    and all(os.path.getsize(p) == 4 * n * k for p in self.temporary)):
+                self.done = int(state["done"])
+        maps = []
+        for path, dtype in zip(self.temporary, ("<f4", "<i4")):
+            if not self.done:
+                with open(path, "wb") as f:
+                    f.truncate(4 * n * k)
+            maps.append(np.memmap(path, dtype, "r+", shape=(n, k)))
+        self.maps = maps
+
+    @property
+    def arrays(self):
+        return tuple(np.asarray(m) for m in self.maps)
+
+    def save(self, done):
+        for m in self.maps:
+            m.flush()
+        write_json(self.state_path, {**self.state, "done": done})
+
+    def finish(self):
+        """Give the files their names: D first, so that a graph whose I is there is complete."""
+        for m, temporary, path in zip(self.maps, self.temporary, self.paths):
+            m.flush()
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        self.maps = None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.state_path)
