@@ -105,13 +105,20 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, k, dim, stored, width=64):
-    """Peak memory of this process in bytes: the largest of its steps."""
-    vectors = 4 * dim * (nbase + nt)
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width=64):
+    """Peak memory of this process in bytes: the largest of its steps.
+
+    Pages of the background's file that are in use count as well: a neighbour's vector maps 64 KB around it.
+    """
+    nbg = n - nbase - nnovel
+    vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + 34))
     lists = 8 * k * (n + nt)                    # I and D
     entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
-    steps = {"complete": vectors + lists, "symmetrise": 4 * k * n + entries + 24 * n,
+    steps = {"add novel images": vectors + lists + min(4 * dim * nbg, nnovel * (k + 34) * 65536),
+             "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
+    if not stored and n - nnovel >= 100_000:    # cells in bfloat16, candidate lists and their reverse
+        steps["complete"] = vectors + lists + 4 * dim * nbg + 2 * dim * n + 16 * k * n
     return int(90e6 + max(steps.values()))
 
 
@@ -216,7 +223,7 @@ def main():
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
     fixed = None if args.nocache else key.stored()
-    predicted = predict_memory(n, nt, nbase, args.k, args.dim, fixed is not None)
+    predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None)
     print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
@@ -289,7 +296,9 @@ def main():
         node[stored_order] = np.arange(n, dtype=np.int32)
         examples.store(args.storeexamples, rows=test_rows, labels=test_labels, classes=split.classes,
                        neighbours=np.where(test_I < 0, -1, node[test_I]), nlabelled=nl, labelled_rows=rows)
-    record.update(steps=steps.records, seconds=time.time() - steps.t0, peak_memory=peak_memory(), complete=True)
+    record.update(steps=steps.records, seconds=time.time() - steps.t0, predicted_memory=predicted,
+                  peak_memory=peak_memory(), complete=True)
+    log(f"[{record['seconds']:.3f}s] done, peak memory {size(peak_memory())} ({size(predicted)} predicted)")
     write_json(args.record or ddir.log("diffusion", f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_"
                                                     f"k{args.k}_ni{args.niter}.json"), record)
 

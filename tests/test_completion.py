@@ -1,0 +1,77 @@
+"""Graph completion against exact search over all images."""
+import os
+
+import numpy as np
+import pytest
+
+import reference
+from data_directory import make_data_directory
+from lowshot import completion, knn
+from lowshot.layout import DataDir
+from test_diffusion import DIM, vectors, write_background_graph
+
+NBG, K = 2500, 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = make_data_directory(tmp_path_factory.mktemp("completion"), nclass=20, dim=64, nbg=NBG, raw=True)
+    write_background_graph(root, NBG, 16)
+    return DataDir(str(root)), vectors(root)
+
+
+def complete(ddir, nbg, base_rows, test_rows, novel, train):
+    """(nodes' I, test images' I, order) of background, base and novel images, in this order."""
+    key = completion.FixedKey(ddir, "val", nbg, K, DIM, base_rows, test_rows)
+    fixed = key.make(lambda line: None)
+    x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"))
+    graph = completion.add_novel(fixed, x, train[novel])
+    return graph.I, graph.test_I, graph.order
+
+
+def recall(found, true):
+    return np.mean([len(set(f) & set(t)) for f, t in zip(found.tolist(), true.tolist())]) / K
+
+
+@pytest.mark.parametrize("nbg", [0, 1, 40, NBG])
+@pytest.mark.parametrize("nbase,nnovel", [(120, 9), (1, 1), (30, 200)])
+def test_exact(data, nbg, nbase, nnovel):
+    ddir, v = data
+    if nbg not in (0, NBG):
+        write_background_graph(ddir.root, nbg, 16)
+    base, novel, test = np.arange(nbase), np.arange(nbase, nbase + nnovel), np.arange(0, 80, 2)
+    I, test_I, order = complete(ddir, nbg, base, test, novel, v["train"])
+    x = np.concatenate([v["background"][:nbg], v["train"][base], v["train"][novel]])
+    assert order is None
+    # equal but for neighbours that are equally near to rounding
+    assert recall(I, reference.neighbours(x, x, K)) > 0.9995 or len(x) < K
+    assert recall(test_I, reference.neighbours(v["val"][test], x, K)) > 0.9995 or len(x) < K
+    np.testing.assert_array_equal((I >= 0).sum(axis=1), min(K, len(x)))
+    np.testing.assert_array_equal(I[:, 0], np.arange(len(x)))
+
+
+def test_by_cells(data, monkeypatch):
+    ddir, v = data
+    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    base, novel, test = np.arange(200), np.arange(200, 260), np.arange(100)
+    I, test_I, order = complete(ddir, NBG, base, test, novel, v["train"])
+    x = np.concatenate([v["background"], v["train"][base], v["train"][novel]])
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(x)))
+    assert recall(I, reference.neighbours(x, x, K)) >= 0.95
+    assert recall(test_I, reference.neighbours(v["val"][test], x, K)) >= 0.98
+    for row in I:
+        assert len(set(row.tolist())) == K
+
+
+def test_the_stored_part_is_read_as_it_was_made(data):
+    ddir, _ = data
+    key = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30))
+    assert key.stored() is None
+    made, stored = key.make(lambda line: None), key.stored_or_made(lambda line: None)
+    for name in completion.FixedPart.NAMES:
+        np.testing.assert_array_equal(made.load(name), stored.load(name))
+    assert stored.load("I", room=7).shape == (NBG + 50 + 7, K)
+    other = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(51), np.arange(30))
+    assert other.stored() is None
+    os.utime(ddir.train)
+    assert completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30)).stored() is None
