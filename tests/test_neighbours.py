@@ -1,0 +1,285 @@
+"""graph_utils/neighbours.py: candidate search and NN-descent against dense numpy, by both kinds of products."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from graph_utils import core
+from graph_utils import neighbours as nb
+
+NUMBER = 0x7fffffff
+SIZES = [(1, 1, 5, 1), (5, 7, 33, 1), (37, 61, 40, 30), (64, 32, 32, 32), (2100, 1333, 64, 17), (3, 40, 256, 50),
+         (33, 65, 100, 8)]
+
+
+@pytest.fixture(params=["amx", "float32"], autouse=True)
+def products(request):
+    nb.use_amx(request.param == "amx")
+    if request.param == "amx" and not nb.uses_amx():
+        pytest.skip("this CPU has no AMX")
+    yield
+    nb.use_amx(True)
+
+
+def unit_vectors(n, d, seed=0):
+    x = np.random.RandomState(seed).randn(n, d).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def rounded(x):
+    """x as bfloat16 holds it, round to nearest even, by its definition."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits += 0x7fff + (bits >> 16 & 1)
+    return (bits >> 16 << 16).astype(np.uint32).view(np.float32)
+
+
+def unpacked(words, d):
+    """float32 of what to_bfloat16 returns."""
+    return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[:, :d]
+
+
+def numbers(keys):
+    return np.where(keys == 0, -1, NUMBER - (keys & NUMBER))
+
+
+def clustered(n, d, clusters, seed=0):
+    rs = np.random.RandomState(seed)
+    x = rs.randn(clusters, d)[rs.randint(0, clusters, n)] + 0.5 * rs.randn(n, d)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n,d", [(1, 1), (7, 32), (33, 100), (2050, 256)])
+def test_bfloat16(n, d):
+    x = np.random.RandomState(n).randn(n, d).astype(np.float32) * 10 ** np.random.RandomState(1).uniform(-9, 9, (n, 1)).astype("f4")
+    scale = np.random.RandomState(2).uniform(.1, 3, n).astype(np.float32)
+    residual = np.empty(n, np.float32)
+    words = nb.to_bfloat16(x, scale, residual=residual)
+    want = rounded(x * scale[:, None])
+    assert words.shape == (n, -(-d // 32) * 16)
+    assert np.array_equal(unpacked(words, d), want)
+    assert not words.view(np.uint16)[:, d:].any()
+    np.testing.assert_allclose(residual, np.linalg.norm(x * scale[:, None] - want, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("nq,n,d,K", SIZES)
+def test_search_all_finds_the_best_products_of_rounded_vectors(nq, n, d, K):
+    q, x = unit_vectors(nq, d, 1), unit_vectors(n, d, 2)
+    keys = nb.search_all(nb.to_bfloat16(q), nb.to_bfloat16(x), K)
+    S = rounded(q).astype(np.float64) @ rounded(x).T.astype(np.float64)
+    found = numbers(keys)
+    kk = min(K, n)
+    assert ((found >= 0).sum(axis=1) == kk).all()
+    best = -np.sort(-S, axis=1)[:, :kk]
+    for i in range(nq):
+        mine = found[i][found[i] >= 0]
+        assert len(set(mine)) == kk
+        np.testing.assert_allclose(-np.sort(-S[i, mine]), best[i], atol=2e-6)
+
+
+def test_blocks_give_the_same_as_one_call():
+    q, x = nb.to_bfloat16(unit_vectors(50, 64, 1)), nb.to_bfloat16(unit_vectors(300, 64, 2))
+    whole = nb.search_all(q, x, 12)
+    keys = np.zeros((50, 12), np.int64)
+    for i in (0, 100, 101, 250):
+        j = {0: 100, 100: 101, 101: 250, 250: 300}[i]
+        nb.search_all(q, np.ascontiguousarray(x[i:j]), 12, keys, i)
+    assert np.array_equal(np.sort(whole, axis=1), np.sort(keys, axis=1))
+
+
+def test_bound_leaves_out_what_is_not_greater():
+    q, x = unit_vectors(40, 64, 1), unit_vectors(200, 64, 2)
+    bound = np.linspace(-.2, .3, 40).astype(np.float32)
+    found = numbers(nb.search_all(nb.to_bfloat16(q), nb.to_bfloat16(x), 200, bound=bound))
+    S = rounded(q).astype(np.float64) @ rounded(x).T
+    for i in range(40):
+        mine = set(found[i]) - {-1}
+        assert set(np.flatnonzero(S[i] > bound[i] + 1e-5)) <= mine <= set(np.flatnonzero(S[i] > bound[i] - 1e-5))
+
+
+def test_all_negative_products_are_neighbours_too():
+    x = np.abs(unit_vectors(50, 32))
+    keys = nb.search_all(nb.to_bfloat16(-x[:5].copy()), nb.to_bfloat16(x), 7)
+    D, I = nb.exact_products(keys, -x[:5].copy(), x, 7)
+    S = -x[:5] @ x.T
+    assert (D < 0).all() and np.array_equal(I, np.argsort(-S, axis=1)[:, :7])
+
+
+@pytest.mark.parametrize("nprobe", [1, 3, 20])
+@pytest.mark.parametrize("nq,n,d,nlist,K", [(300, 700, 48, 20, 10), (1, 50, 32, 7, 3), (2500, 900, 32, 20, 12)])
+def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, nprobe):
+    q, x = unit_vectors(nq, d, 1), unit_vectors(n, d, 2)
+    centroids = unit_vectors(nlist, d, 3)
+    sizes = np.random.RandomState(4).multinomial(n, np.ones(nlist) / nlist)
+    sizes[-1] += sizes[0]
+    sizes[0] = 0                                    # an empty cell
+    end = np.cumsum(sizes)
+    begin = end - sizes
+    keys = np.zeros((nq, K), np.int64)
+    nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), nprobe, begin, end, nb.to_bfloat16(x), keys, enough=0)
+    S = rounded(q).astype(np.float64) @ rounded(x).T
+    coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
+    found = numbers(keys)
+    for i in range(nq):
+        cells = np.argsort(-coarse[i])[:nprobe]
+        there = np.concatenate([np.arange(begin[c], end[c]) for c in cells])
+        want = -np.sort(-S[i, there])[:K]
+        mine = found[i][found[i] >= 0]
+        np.testing.assert_allclose(-np.sort(-S[i, mine]), want, atol=2e-6)
+
+
+def test_cells_are_added_until_they_hold_enough():
+    x = unit_vectors(100, 32, 2)
+    begin = np.arange(0, 100, 2)
+    keys = np.zeros((100, 9), np.int64)
+    nb.search_cells(nb.to_bfloat16(x), nb.to_bfloat16(x[::2].copy()), 1, begin, begin + 2, nb.to_bfloat16(x), keys)
+    assert (keys != 0).all()
+
+
+@pytest.mark.parametrize("n,d,K,R", [(40, 32, 5, 8), (600, 48, 8, 8), (257, 64, 40, 32)])
+def test_a_round_compares_all_neighbours_of_a_node(n, d, K, R):
+    """Against sets: with room for all reverse neighbours, the lists become the best of all pairs that share a node."""
+    x = clustered(n, d, 10, 1)
+    X = nb.to_bfloat16(x)
+    rs = np.random.RandomState(0)
+    start = np.stack([rs.choice(n, K, replace=False) for _ in range(n)])
+    S = (rounded(x).astype(np.float64) @ rounded(x).T).astype(np.float32)
+    keys = make_keys(S[np.arange(n)[:, None], start], start) | 0x80000000
+    nb.descent_round(X, keys, R=n)
+    offered = [set(row) for row in start]
+    reverse = [np.flatnonzero((start == v).any(axis=1)) for v in range(n)]
+    for v in range(n):
+        both = np.union1d(start[v], reverse[v])
+        for a in both:
+            offered[a] |= set(both) - {a}
+    found = numbers(keys)
+    for v in range(n):
+        there = np.array(sorted(offered[v]))
+        mine = found[v]
+        assert len(set(mine)) == K
+        np.testing.assert_allclose(-np.sort(-S[v, mine]), -np.sort(-S[v, there])[:K], atol=2e-6)
+
+
+def make_keys(D, number):
+    bits = np.ascontiguousarray(D, np.float32).view(np.int32).astype(np.int64)
+    bits = np.where(bits < 0, ~bits & 0xffffffff, bits | 0x80000000)
+    return np.where(number < 0, 0, (bits << 32) | (NUMBER - number.astype(np.int64)))
+
+
+def test_rounds_lead_to_the_true_graph_and_stop():
+    x = clustered(1500, 32, 20)
+    X = nb.to_bfloat16(x)
+    rs = np.random.RandomState(1)
+    start = np.stack([rs.choice(1500, 15, replace=False) for _ in range(1500)])
+    keys = make_keys((x @ x.T)[np.arange(1500)[:, None], start], start) | 0x80000000
+    inserted = [nb.descent_round(X, keys, seed=r) for r in range(15)]
+    assert inserted[-1] == 0
+    D, I = nb.exact_products(keys, x, x, 10, self=True)
+    want = np.argsort(-(x @ x.T), axis=1)[:, :10]
+    assert np.mean([len(np.intersect1d(a, b)) for a, b in zip(I, want)]) > 9.9
+    assert (I[:, 0] == np.arange(1500)).all()
+
+
+def test_rounds_skip_what_is_old():
+    x = clustered(500, 32, 5)
+    start = np.random.RandomState(1).randint(0, 500, (500, 1))
+    keys = make_keys((x @ x.T)[np.arange(500)[:, None], start], start)
+    before = keys.copy()
+    assert nb.descent_round(nb.to_bfloat16(x), keys) == 0 and np.array_equal(keys, before)
+
+
+def test_results_do_not_depend_on_threads():
+    """Two nodes may be compared by any thread at any time; what is kept is the same. Duplicates make ties."""
+    x = clustered(900, 32, 12)
+    x[300:400] = x[7]
+    x[800:] = 0
+    X = nb.to_bfloat16(x)
+    results = []
+    for threads in (1, 4, 3):
+        core.set_num_threads(threads)
+        keys = np.zeros((900, 10), np.int64)
+        begin = np.arange(0, 900, 100)
+        nb.search_cells(X, X[::100].copy(), 2, begin, begin + 100, X, keys)
+        keys[keys != 0] |= 0x80000000
+        for r in range(3):
+            nb.descent_round(X, keys, seed=r, R=5)
+        results.append(np.sort(keys, axis=1))
+    core.set_num_threads(len(os.sched_getaffinity(0)))
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def test_exact_products_in_two_parts_with_scales_and_numbers():
+    rs = np.random.RandomState(0)
+    q, x = rs.randn(9, 45).astype("f4"), rs.randn(30, 45).astype("f4")
+    q_scale, x_scale = rs.uniform(.5, 2, 9).astype("f4"), rs.uniform(.5, 2, 30).astype("f4")
+    order, rows = rs.permutation(30).astype("i4"), rs.permutation(9).astype("i4")
+    lists = np.stack([rs.choice(30, 6, replace=False) for _ in range(9)])
+    lists[2, 3:] = -1
+    keys = make_keys(rs.randn(9, 6), lists)
+    D, I = nb.exact_products(keys, (q[:4].copy(), q[4:].copy()), (x[:11].copy(), x[11:].copy()), 8, rows, order,
+                             q_scale, x_scale)
+    S = (q * q_scale[:, None]).astype("f8") @ (x * x_scale[:, None]).T
+    for j, i in enumerate(rows):
+        there = order[lists[j][lists[j] >= 0]]
+        want = there[np.argsort(-S[i, there])]
+        assert np.array_equal(I[i], np.append(want, [-1] * (8 - len(want))))
+        np.testing.assert_allclose(D[i, :len(want)], S[i, want], rtol=1e-5)
+        assert (D[i, len(want):] == -np.inf).all()
+
+
+def test_a_node_heads_its_own_list_even_among_duplicates():
+    x = np.tile(unit_vectors(1, 32), (60, 1))
+    x[50:] = 0
+    keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 4)
+    D, I = nb.exact_products(keys, x, x, 4, self=True)
+    assert (I[:, 0] == np.arange(60)).all() and all(len(set(row)) == 4 for row in I)
+    np.testing.assert_allclose(D[:50], 1, rtol=1e-6)
+    assert (D[50:] == 0).all()
+
+
+@pytest.mark.parametrize("k1,k2,k", [(3, 3, 3), (5, 2, 4), (1, 4, 9), (4, 4, 1)])
+def test_merge_lists(k1, k2, k):
+    rs = np.random.RandomState(k1)
+    lists = []
+    for kk, first in ((k1, 0), (k2, 100)):
+        D = -np.sort(-rs.randn(50, kk).astype("f4"), axis=1)
+        I = first + rs.randint(0, 99, (50, kk)).astype("i4")
+        for row in range(50):
+            there = rs.randint(0, kk + 1)
+            D[row, there:], I[row, there:] = -np.inf, -1
+        lists += [D, I]
+    D, I = nb.merge_lists(*lists, k)
+    for row in range(50):
+        pairs = [(-d, i) for Dx, Ix in (lists[:2], lists[2:]) for d, i in zip(Dx[row], Ix[row]) if i >= 0]
+        want = sorted(pairs)[:k]
+        assert list(I[row]) == [i for _, i in want] + [-1] * (k - len(want))
+        assert list(D[row]) == [-d for d, _ in want] + [-np.inf] * (k - len(want))
+
+
+def test_no_queries_and_no_vectors():
+    empty, x = nb.to_bfloat16(np.empty((0, 32), "f4")), nb.to_bfloat16(unit_vectors(3, 32))
+    assert nb.search_all(empty, x, 4).shape == (0, 4)
+    assert not nb.search_all(x, empty, 4).any()
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda x: nb.search_all(x, x[:, :16].copy(), 3), "X: contiguous int32"),
+    (lambda x: nb.search_all(x, x, 0), "K is less than 1"),
+    (lambda x: nb.search_all(x, x[::2], 3), "X: contiguous int32"),
+    (lambda x: nb.search_cells(x, x, 0, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8")), "nprobe"),
+    (lambda x: nb.descent_round(x, np.zeros((8, 3))), "keys: contiguous int64"),
+    (lambda x: nb.descent_round(x, make_keys(np.ones((8, 1)), np.full((8, 1), 8))), "out of range"),
+    (lambda x: nb.merge_lists(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((3, 3)), np.zeros((3, 3)), 2), "lists of 2 and 3"),
+])
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(nb.to_bfloat16(unit_vectors(8, 64)))
+
+
+def test_library_loads_alone():
+    """The tile registers are asked for in a process of its own, with torch's threads or without."""
+    code = "from graph_utils import neighbours as nb; import numpy as np; " \
+           "print(nb.search_all(nb.to_bfloat16(np.eye(40, 32, dtype='f4')), nb.to_bfloat16(np.eye(40, 32, dtype='f4')), 1)[3, 0])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert NUMBER - (int(out) & NUMBER) == 3
