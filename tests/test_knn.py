@@ -1,0 +1,250 @@
+"""lowshot/knn.py and lowshot/cells.py against exact search in float64."""
+import numpy as np
+import pytest
+
+from graph_utils import neighbours as nb
+from lowshot import knn
+from lowshot.cells import Cells, Vectors, chained, default_nlist, train_centroids
+from lowshot.features import MatrixFile, NormalisedRows
+from lowshot.packages import faiss
+
+
+@pytest.fixture(params=["amx", "float32"], autouse=True)
+def products(request):
+    nb.use_amx(request.param == "amx")
+    if request.param == "amx" and not nb.uses_amx():
+        pytest.skip("this CPU has no AMX")
+    yield
+    nb.use_amx(True)
+
+
+def clustered(n, d=32, clusters=12, seed=0, spread=0.6):
+    rs = np.random.RandomState(seed)
+    centres = np.random.RandomState(99).randn(clusters, d)
+    x = centres[rs.randint(0, clusters, n)] + spread * rs.randn(n, d)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def check_exact(D, I, q, x, k, first=0):
+    """Lists are the best in float64, up to equals; padded with -inf and -1."""
+    S = q.astype(np.float64) @ x.T.astype(np.float64)
+    kk = min(k, len(x))
+    assert D.shape == I.shape == (len(q), k) and D.dtype == np.float32 and I.dtype == np.int32
+    assert (I[:, kk:] == -1).all() and (D[:, kk:] == -np.inf).all()
+    if not kk:
+        return
+    np.testing.assert_allclose(D[:, :kk], -np.sort(-S, axis=1)[:, :kk], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(S, (I[:, :kk] - first).astype(np.int64), 1), D[:, :kk], atol=1e-6)
+    assert all(len(set(row)) == kk for row in I[:, :kk].tolist())
+    assert (np.diff(D[:, :kk], axis=1) <= 0).all()
+
+
+def recall(I, q, x, k):
+    want = np.argsort(-(q @ x.T), axis=1)[:, :k]
+    return np.mean([len(np.intersect1d(a, b)) for a, b in zip(I, want)]) / k
+
+
+@pytest.mark.parametrize("nq,n,k", [(0, 5, 3), (5, 0, 3), (1, 1, 1), (1, 1, 4), (7, 3, 5), (40, 700, 30), (300, 90, 10)])
+def test_exact(nq, n, k):
+    q, x = clustered(nq, seed=1), clustered(n, seed=2)
+    check_exact(*knn.exact_knn(q, x, k), q, x, k)
+
+
+def test_exact_where_bfloat16_cannot_tell():
+    """Thousands of vectors that differ by less than rounding: the candidates prove nothing, float32 decides."""
+    rs = np.random.RandomState(0)
+    x = np.ones((3000, 32), np.float32) + 1e-3 * rs.randn(3000, 32).astype("f4")
+    x[100:200] = x[0]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    D, I = knn.exact_knn(x[:50].copy(), x, 10)
+    S = x[:50].astype("f8") @ x.T
+    np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :10], atol=3e-7)
+    D, I = knn.exact_knn(x, x, 10, self=True)
+    assert (I == np.arange(3000)[:, None]).any(axis=1).all()
+    assert all(len(set(row)) == 10 for row in I.tolist())
+
+
+def test_exact_for_vectors_that_are_not_normalised():
+    rs = np.random.RandomState(0)
+    q, x = 30 * rs.randn(20, 40).astype("f4"), rs.randn(500, 40).astype("f4") * rs.uniform(.01, 50, (500, 1)).astype("f4")
+    D, I = knn.exact_knn(q, x, 5)
+    S = q.astype("f8") @ x.T
+    np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :5], rtol=1e-5)
+
+
+def test_files_are_normalised_as_they_are_read(tmp_path):
+    x, more = 7 * clustered(300, seed=1), clustered(50, seed=2)
+    x[17] = 0
+    x.tofile(tmp_path / "raw")
+    rows = NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 300), more)
+    whole = rows[:]
+    check_exact(*knn.exact_knn(more, rows, 9), more, whole, 9)
+    D, I, info = knn.build_knn_graph(rows, 9)
+    check_exact(D, I, whole, whole, 9)
+    assert info["exact"] and (I == np.arange(350)[:, None]).any(axis=1).all()
+    x[123, 4] = np.nan
+    x.tofile(tmp_path / "raw")
+    with pytest.raises(ValueError, match="raw: row 123 holds NaN"):
+        Vectors(rows)
+
+
+@pytest.mark.parametrize("n,m,k", [(200, 20, 8), (5, 9, 8), (0, 6, 3), (30, 0, 3), (300, 1, 12), (50, 200, 6)])
+def test_cross_insert(n, m, k):
+    old, new = clustered(n, seed=1), clustered(m, seed=2)
+    everything = np.concatenate([old, new])
+    D, I = knn.exact_knn(old, old, k)
+    D_new, I_new = knn.cross_insert(new, old, D, I, n, k)
+    check_exact(D_new, I_new, new, everything, k)
+    check_exact(D, I, old, everything, k)
+
+
+def test_cross_insert_of_duplicates():
+    old = clustered(400, seed=1)
+    new = np.concatenate([old[:150], np.tile(old[7], (100, 1)), np.zeros((3, 32), "f4")])
+    D, I = knn.exact_knn(old, old, 6)
+    D_new, I_new = knn.cross_insert(new, NormalisedRows(old), D, I, 400, 6)
+    check_exact(D_new, I_new, new, np.concatenate([old, new]), 6)
+    check_exact(D, I, old, np.concatenate([old, new]), 6)
+
+
+@pytest.mark.parametrize("n,k,nlist", [(1, 1, 1), (3, 8, 3), (500, 10, 40), (3000, 16, None)])
+def test_graph_by_cells(n, k, nlist):
+    x = clustered(n)
+    cells = Cells.train(Vectors(x), nlist)
+    lines = []
+    D, I, info = knn.build_knn_graph(None, k, recall=.97, cells=cells, say=lines.append)
+    assert info["recall"] >= .97 and lines
+    assert recall(I[:, :min(k, n)], x, x, min(k, n)) > .96
+    assert (I == np.arange(n)[:, None]).any(axis=1).all() and (I[:, min(k, n):] == -1).all()
+    have = I >= 0
+    S = np.take_along_axis(x.astype("f8") @ x.T, np.maximum(I, 0).astype("i8"), 1)
+    np.testing.assert_allclose(D[have], S[have], atol=1e-6)
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in I)
+
+
+def test_measured_recall_is_the_recall():
+    x = clustered(4000, spread=1.5)
+    D, I, info = knn.build_knn_graph(None, 10, nprobe=3, cells=Cells.train(Vectors(x), 100))
+    assert info["nprobe"] == 3 and info["rounds"] == 0 and .2 < info["recall"] < .95
+    assert abs(info["recall"] - recall(I, x, x, 10)) < .03
+
+
+def test_graph_of_hard_data_reaches_the_recall_asked_for():
+    x = clustered(6000, d=64, spread=3.)
+    results = [knn.build_knn_graph(None, 12, recall=r, cells=Cells.train(Vectors(x), 150)) for r in (.8, .99)]
+    for (D, I, info), wanted in zip(results, (.8, .99)):
+        assert info["recall"] >= wanted and recall(I, x, x, 12) >= wanted - .01
+    assert results[0][2] != results[1][2]
+
+
+def test_the_curve_predicts_what_a_number_of_cells_finds():
+    x = clustered(3000, spread=1.)
+    cells = Cells.train(Vectors(x), 60)
+    sample = knn.Sample(cells.vectors, cells, 10, 0)
+    curve = sample.recall_by_nprobe(cells, cells.position())
+    assert len(curve) == 60 and abs(curve[-1] - 1) < 1e-9 and (np.diff(curve) >= 0).all()
+    for nprobe in (1, 4, 16):
+        D, I, info = knn.build_knn_graph(None, 10, nprobe=nprobe, cells=cells)
+        assert abs(info["recall"] - curve[nprobe - 1]) < .01
+
+
+@pytest.mark.parametrize("n0,n1", [(1500, 400), (1000, 0), (3, 800)])
+def test_completion_of_a_known_graph(n0, n1):
+    x = clustered(n0 + n1)
+    D0, I0 = knn.exact_knn(x[:n0].copy(), x[:n0].copy(), 12)
+    rows = NormalisedRows(x[:n0].copy(), x[n0:].copy())
+    D, I = np.full((n0 + n1, 12), 9, np.float32), np.full((n0 + n1, 12), 9, np.int32)
+    D[:n0], I[:n0] = D0, I0         # the outputs may be what is given
+    cells = Cells.train(Vectors(rows), 50)
+    D, I, info = knn.build_knn_graph(None, 12, recall=.98, initial=(D[:n0], I[:n0]), cells=cells, out=(D, I))
+    assert info["recall"] >= .98 and recall(I, x, x, 12) > .975
+    S = np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1)
+    np.testing.assert_allclose(D, S, atol=1e-6)
+
+
+def test_search_among_cells(monkeypatch):
+    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    monkeypatch.setattr(knn, "SAMPLE", 200)
+    x, q = clustered(3000), clustered(700, seed=5)
+    D, I, info = knn.search(Cells.train(Vectors(x)), q, 10, recall=.96)
+    assert not info["exact"] and info["recall"] >= .95 and recall(I, q, x, 10) > .95
+    np.testing.assert_allclose(D, np.take_along_axis(q.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF30,Flat", "HNSW16"])
+@pytest.mark.parametrize("given", [True, False])
+def test_search_in_a_faiss_index(factory, given):
+    x, q = clustered(2000), clustered(60, seed=5)
+    index = faiss.index_factory(32, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(x)
+    index.add(x)
+    D, I, info = knn.search_index(index, q, 10, x=x if given else None)
+    assert recall(I, q, x, 10) > .95
+
+
+def test_cells_hold_each_vector_once_near_its_centroid():
+    x = clustered(2000)
+    x[5] = 0
+    cells = Cells.train(Vectors(x), 40)
+    assert np.array_equal(np.sort(cells.order), np.arange(2000))
+    assert np.array_equal(cells.order[cells.position()], np.arange(2000))
+    assert cells.begin[0] == 0 and cells.end[-1] == 2000 and np.array_equal(cells.begin[1:], cells.end[:-1])
+    np.testing.assert_allclose(np.linalg.norm(cells.centroids, axis=1), 1, rtol=1e-5)
+    S = x @ cells.centroids.T
+    for c in range(40):
+        rows = cells.order[cells.begin[c]:cells.end[c]]
+        assert (np.diff(rows) > 0).all()
+        assert (S[rows, c] >= S[rows].max(axis=1) - 5e-3).all()
+    assert np.array_equal(cells.X, nb.to_bfloat16(x)[cells.order])
+
+
+def test_chain_visits_each_centroid_once_nearest_next():
+    c = clustered(50, spread=2.)
+    chain = chained(c)
+    assert np.array_equal(np.sort(chain), np.arange(50))
+    for i in range(49):
+        left = chain[i + 1:]
+        assert np.isclose((c[chain[i]] @ c[left].T).max(), c[chain[i]] @ c[chain[i + 1]])
+
+
+def test_kmeans_with_fewer_vectors_than_centroids_and_with_zeros():
+    x = np.zeros((5, 32), np.float32)
+    x[0, 0] = 1
+    centroids = train_centroids(Vectors(x), 9)
+    assert centroids.shape == (9, 32) and np.isfinite(centroids).all()
+    D, I, info = knn.build_knn_graph(None, 3, cells=Cells.train(Vectors(x), 4))
+    assert (I == np.arange(5)[:, None]).any(axis=1).all()
+
+
+def test_same_seed_same_graph():
+    x = clustered(3000, spread=1.5)
+    a, b = (knn.build_knn_graph(None, 10, cells=Cells.train(Vectors(x), 60, seed=3), seed=3) for _ in range(2))
+    assert np.array_equal(a[1], b[1]) and np.array_equal(a[0], b[0]) and a[2] == b[2]
+
+
+def test_many_duplicates():
+    """Unreadable images all have the same features: more of them than neighbours."""
+    x = clustered(1500)
+    x[200:900] = x[3]
+    x[900:1000] = 0
+    D, I, info = knn.build_knn_graph(None, 8, cells=Cells.train(Vectors(x), 30))
+    S = x.astype("f8") @ x.T
+    np.testing.assert_allclose(D[200:900], 1, atol=1e-6)
+    assert (I == np.arange(1500)[:, None]).any(axis=1).all()
+    assert info["recall"] >= .95 and default_nlist(1500) == 154
+
+
+def test_merge_and_columns():
+    D, I = knn.merge_neighbours(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
+    assert I.tolist() == [[8, 3]] and D.dtype == np.float32
+    assert [knn.padded_to_power_of_two(k) for k in (1, 2, 3, 30, 32, 33)] == [1, 2, 4, 32, 32, 64]
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda: knn.exact_knn(np.ones((2, 3), "f4"), np.ones((2, 4), "f4"), 1), "queries have 3 columns, vectors 4"),
+    (lambda: Vectors(np.array([[1, np.inf]], "f4")), "row 0 holds NaN"),
+    (lambda: knn.exact_knn(np.ones((2, 3), "f4"), np.array([[0] * 3, [np.nan] * 3], "f4"), 1), "row 1 holds NaN"),
+])
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
