@@ -49,6 +49,9 @@ def arguments():
     g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
                    help="classes diffused at a time: memory is 8 bytes x nodes x this, at most 64; the results do not "
                         "depend on it. auto: as many as the free memory allows")
+    g.add_argument("--noprune", action="store_true",
+                   help="compute all rows of L in every iteration, also those that no label has reached or that no test "
+                        "image reads; the results are the same")
     g.add_argument("--backend", choices=("auto", "own", "mkl", "torch"), default="auto",
                    help="who multiplies: the library's kernel, MKL's general sparse product, or torch's; auto: torch "
                         "on a GPU if there is one, else the library's")
@@ -122,7 +125,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width=64):
     return int(90e6 + max(steps.values()))
 
 
-def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report):
+def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=True):
     """Diffuse one panel of L from labelled nodes, and report(i, L, scale) after i = 0 .. niter iterations.
 
     W: graph of n nodes (lowshot/backends.py). seeds: nodes with a label; columns: the panel's column of each. L, out:
@@ -131,7 +134,7 @@ def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report):
 
     The true L is report's L times scale, as its columns are not divided by their sums: column scaling commutes with
     W, so it is done along with the next product. Rows that no label has reached yet, and in the last iteration rows
-    that nobody reads, are not computed.
+    that nobody reads, are not computed, unless prune is False.
     """
     W.seed(out, seeds[:0], columns[:0])
     W.seed(L, seeds, columns)
@@ -142,6 +145,8 @@ def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report):
     reached = np.zeros(W.n, np.uint8)
     active = front = np.unique(seeds).astype(np.int32)
     reached[active] = 1
+    if not prune:
+        active = test_nodes = None
     for i in range(1, niter + 1):
         if active is not None:
             most = W.n // 2 - len(active)
@@ -280,7 +285,7 @@ def main():
                 progress.advance()
 
             diffuse(W, seeds[mine], column[labels[mine]], panel, other, args.niter,
-                    None if args.niter in store_at else test_nodes, mass, report)
+                    None if args.niter in store_at else test_nodes, mass, report, not args.noprune)
     steps.done(f"diffusion, {args.niter} iterations")
 
     # ---- accuracy

@@ -114,7 +114,7 @@ def test_stored_L_equals_the_dense_one(ddir, tmp_path):
 def test_figures_depend_on_neither_slices_cache_nor_order_of_runs(ddir):
     arguments = ["--mode", "val", "--nlabeled", 2, "--seed", 7, "--nbg", NBG, "--k", 9, "--niter", 6]
     first = printed(diffusion(ddir, *arguments))
-    for extra in (["--lslice", 16], ["--lslice", 3], ["--lslice", 0], ["--nocache"], ["--backend", "torch"],
+    for extra in (["--lslice", 16], ["--lslice", 3], ["--lslice", 0], ["--nocache"], ["--noprune"], ["--backend", "torch"],
                   ["--backend", "mkl", "--lslice", 1]):
         diffusion(ddir, *arguments[:-3], 9, "--niter", 1, "--nlabeled", 4)      # another run in between, same cache
         assert printed(diffusion(ddir, *arguments, *extra)) == first, extra

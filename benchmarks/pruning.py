@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""What leaving rows out of the diffusion saves: diffusion.py with and without --noprune, for 1 to 7 iterations.
+
+Reads $DDIR as diffusion.py does. Prints a Markdown table, and writes it to --out. Times are of the diffusion alone; the
+accuracies of both runs have to be equal.
+
+    DDIR=/path/to/data python benchmarks/pruning.py --nbg 1000000 --nlabeled 2
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from lowshot.script import Parser, log, number, run, whole  # noqa: E402
+
+
+def arguments():
+    p = Parser(__doc__)
+    p.add_argument("--nbg", type=number(int, 0), default=1000000, help="background images")
+    p.add_argument("--nlabeled", type=number(int, 1), default=2, help="labelled images per novel class")
+    p.add_argument("--k", type=number(int, 1), default=30, help="neighbours")
+    p.add_argument("--niter", type=number(int, 1), default=7, help="iterations, from 1 on")
+    p.add_argument("--out", help="file for the table")
+    return p.parse_args()
+
+
+def diffusion(args, niter, *more):
+    """(seconds of the diffusion, results) of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "record.json")
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "diffusion.py"), "--mode", "test", "--nbg", str(args.nbg),
+                               "--nlabeled", str(args.nlabeled), "--k", str(args.k), "--niter", str(niter), "--record", path,
+                               *more], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1])
+        with open(path) as f:
+            record = json.load(f)
+    return record["steps"][-1]["seconds"], record["results"]
+
+
+def main():
+    args = arguments()
+    diffusion(args, 0)          # completes the graph if need be
+    lines = ["| iterations | all rows, s | pruned, s | saved |", "| --- | --- | --- | --- |"]
+    for niter in range(1, args.niter + 1):
+        (full, a), (pruned, b) = diffusion(args, niter, "--noprune"), diffusion(args, niter)
+        if any(abs(x["top5"] - y["top5"]) > 2e-4 or abs(x["nnz"] - y["nnz"]) > 1e-2 for x, y in zip(a, b)):
+            raise ValueError(f"the results differ after {niter} iterations: {a} {b}")
+        lines.append(f"| {niter} | {full:.2f} | {pruned:.2f} | {1 - pruned / full:.0%} |")
+        log(lines[-1])
+    table = "\n".join([f"{args.nbg:,} background images, {args.nlabeled} labels per novel class, {os.cpu_count()} CPUs", "",
+                       *lines, ""])
+    print("\n" + table)
+    if args.out:
+        with whole(args.out) as temporary, open(temporary, "w") as f:
+            f.write(table)
+
+
+if __name__ == "__main__":
+    run(main)
