@@ -1,0 +1,280 @@
+"""build_graph.py, as a user runs it."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import build_graph
+from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
+from lowshot.packages import faiss
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DIM = 32
+
+
+def make_raw(root, n, dim=DIM, seed=0, above=False):
+    rs = np.random.RandomState(seed)
+    x = (3 * rs.randn(15, dim)[rs.randint(0, 15, n)] + 2 * rs.randn(n, dim)).astype("<f4")
+    folder = root / "features" / ("" if above else "f100m")
+    os.makedirs(folder, exist_ok=True)
+    x.tofile(folder / f"concatenated_PCAR{dim}.raw")
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def run(root, *args, dim=DIM, env=None):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "build_graph.py"), *map(str, args), "--dim", str(dim)],
+                          env={**os.environ, "DDIR": str(root), **(env or {})}, capture_output=True, text=True)
+
+
+def read_graph(root, n, k):
+    stem = os.path.join(root, "knngraph", f"ndis{n}_k{k}_")
+    I = np.fromfile(stem + "I_11.int32", "<i4").reshape(n, k)
+    return np.fromfile(stem + "D_11.float32", "<f4").reshape(n, k), I
+
+
+def recall(I, x, k):
+    want = np.argsort(-(x @ x.T), axis=1)[:, :k]
+    return np.mean([len(np.intersect1d(a, b)) for a, b in zip(I[:, :k], want)]) / k
+
+
+def check_list(D, I, x):
+    S = np.take_along_axis(x.astype("f8") @ x.T, np.maximum(I, 0).astype("i8"), 1)
+    np.testing.assert_allclose(D[I >= 0], S[I >= 0], atol=1e-6)
+    assert (np.diff(np.where(I < 0, -9, D), axis=1) <= 0).all()
+
+
+def no_leftovers(root):
+    return [f for f in os.listdir(root / "knngraph") if "partial" in f or "tmp" in f or f.startswith(".")] == []
+
+
+@pytest.mark.parametrize("n,k,columns", [(400, 20, 32), (1, 1, 1), (5, 8, 8), (300, 32, 32)])
+def test_small_sets_are_exact(tmp_path, n, k, columns):
+    x = make_raw(tmp_path, 400)[:n]
+    done = run(tmp_path, n, "--k", k)
+    assert done.returncode == 0, done.stderr
+    D, I = read_graph(tmp_path, n, columns)
+    check_list(D, I, x)
+    S = -np.sort(-(x.astype("f8") @ x.T), axis=1)[:, :columns]
+    np.testing.assert_allclose(D[:, :S.shape[1]], S, atol=1e-6)
+    assert (I[:, 0] == np.arange(n)).all() and (I[:, n:] == -1).all()
+    index = faiss.read_index(str(tmp_path / "knngraph" / f"ndis{n}.index"))
+    assert index.ntotal == n and index.metric_type == faiss.METRIC_INNER_PRODUCT
+    np.testing.assert_allclose(index.reconstruct_n(0, n), x, atol=1e-6)
+    assert "exact search" in done.stdout and no_leftovers(tmp_path)
+    record = json.load(open(tmp_path / "logs" / "build_graph" / f"ndis{n}_k{columns}.json"))
+    assert record["exact"] and record["peak_memory"] > 0
+
+
+def test_vectors_may_stand_one_folder_up(tmp_path):
+    make_raw(tmp_path, 50, above=True)
+    assert run(tmp_path, 50).returncode == 0
+
+
+def test_by_cells(tmp_path):
+    x = make_raw(tmp_path, 4000)
+    done = run(tmp_path, 4000, "--index", "IVF80,Flat", "--k", 10, "--recall", .97)
+    assert done.returncode == 0, done.stderr
+    D, I = read_graph(tmp_path, 4000, 16)
+    check_list(D, I, x)
+    assert recall(I, x, 16) > .96 and (I[:, 0] == np.arange(4000)).all()
+    assert "recall@16 0.9" in done.stdout and no_leftovers(tmp_path)
+    # the index is one that Faiss itself reads and searches
+    index = faiss.read_index(str(tmp_path / "knngraph" / "ndis4000.index"))
+    assert index.nlist == 80 and index.nprobe == 80
+    found_D, _ = index.search(x[:300], 16)
+    np.testing.assert_allclose(found_D, -np.sort(-(x[:300] @ x.T), axis=1)[:, :16], atol=1e-6)
+    # a second run does nothing; without the graph it takes the index and gives the same
+    assert "nothing to do" in run(tmp_path, 4000, "--index", "IVF80,Flat", "--k", 10).stdout
+    os.unlink(tmp_path / "knngraph" / "ndis4000_k16_I_11.int32")
+    before = os.path.getmtime(tmp_path / "knngraph" / "ndis4000.index")
+    assert run(tmp_path, 4000, "--k", 10, "--recall", .97).returncode == 0
+    assert before == os.path.getmtime(tmp_path / "knngraph" / "ndis4000.index")
+    again = read_graph(tmp_path, 4000, 16)
+    assert np.array_equal(again[1], I) and np.array_equal(again[0], D)
+
+
+def test_threads_do_not_change_the_graph(tmp_path):
+    graphs = []
+    for threads in ("1", "3"):
+        root = tmp_path / threads
+        make_raw(root, 3000)
+        assert run(root, 3000, "--index", "IVF50,Flat", env={"OMP_NUM_THREADS": threads}).returncode == 0
+        graphs.append(read_graph(root, 3000, 32))
+    # similarities to rounding, as k-means sums in another order may; neighbours but for ties
+    np.testing.assert_allclose(graphs[0][0], graphs[1][0], atol=1e-6)
+    assert (graphs[0][1] == graphs[1][1]).mean() > .999
+
+
+@pytest.mark.parametrize("factory,wanted", [("HNSW16", .9), ("IVF30,SQ8", .9), ("PCA16,IVF20,Flat", 0)])
+def test_other_indexes_are_searched_by_faiss(tmp_path, factory, wanted):
+    x = make_raw(tmp_path, 2000)
+    done = run(tmp_path, 2000, "--index", factory, "--k", 8)
+    assert done.returncode == 0, done.stderr
+    D, I = read_graph(tmp_path, 2000, 8)
+    assert ((I >= 0) & (I < 2000)).all() and recall(I, x, 8) >= wanted
+    assert "recall@8" in done.stdout and no_leftovers(tmp_path)
+
+
+def test_nprobe(tmp_path):
+    x = make_raw(tmp_path, 3000)
+    done = run(tmp_path, 3000, "--index", "IVF50,Flat", "--nprobe", 50)
+    assert done.returncode == 0 and "round" not in done.stdout.replace("rounds", "")
+    assert recall(read_graph(tmp_path, 3000, 32)[1], x, 30) > .99
+
+
+def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
+    x = make_raw(tmp_path, 1000)
+    monkeypatch.setattr(build_graph, "FAISS_BLOCK", 300)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build_graph.py", "1000", "--index", "HNSW16", "--k", "8", "--dim", str(DIM)])
+    save = GraphFiles.save
+    saved = []
+
+    def killed(self, done):
+        save(self, done)
+        saved.append(done)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GraphFiles, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_graph.main()
+    assert not os.path.exists(tmp_path / "knngraph" / "ndis1000_k8_I_11.int32")
+    build_graph.main()
+    assert saved == [300, 600, 900, 1000] and no_leftovers(tmp_path)
+    assert recall(read_graph(tmp_path, 1000, 8)[1], x, 8) > .9
+
+
+@pytest.mark.parametrize("stop", ["search", "round"])
+def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
+    from lowshot import knn
+    x = make_raw(tmp_path, 3000)
+    monkeypatch.setattr(build_graph, "CHECKPOINT_FROM", 1000)
+    monkeypatch.setattr(knn, "SEARCH_BLOCK", 1024)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build_graph.py", "3000", "--index", "IVF200,Flat", "--k", "16", "--recall", ".95",
+                                      "--dim", str(DIM)])
+    save = Checkpoint.save
+    states = []
+
+    def killed(self, lists):
+        save(self, lists)
+        states.append((lists.searched, lists.rounds))
+        if states.count(states[-1]) == 1 and states[-1] == ((2048, 0) if stop == "search" else (3000, 1)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_graph.main()
+    assert not os.path.exists(tmp_path / "knngraph" / "ndis3000_k16_I_11.int32")
+    done = list(states)
+    build_graph.main()
+    resumed = states[len(done):]
+    assert done[:2] == [(1024, 0), (2048, 0)]
+    assert (resumed[0] == (3000, 0) if stop == "search" else all(s[0] == 3000 for s in resumed))
+    assert no_leftovers(tmp_path)
+    D, I = read_graph(tmp_path, 3000, 16)
+    check_list(D, I, x)
+    assert recall(I, x, 16) > .94
+
+
+def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path):
+    checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
+    keys, *state = checkpoint.open(5, 2)
+    assert state == [0, 0, 0] and not keys.any()
+    keys[3] = 7
+
+    class Lists:
+        searched, rounds, nprobe = 4, 1, 2
+
+    checkpoint.save(Lists)
+    assert Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2)[1:] == (4, 1, 2)
+    assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2)[0].any()
+    x = make_raw(tmp_path, 40)
+    index = faiss.IndexFlatL2(DIM)
+    index.add(x)
+    faiss.write_index(index, str(tmp_path / "l2.index"))
+    with pytest.raises(ValueError, match="metric 1"):
+        read_index(str(tmp_path / "l2.index"), 40, DIM)
+
+
+def test_streamed_index_equals_that_of_faiss(tmp_path):
+    from lowshot.cells import Cells, Vectors
+    x = make_raw(tmp_path, 500)
+    cells = Cells.train(Vectors(x), 25)
+    write_ivf_flat(str(tmp_path / "a.index"), cells)
+    quantizer = faiss.IndexFlatIP(DIM)
+    quantizer.add(cells.centroids)
+    index = faiss.IndexIVFFlat(quantizer, DIM, 25, faiss.METRIC_INNER_PRODUCT)
+    index.is_trained, index.nprobe = True, 25
+    for c in range(25):
+        rows = cells.order[cells.begin[c]:cells.end[c]].astype("i8")
+        codes = x[rows].view(np.uint8)
+        index.invlists.add_entries(c, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(codes))
+    index.ntotal = 500
+    faiss.write_index(index, str(tmp_path / "b.index"))
+    assert open(tmp_path / "a.index", "rb").read() == open(tmp_path / "b.index", "rb").read()
+
+
+def break_nan(root):
+    path = root / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw"
+    x = np.fromfile(path, "<f4").reshape(-1, DIM)
+    x[37, 3] = np.nan
+    x.tofile(path)
+
+
+def cut(path, nbytes):
+    with open(path, "rb+") as f:
+        f.truncate(nbytes)
+
+
+def write_index_of(root, n, d):
+    os.makedirs(root / "knngraph", exist_ok=True)
+    index = faiss.IndexFlatIP(d)
+    index.add(np.ones((n, d), np.float32))
+    faiss.write_index(index, str(root / "knngraph" / "ndis100.index"))
+
+
+@pytest.mark.parametrize("spoil,args,words", [
+    (lambda r: break_nan(r), [100], "PCAR32.raw: row 37 holds NaN"),
+    (lambda r: None, [101], "12800 bytes, at least 12928"),
+    (lambda r: cut(r / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw", 12799), [90], "12799 bytes"),
+    (lambda r: os.unlink(r / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw"), [90], "does not exist: python train_apply_pca.py"),
+    (lambda r: write_index_of(r, 99, DIM), [100], "holds 99 vectors of 32"),
+    (lambda r: write_index_of(r, 100, 7), [100], "holds 100 vectors of 7"),
+    (lambda r: (write_index_of(r, 100, DIM), cut(r / "knngraph" / "ndis100.index", 900)), [100], "truncated or not a Faiss index"),
+    (lambda r: None, [100, "--index", "Nonsense"], "--index Nonsense"),
+    (lambda r: None, [100, "--index", "IVF101,Flat"], "101 lists for 100 vectors"),
+    (lambda r: None, [0], "at least 1"),
+    (lambda r: None, [100, "--k", 0], "at least 1"),
+    (lambda r: None, [100, "--device", "gpu"], "no GPU"),
+])
+def test_bad_input_is_one_line(tmp_path, spoil, args, words):
+    make_raw(tmp_path, 100)
+    spoil(tmp_path)
+    done = run(tmp_path, *args)
+    assert done.returncode in (1, 2)
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_zero_vectors_and_duplicates(tmp_path):
+    make_raw(tmp_path, 2000)
+    path = tmp_path / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw"
+    x = np.fromfile(path, "<f4").reshape(-1, DIM)
+    x[100:300] = 0
+    x[300:500] = x[7]
+    x.tofile(path)
+    done = run(tmp_path, 2000, "--index", "IVF40,Flat", "--k", 8)
+    assert done.returncode == 0, done.stderr
+    D, I = read_graph(tmp_path, 2000, 8)
+    assert (I == np.arange(2000)[:, None]).any(axis=1).all() and not D[100:300].any()
+    np.testing.assert_allclose(D[300:500], 1, atol=1e-6)
+
+
+def test_ddir_unset():
+    env = {k: v for k, v in os.environ.items() if k != "DDIR"}
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "build_graph.py"), "10"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "DDIR" in done.stderr
