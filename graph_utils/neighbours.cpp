@@ -18,8 +18,9 @@ namespace {
 
 using tiles::kTile;
 
-constexpr uint32_t kNumber = 0x7fffffffu;       // numbers, and the mask of them in a key
-constexpr uint32_t kNew = 0x80000000u;
+constexpr uint32_t kNumber = 0x7fffffffu;       // the greatest number, which no vector has
+constexpr uint32_t kNew = 0x80000000u;          // marks new entries among lists of numbers
+constexpr uint64_t kNewKey = 1;                 // and among keys
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGroup = 1024;                // queries whose panels (512 KB at d = 256) stay in the L2 cache
 
@@ -52,11 +53,11 @@ struct Nothing {};
 
 // ---- keys
 
-inline uint64_t key_of(float s, uint32_t low) {
+inline uint64_t key_of(float s, uint32_t number) {
     uint32_t bits;
     std::memcpy(&bits, &s, 4);
     bits ^= (uint32_t)((int32_t)bits >> 31) | 0x80000000u;
-    return (uint64_t)bits << 32 | low;
+    return (uint64_t)bits << 32 | (uint64_t)(kNumber - number) << 1;
 }
 
 inline float product_of(uint64_t key) {
@@ -68,7 +69,7 @@ inline float product_of(uint64_t key) {
     return s;
 }
 
-inline uint32_t number_of(uint64_t key) { return kNumber - ((uint32_t)key & kNumber); }
+inline uint32_t number_of(uint64_t key) { return kNumber - ((uint32_t)key >> 1); }
 
 // Memory aligned for whole vectors.
 template <class T>
@@ -101,7 +102,7 @@ class Lists {
         count.assign(n, 0);
         worst.assign(n, kNone);
     }
-    void add(int64_t i, float s, uint32_t number) { add(i, key_of(s, kNumber - number)); }
+    void add(int64_t i, float s, uint32_t number) { add(i, key_of(s, number)); }
     void add(int64_t i, uint64_t key) {
         uint64_t* list = keys_.get() + i * room_;
         if (K_ == 1) {
@@ -387,7 +388,7 @@ class Inserter {
 
     // Node b enters the list of a if it belongs there. The list is the best K of all that was offered, in any order.
     bool offer(uint32_t a, uint32_t b, float s) {
-        const uint64_t key = key_of(s, kNew | (kNumber - b));
+        const uint64_t key = key_of(s, b) | kNewKey;
         uint64_t* list = keys_ + (int64_t)a * K_;
         // near nodes mostly know each other: that is seen without the lock, as entries are written in one piece and a
         // better one never leaves for a worse
@@ -412,7 +413,7 @@ class Inserter {
     // Whether the list has the key's node. An empty entry has number 2^31 - 1, which no node has.
     bool holds(const uint64_t* list, uint64_t key) const {
         uint64_t same = 0;
-        for (int64_t j = 0; j < K_; j++) same |= (uint64_t)(((list[j] ^ key) & kNumber) == 0);
+        for (int64_t j = 0; j < K_; j++) same |= (uint64_t)(((list[j] ^ key) & 0xfffffffeu) == 0);
         return same;
     }
 
@@ -573,8 +574,8 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
             uint64_t* list = (uint64_t*)keys + i * K;
             std::sort(list, list + K, std::greater<uint64_t>());
             for (int64_t j = 0; j < K; j++) {
-                lists[i * K + j] = list[j] ? (int32_t)(number_of(list[j]) | ((uint32_t)list[j] & kNew)) : -1;
-                if (list[j]) list[j] &= ~(uint64_t)kNew;
+                lists[i * K + j] = list[j] ? (int32_t)(number_of(list[j]) | (list[j] & kNewKey ? kNew : 0)) : -1;
+                list[j] &= ~kNewKey;
             }
             worst[i] = product_of(*std::min_element(list, list + K));
         }

@@ -5,7 +5,7 @@
 // bfloat16 vectors have d padded with zeros to a multiple of 32, and are passed as `np` = d / 2 words of two elements.
 //
 // A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower
-// half 2^31 - 1 minus the neighbour's number, and in its top bit whether the neighbour is new to a round of
+// half 2^31 - 1 minus the neighbour's number, and in the lowest bit whether the neighbour is new to a round of
 // neighbours-of-neighbours. So the greater key is the better neighbour, and of equal products the one with the lower
 // number. Key 0 is "none". Lists are in no order. At most 2^31 - 1 vectors. Results do not depend on the number of
 // threads.

@@ -12,6 +12,27 @@ from graph_utils.product import aligned_zeros
 uses_amx = core.uses_amx
 use_amx = core.use_amx
 
+NEW = np.int64(1)       # bit of a key: new to the next round of neighbours-of-neighbours
+
+
+def numbers(keys):
+    """Neighbour numbers of keys, int64, -1 for none."""
+    return np.where(keys == 0, -1, 0x7fffffff - ((keys & 0xffffffff) >> 1))
+
+
+def similarities(keys):
+    """Similarities of keys (those that they were found with), float32, -inf for none."""
+    bits = (keys >> 32) & 0xffffffff
+    bits = np.where(bits & 0x80000000, bits ^ 0x80000000, bits ^ 0xffffffff).astype(np.uint32)
+    return np.where(keys == 0, np.float32(-np.inf), bits.view(np.float32))
+
+
+def make_keys(D, I):
+    """Keys, int64, of similarities D float32 and numbers I, -1 for none."""
+    bits = np.ascontiguousarray(D, np.float32).view(np.int32).astype(np.int64)
+    bits = np.where(bits < 0, ~bits & 0xffffffff, bits | 0x80000000)
+    return np.where(I < 0, 0, (bits << 32) | ((0x7fffffff - I.astype(np.int64)) << 1))
+
 
 def _check(array, dtype, shape, name):
     """The array itself; ValueError if it is not C-contiguous of this dtype and shape (None: any size)."""

@@ -8,8 +8,6 @@ from graph_utils import neighbours as nb
 from lowshot.features import MatrixFile, NormalisedRows
 
 BLOCK = 1 << 16
-NUMBER = np.int64(0x7fffffff)       # numbers in candidate keys: NUMBER - number (graph_utils/neighbours.h)
-NEW = np.int64(0x80000000)
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
 
 
@@ -132,16 +130,14 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
 
 def nearest_cell(X, centroids):
     """The most similar centroid of each bfloat16 vector, int64 (len(X),)."""
-    keys = nb.search_all(X, nb.to_bfloat16(centroids), 1)[:, 0]
-    return NUMBER - (keys & NUMBER)
+    return nb.numbers(nb.search_all(X, nb.to_bfloat16(centroids), 1)[:, 0])
 
 
 def assign(vectors, centroids, progress=None):
     """The cell of each vector, int32 (n,), a block at a time."""
     cell = np.empty(vectors.n, np.int32)
-    C = nb.to_bfloat16(centroids)
     for i, j in vectors.blocks():
-        cell[i:j] = NUMBER - (nb.search_all(vectors.bfloat16(i, j), C, 1)[:, 0] & NUMBER)
+        cell[i:j] = nearest_cell(vectors.bfloat16(i, j), centroids)
         if progress is not None:
             progress(j)
     return cell

@@ -21,7 +21,7 @@ import contextlib
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.cells import BLOCK, NEW, NUMBER, Cells, Vectors
+from lowshot.cells import BLOCK, Cells, Vectors, nearest_cell
 from lowshot.packages import faiss
 from lowshot.script import Progress
 
@@ -108,16 +108,9 @@ def exact_knn(xq, x, k, progress=None, self=False):
 def _certain(keys, D, lost, lost_most, q_longest, x_longest):
     """Whether each list's k best are proven: what was left out has a product of at most the worst candidate's in
     bfloat16 plus its error, |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
-    worst = _products(keys.min(axis=1))
+    worst = nb.similarities(keys.min(axis=1))
     error = lost * (x_longest + lost_most) + q_longest * lost_most + 4e-5 * q_longest * x_longest
     return D[:, -1] >= worst + error
-
-
-def _products(keys):
-    """The similarity of each key, float32; -inf for none."""
-    bits = (keys >> 32).astype(np.int64) & 0xffffffff
-    bits = np.where(bits & 0x80000000, bits ^ 0x80000000, bits ^ 0xffffffff).astype(np.uint32)
-    return np.where(keys == 0, np.float32(-np.inf), bits.view(np.float32))
 
 
 def _float32_knn(xq, X, k):
@@ -340,7 +333,7 @@ class Lists:
             old = np.flatnonzero(rows < self.n0)
             if len(old):
                 D, I = (a[rows[old]] for a in self.initial)
-                self.keys[i + old, :I.shape[1]] = _keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
+                self.keys[i + old, :I.shape[1]] = nb.make_keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
 
     def search(self, nprobe, progress):
         """Join the best of each node's nprobe nearest cells; known nodes are compared with new ones only."""
@@ -373,9 +366,9 @@ class Lists:
             keys = self.keys[i:i + BLOCK]
             new = keys != 0
             if self.n0 and not self.rounds:
-                number = np.where(new, NUMBER - (keys & NUMBER), 0)
+                number = np.maximum(nb.numbers(keys), 0)
                 new &= (self.cells.order[number] >= self.n0) | (self.cells.order[i:i + BLOCK, None] >= self.n0)
-            keys[new] |= NEW
+            keys[new] |= nb.NEW
 
     def round_done(self, rounds):
         self.rounds = rounds
@@ -388,13 +381,6 @@ class Lists:
         keys = np.ascontiguousarray(self.keys[self.position[sample.number]])
         D, _ = nb.exact_products(keys, sample.x, v.arrays, sample.k, x_number=self.cells.order, x_scale=v.scale)
         return sample.recall(D)
-
-
-def _keys(D, number):
-    """Candidate keys of similarities and numbers (-1: none), int64, as neighbours.cpp makes them."""
-    bits = np.ascontiguousarray(D, np.float32).view(np.int32).astype(np.int64)
-    bits = np.where(bits < 0, ~bits & 0xffffffff, bits | 0x80000000)
-    return np.where(number < 0, 0, (bits << 32) | (NUMBER - number))
 
 
 # ---- searching for vectors that are no nodes
@@ -413,7 +399,7 @@ def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     p = nprobe or power_of_two_reaching(curve, min(recall + MARGIN, 1.0))
     queries = np.concatenate([Q.bfloat16(i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
-    order = np.argsort(NUMBER - (nb.search_all(queries, cells.C, 1)[:, 0] & NUMBER), kind="stable").astype(np.int32)
+    order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)
     D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
     for i in range(0, Q.n, SEARCH_BLOCK):
         rows = order[i:i + SEARCH_BLOCK]
