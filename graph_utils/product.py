@@ -18,7 +18,8 @@ def aligned_zeros(shape, dtype=np.float32):
         raw = np.zeros(nbytes + 64, np.uint8)
         start = -raw.ctypes.data % 64
     else:
-        m = mmap.mmap(-1, nbytes + huge)
+        # private: huge pages of shared memory are another setting of the kernel, mostly off
+        m = mmap.mmap(-1, nbytes + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             m.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(m, np.uint8)
@@ -50,7 +51,8 @@ class SymmetricGraph:
 
     I: (n, k) int32, negative numbers where a node has fewer neighbours; no neighbour twice in a row.
     rank: (n,) int32 permutation or None: node i of I is row and column rank[i] of W.
-    Memory: 4 bytes per entry (at most 2 n k) and 12 bytes per node. There is no array of values.
+    Memory: 4 bytes per entry (at most 2 n k) and 12 bytes per node; making it takes 12 + k / 8 bytes per node more.
+    There is no array of values.
     """
 
     def __init__(self, I, rank=None):
@@ -64,10 +66,11 @@ class SymmetricGraph:
                 raise ValueError("rank is not a permutation of the nodes")
         self.n = n
         self.indptr = np.empty(n + 1, np.int64)
-        nnz = core.symmetrise_count(n, k, stride, rows, rank, self.indptr)
+        mutual = np.empty((n, -(-k // 8)), np.uint8)
+        nnz = core.symmetrise_count(n, k, stride, rows, rank, self.indptr, mutual)
         self.indices = aligned_zeros(nnz, np.int32)
         self.nsingle = np.empty(n, np.int32)
-        core.symmetrise_fill(n, k, stride, rows, rank, self.indptr, self.indices, self.nsingle)
+        core.symmetrise_fill(n, k, stride, rows, rank, self.indptr, mutual, self.indices, self.nsingle)
 
     @property
     def nnz(self):

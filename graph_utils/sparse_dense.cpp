@@ -57,16 +57,20 @@ void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* 
         const int64_t i = rows ? rows[r] : r;
         const int64_t begin = indptr[i], end = indptr[i + 1], middle = begin + nsingle[i];
         Vector one[NV] = {}, two[NV] = {};
+        // fetching runs on into the next row that is computed here
+        const int64_t next = r + 1 < i1 ? indptr[rows ? rows[r + 1] : r + 1] - end : 0;
+        auto fetch = [&](int64_t e) {
+            const int64_t ahead = e + kAhead;
+            prefetch_row<NV>(L + (int64_t)indices[std::min(ahead < end ? ahead : ahead + next, nnz - 1)] * NV);
+        };
         int64_t e = begin;
-        // without a row list the edges of the next rows follow in memory, so fetching runs on across rows
-        const int64_t last = rows ? end : nnz;
         for (; e < middle; e++) {
-            if (e + kAhead < last) prefetch_row<NV>(L + (int64_t)indices[e + kAhead] * NV);
+            fetch(e);
             const Vector* row = L + (int64_t)indices[e] * NV;
             for (int v = 0; v < NV; v++) one[v] += row[v];
         }
         for (; e < end; e++) {
-            if (e + kAhead < last) prefetch_row<NV>(L + (int64_t)indices[e + kAhead] * NV);
+            fetch(e);
             const Vector* row = L + (int64_t)indices[e] * NV;
             for (int v = 0; v < NV; v++) two[v] += row[v];
         }
@@ -105,12 +109,46 @@ void set_num_threads(int n) {
     omp_set_num_threads(n);
 }
 
-int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, int64_t* indptr) {
+namespace {
+
+// No early exit: compilers make vector comparisons of it, and nothing depends on a branch that cannot be foretold.
+inline bool contains(const int32_t* row, int64_t k, int32_t t) {
+    int32_t hit = 0;
+    for (int64_t j = 0; j < k; j++) hit |= row[j] == t;
+    return hit;
+}
+
+std::vector<int32_t> inverse(int64_t n, const int32_t* rank) {
+    std::vector<int32_t> order(rank ? n : 0);
+    for (int64_t i = 0; i < (int64_t)order.size(); i++) order[rank[i]] = (int32_t)i;
+    return order;
+}
+
+}  // namespace
+
+int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, int64_t* indptr,
+                         uint8_t* mutual) {
     // degree = own edges + edges from others - edges that both have
     std::vector<std::atomic<int32_t>> degree(n);
-    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
-        for (int64_t i = i0; i < i1; i++) {
-            const int32_t* row = I + i * stride;
+    const std::vector<int32_t> order = inverse(n, rank);
+    const int64_t nbyte = (k + 7) / 8;
+    // in the order of the new numbers, as the rows of a node's neighbours were then looked at not long ago
+    parallel_blocks(n, kBlock, [&](int64_t r0, int64_t r1) {
+        for (int64_t r = r0; r < r1; r++) {
+            if (r + 8 < r1) {
+                const int32_t* later = I + (int64_t)(rank ? order[r + 8] : r + 8) * stride;
+                for (int64_t j = 0; j < k; j += 16) __builtin_prefetch(later + j);
+            }
+            if (r + 2 < r1) {
+                const int32_t* later = I + (int64_t)(rank ? order[r + 2] : r + 2) * stride;
+                for (int64_t j = 0; j < k; j++)
+                    if (later[j] >= 0 && later[j] < n)
+                        for (int64_t l = 0; l < k; l += 16) __builtin_prefetch(I + (int64_t)later[j] * stride + l);
+            }
+            const int32_t i = rank ? order[r] : (int32_t)r;
+            const int32_t* row = I + (int64_t)i * stride;
+            uint8_t* bits = mutual + i * nbyte;
+            std::fill(bits, bits + nbyte, 0);
             int32_t own = 0;
             for (int64_t j = 0; j < k; j++) {
                 const int32_t t = row[j];
@@ -118,19 +156,16 @@ int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I,
                 if (t >= n)
                     throw std::invalid_argument("node " + std::to_string(i) + " has neighbour " + std::to_string(t) +
                                                 " of " + std::to_string(n) + " nodes");
-                for (int64_t l = 0; l < j; l++)
-                    if (row[l] == t)
-                        throw std::invalid_argument("node " + std::to_string(i) + " lists neighbour " +
-                                                    std::to_string(t) + " twice");
-                const int32_t* back = I + (int64_t)t * stride;
-                if (std::find(back, back + k, (int32_t)i) != back + k) {
-                    own++;      // mutual (or i itself): counted once here, and once by t for its own row
-                } else {
-                    own++;
+                if (contains(row, j, t))
+                    throw std::invalid_argument("node " + std::to_string(i) + " lists neighbour " + std::to_string(t) +
+                                                " twice");
+                own++;
+                if (contains(I + (int64_t)t * stride, k, i))
+                    bits[j / 8] |= 1 << j % 8;      // mutual, or i itself: t counts it for its own row
+                else
                     degree[rank ? rank[t] : t].fetch_add(1, std::memory_order_relaxed);
-                }
             }
-            degree[rank ? rank[i] : i].fetch_add(own, std::memory_order_relaxed);
+            degree[r].fetch_add(own, std::memory_order_relaxed);
         }
     });
     indptr[0] = 0;
@@ -139,24 +174,30 @@ int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I,
 }
 
 void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, const int64_t* indptr,
-                     int32_t* indices, int32_t* nsingle) {
+                     const uint8_t* mutual, int32_t* indices, int32_t* nsingle) {
     // singles grow from the front of a row, mutual neighbours from its end
     std::vector<std::atomic<int32_t>> front(n);
-    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
-        for (int64_t i = i0; i < i1; i++) {
+    const std::vector<int32_t> order = inverse(n, rank);
+    const int64_t nbyte = (k + 7) / 8;
+    parallel_blocks(n, kBlock, [&](int64_t r0, int64_t r1) {
+        for (int64_t r = r0; r < r1; r++) {
+            if (r + 8 < r1) {
+                const int64_t later = rank ? order[r + 8] : r + 8;
+                for (int64_t j = 0; j < k; j += 16) __builtin_prefetch(I + later * stride + j);
+                __builtin_prefetch(mutual + later * nbyte);
+            }
+            const int64_t i = rank ? order[r] : r;
             const int32_t* row = I + i * stride;
-            const int32_t ri = rank ? rank[i] : (int32_t)i;
-            int64_t back_end = indptr[ri + 1];
+            int64_t back_end = indptr[r + 1];
             for (int64_t j = 0; j < k; j++) {
                 const int32_t t = row[j];
                 if (t < 0) continue;
                 const int32_t rt = rank ? rank[t] : t;
-                const int32_t* back = I + (int64_t)t * stride;
-                if (std::find(back, back + k, (int32_t)i) != back + k) {
+                if (mutual[i * nbyte + j / 8] >> j % 8 & 1) {
                     indices[--back_end] = rt;
                 } else {
-                    indices[indptr[ri] + front[ri].fetch_add(1, std::memory_order_relaxed)] = rt;
-                    indices[indptr[rt] + front[rt].fetch_add(1, std::memory_order_relaxed)] = ri;
+                    indices[indptr[r] + front[r].fetch_add(1, std::memory_order_relaxed)] = rt;
+                    indices[indptr[rt] + front[rt].fetch_add(1, std::memory_order_relaxed)] = (int32_t)r;
                 }
             }
         }

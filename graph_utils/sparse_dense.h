@@ -20,16 +20,19 @@ void set_num_threads(int n);
 //               be listed twice in a row. May contain i itself.
 // rank     in   n new node numbers (a permutation), or null for the identity: node i becomes rank[i]
 // indptr   out  n + 1 offsets, with room in each row for all of its edges, mutual ones counted once
+// mutual   out  n x ceil(k / 8) bytes, for the second pass: bit j of row i tells whether I[i, j] lists i, too
 // Returns the number of entries, indptr[n]. Throws std::invalid_argument if a neighbour is out of range or repeated.
-int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, int64_t* indptr);
+int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, int64_t* indptr,
+                         uint8_t* mutual);
 
 // Second pass: fill the rows that symmetrise_count laid out.
 //
+// indptr, mutual  in  from symmetrise_count
 // indices  out  indptr[n] neighbours; in each row first those of multiplicity 1, then the mutual ones (multiplicity 2),
 //               each part in increasing order
 // nsingle  out  n: how many neighbours of the row have multiplicity 1
 void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, const int64_t* indptr,
-                     int32_t* indices, int32_t* nsingle);
+                     const uint8_t* mutual, int32_t* indices, int32_t* nsingle);
 
 // out = diag(1 / row sums of W) W L diag(scale), and the column sums of out.
 //
