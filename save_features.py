@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -163,9 +164,15 @@ def by_threads(batches, extract, workers):
     layer for one that was busy decoding, and no pixels go from process to process.
     """
     import torch
+    # threads that decode small images at the same time hold each other up (they share Python's lock), and would go on
+    # doing so in step; let half of them decode while the others are in the network
+    decoding = threading.Semaphore(max(1, workers // 2))
+
     def work(b):
+        with decoding:
+            batch = batches[b]
         with torch.inference_mode():                # holds for one thread
-            return features_of(batches[b], extract)
+            return features_of(batch, extract)
 
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
