@@ -52,14 +52,17 @@ def main():
     origin = {"model": args.model, "modelfile_sha256": digest(args.modelfile), "i0": i0, "i1": i1,
               "kind": config["dataset"]["kind"], **images.identity(i0, i1), "transforms": transforms}
 
-    if os.path.exists(args.outfile) and not args.overwrite:
+    if os.path.exists(args.outfile):
         differs = first_difference(made_from(args.outfile), origin)
         if differs is None:
             log(f"{args.outfile} is complete, nothing to do")
-            return 0
-        raise ValueError(f"{args.outfile} exists, made with {differs}: --overwrite replaces it")
+            return
+        if not args.overwrite:
+            raise ValueError(f"{args.outfile} exists, made with {differs}: --overwrite replaces it")
 
-    batchsize = min(max(8, batchsize // workers) if device == "cpu" else batchsize, n)
+    if device == "cpu":
+        batchsize = max(min(batchsize, 8), batchsize // workers)
+    batchsize = min(batchsize, n)
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
 
@@ -80,7 +83,7 @@ def main():
             report_unreadable(out, i0, images)
             out.finish()
             if todo:
-                report_speed(results, extract, workers, shape, todo, seconds)
+                report_speed(by_threads if device == "cpu" else from_memory, extract, workers, shape, todo, seconds)
     if images.class_names:
         names = images.class_names
         log(f"{len(names)} classes: 0 is {names[0]}, {len(names) - 1} is {names[-1]}")
@@ -126,7 +129,7 @@ def choose_device(name):
         raise ValueError(f"--device is {name!r}: auto, cpu, cuda, or cuda:0 and so on was expected")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
-    return name
+    return name if device.type == "cuda" else "cpu"
 
 
 def choose_workers(workers, device):
@@ -192,14 +195,24 @@ def by_processes(batches, extract, workers):
     from torch.utils.data import DataLoader
     loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=be_quiet,
                         multiprocessing_context="fork")
-    try:
-        for batch in loader:
-            yield features_of(batch, extract)
-    except RuntimeError as e:
-        raise OSError(f"{' '.join(str(e).split())[:300]} (a loading process killed for lack of memory? Run again to go on, "
-                      "with fewer --workers)")
-    except OSError as e:
-        raise OSError(str(e).strip().splitlines()[-1])          # the last line of the process's traceback
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as e:
+            raise OSError(f"{' '.join(str(e).split())[:300]} (a process killed for lack of memory? Run again to go on, "
+                          "with fewer --workers)")
+        except (OSError, MemoryError) as e:
+            raise OSError(str(e).strip().splitlines()[-1])      # the last line of the process's traceback
+        yield features_of(batch, extract)
+
+
+def from_memory(batches, extract, workers):
+    """The same without processes."""
+    for b in range(len(batches)):
+        yield features_of(batches[b], extract)
 
 
 def as_it_is(batch):
@@ -219,7 +232,11 @@ def features_of(batch, extract):
     m, size_prepared = len(pixels), extract.shape[0]
     if m < size_prepared:
         pixels = np.concatenate([pixels, np.zeros((size_prepared - m, *pixels.shape[1:]), np.uint8)])
-    wait = extract(torch.from_numpy(pixels))
+    try:
+        wait = extract(torch.from_numpy(pixels))
+    except RuntimeError as e:
+        raise ValueError(f"the network failed on a batch of {size_prepared} images: {str(e).splitlines()[0]} (if memory "
+                         "ran out: --batchsize)")
     return (lambda: wait()[:m]), state, faults
 
 
@@ -267,18 +284,20 @@ def report_unreadable(out, i0, images):
 
 
 def report_speed(results, extract, workers, shape, n, seconds):
-    """Images per second of this run, beside those of the network fed with images in memory, some seconds long."""
-    rate = 0
-    reps = 2 * workers
-    while not rate:
-        start = time.time()
+    """Images per second of this run, beside those of the network fed with images in memory for some seconds."""
+    reps, elapsed = 2 * workers, 0
+    while elapsed < 1.5:
+        if elapsed:
+            reps = int(reps * min(64, max(2, 2 / elapsed)))
+        start, waiting = time.time(), None
         for features, _, _ in results(InMemory(shape, reps), extract, workers):
-            features()
+            if waiting is not None:
+                waiting()
+            waiting = features
+        waiting()
         elapsed = time.time() - start
-        if elapsed > 1.5:
-            rate = reps * shape[0] / elapsed
-        reps = max(2 * reps, min(64 * reps, int(reps * 2 / elapsed)))
-    log(f"{n / seconds:.1f} images/s; the same network fed from memory: {rate:.1f} images/s; ratio {n / seconds / rate:.3f}")
+    rate, memory = n / seconds, reps * shape[0] / elapsed
+    log(f"{rate:.1f} images/s; the same network fed from memory: {memory:.1f} images/s; ratio {rate / memory:.3f}")
 
 
 class InMemory:

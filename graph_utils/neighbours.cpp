@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <exception>
 #include <functional>
 #include <limits>
@@ -24,7 +25,8 @@ constexpr uint64_t kNewKey = 1;                 // and among keys
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGroup = 1024;                // queries whose panels (512 KB at d = 256) stay in the L2 cache
 
-bool want_amx = true;
+// GRAPH_UTILS_NO_AMX in the environment switches it off: to measure, or where its results are not wanted.
+bool want_amx = !std::getenv("GRAPH_UTILS_NO_AMX");
 
 // Calls body(i0, i1) on blocks of [0, n) in parallel, with a thread's own Scratch; the first exception is thrown again.
 template <class Scratch, class Body>

@@ -93,7 +93,8 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
         int64_t moved = 0;
         for (int64_t i0 = 0; i0 < n; i0 += batch) {
             const int64_t i1 = std::min(n, i0 + batch);
-#pragma omp parallel
+            // waking the threads up takes longer than a small batch
+#pragma omp parallel if (i1 - i0 > 2048)
             {
                 Tally tally;
 #pragma omp for schedule(dynamic, 256)

@@ -32,6 +32,7 @@ class FeatureWriter:
     def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20):
         self.path, self.n, self.d, self.made_from, self.period = path, n, d, made_from, period
         self.partial, self.progress = path + ".partial", path + ".partial.json"
+        self.overwrite = overwrite
         self.done, self.notes = 0, {}
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -40,7 +41,7 @@ class FeatureWriter:
                 self._create(labels)
             self.file = stack.enter_context(open(self.partial, "r+b", buffering=0))
             self.open = stack.pop_all()
-        self.saved, self.saved_at = self.done, time.time()
+        self.saved, self.saved_at = self.done, 0        # the first rows are saved at once, with what they are made from
 
     def _resume(self):
         """Take over what a partial file holds; False if nothing was saved yet."""
