@@ -20,20 +20,20 @@ import argparse
 import contextlib
 import glob
 import json
+import math
 import os
 import time
 import zipfile
 
 import numpy as np
 
-from lowshot.evaluate import accuracies, in_top5
+from graph_utils import FusedSGD, get_num_threads
+from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
 from lowshot.script import (Parser, Progress, available_memory, log, number, peak_memory, print_header, provenance,
                             run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
-
-EVALUATION_BLOCK = 1024         # test images whose scores are in memory at once
 
 
 class Sampler:
@@ -66,120 +66,103 @@ class Sampler:
             self.images = self.order[self.start[self.classes] + at]
         return self.images[t % self.DRAWN], self.classes[t % self.DRAWN]
 
+    def batches(self, first, end):
+        """(images, classes) of iterations first .. end - 1, both int64 (end - first, batchsize)."""
+        return tuple(map(np.stack, zip(*(self.batch(t) for t in range(first, end)))))
 
-class LinearClassifiers:
+
+class TorchClassifiers:
     """G linear classifiers of C classes with bias, trained side by side by SGD, one per (lr, wd) of `points`.
 
-    Each starts at zero and follows torch.optim.SGD(lr, momentum=mom, weight_decay=wd) on the mean softmax loss,
-    weight decay on the bias as well:
-
-        M <- mom M + gradient + wd W,    W <- W - lr M.
-
-    At G C d parameters an iteration costs as much for moving W and M as for the products, so they are kept in the
-    form that needs one pass each. With a decay factor rho >= 1 per point, and `shrink` = rho^-t,
-
-        W = shrink W~,    V = M + kappa W = V~ / shrink,
-        V~ <- mom V~ + shrink gradient           (one product that accumulates)
-        W~ <- W~ - lr rho / (shrink_t)^2 V~
-
-    is the same recursion if kappa solves  lr mom kappa^2 + (1 - mom - lr wd) kappa + wd = 0, rho = 1 - lr kappa: then
-    V is an eigenvector of the momentum recursion and weight decay needs no term of its own. kappa = 0, rho = 1 without
-    weight decay. Where the root is not real (lr wd large) the term wd W is added explicitly.
-
-    W~ and V~ with their biases are float32, 8 G C (d + 1) bytes together.
+    Each starts at zero and follows torch.optim.SGD(lr, momentum=mom, weight_decay=wd) on the mean softmax loss, weight
+    decay on the bias as well. Runs on any device; on a CPU graph_utils.FusedSGD does the same faster.
     """
 
-    RESCALE = 1e-2              # W~ and V~ are multiplied out when shrink falls below this
+    SCORED = 1024               # images whose scores are in memory at once
 
     def __init__(self, points, C, d, mom, device="cpu"):
         import torch
         self.torch, self.points, self.C, self.d, self.mom, self.device = torch, points, C, d, mom, device
         G = len(points)
-        self.W, self.V = (torch.zeros(G * C, d, device=device) for _ in range(2))
-        self.b, self.vb = (torch.zeros(G * C, device=device) for _ in range(2))
-        self.kappa, self.explicit = np.zeros(G), np.zeros(G, bool)
-        for g, (lr, wd) in enumerate(points):
-            middle = 1 - mom - lr * wd
-            square = middle * middle - 4 * lr * mom * wd
-            self.explicit[g] = wd > 0 and (middle <= 0 or square < 0)
-            if wd > 0 and not self.explicit[g]:
-                self.kappa[g] = -2 * wd / (middle + square ** 0.5)
-        self.rho = 1 - np.array([lr for lr, _ in points]) * self.kappa
-        self.shrink = np.ones(G)
-        self.buffers = {}
+        self.W, self.M = (torch.zeros(G, C, d, device=device) for _ in range(2))
+        self.b, self.mb = (torch.zeros(G, C, 1, device=device) for _ in range(2))
+        self.lr, self.wd = (torch.tensor(v, dtype=torch.float32, device=device).view(G, 1, 1) for v in zip(*points))
 
-    def step(self, x, y, loss=False):
-        """One iteration on the batch x float32 (B, d), y int64 (B,), tensors of this device.
+    @staticmethod
+    def together(batchsize):
+        return 1
 
-        loss: return the mean softmax loss of each point before the step, float64 (G,).
+    def _scores(self, x):
+        G, C = len(self.points), self.C
+        return self.torch.mm(self.W.view(G * C, self.d), x.t()).view(G, C, len(x)) + self.b             # (G, C, B)
+
+    def steps(self, X, images, classes, loss=False):
+        """T iterations on the mini-batches X[images].
+
+        X: float32 (n, d) tensor of this device; images, classes: int64 (T, B). loss: return the mean softmax loss of
+        each point before each iteration, float64 (T, G).
         """
-        torch, G, C, B = self.torch, len(self.points), self.C, len(x)
-        if B not in self.buffers:
-            self.buffers[B] = torch.empty(G * C, B, device=self.device), torch.arange(B, device=self.device)
-        Z, each = self.buffers[B]
-        shrink = torch.tensor(self.shrink, dtype=torch.float32, device=self.device).view(G, 1, 1)
-        torch.mm(self.W, x.t(), out=Z)
-        P = Z.add_(self.b[:, None]).view(G, C, B).mul_(shrink).softmax(1)                   # (G, C, B)
-        values = -P[:, y, each].double().log().mean(1) if loss else None
-        P[:, y, each] -= 1
-        P.mul_(shrink / B)
-        self.V.addmm_(P.view(G * C, B), x, beta=self.mom)
-        self.vb.mul_(self.mom).add_(P.sum(2).view(-1))
-        for g, (lr, wd) in enumerate(self.points):
-            if self.explicit[g]:
-                self._of(self.V, g).add_(self._of(self.W, g), alpha=wd)
-                self._of(self.vb, g).add_(self._of(self.b, g), alpha=wd)
-            rate = -lr * self.rho[g] / self.shrink[g] ** 2
-            self._of(self.W, g).add_(self._of(self.V, g), alpha=rate)
-            self._of(self.b, g).add_(self._of(self.vb, g), alpha=rate)
-            self.shrink[g] /= self.rho[g]
-            if self.shrink[g] < self.RESCALE:
-                for decaying, growing in ((self.W, self.V), (self.b, self.vb)):
-                    self._of(decaying, g).mul_(self.shrink[g])
-                    self._of(growing, g).div_(self.shrink[g])
-                self.shrink[g] = 1
-        return values
+        losses = [self._step(X.index_select(0, self.torch.from_numpy(i).to(self.device)),
+                             self.torch.from_numpy(y).to(self.device), loss) for i, y in zip(images, classes)]
+        return self.torch.stack(losses).cpu().numpy() if loss else None
 
-    def _of(self, tensor, g):
-        return tensor[g * self.C:(g + 1) * self.C]
+    def _step(self, x, y, loss):
+        each = self.torch.arange(len(x), device=self.device)
+        log_P = self._scores(x).log_softmax(1)
+        P = log_P.exp()
+        P[:, y, each] -= 1
+        P /= len(x)
+        gradient = self.torch.mm(P.view(-1, len(x)), x).view(self.W.shape)
+        for w, m, g in ((self.W, self.M, gradient), (self.b, self.mb, P.sum(2, keepdim=True))):
+            m.mul_(self.mom).add_(g).addcmul_(w, self.wd)
+            w.addcmul_(m, self.lr, value=-1)
+        return -log_P[:, y, each].double().mean(1) if loss else None
+
+    def ranks(self, X, labels, store=None):
+        """How many classes score above each image's own one, or equally with a lower number: int64 (G, m).
+
+        X: float32 (m, d) tensor, labels: int (m,). A NaN score of its own ranks an image last. store: a list of G
+        arrays (m, C) that receive the scores, or None.
+        """
+        torch = self.torch
+        labels = torch.as_tensor(labels, device=self.device).long()
+        out = np.empty((len(self.points), len(X)), np.int64)
+        number = torch.arange(self.C, device=self.device)[:, None]
+        for i in range(0, len(X), self.SCORED):
+            block = slice(i, i + self.SCORED)
+            y = labels[block]
+            scores = self._scores(X[block].to(self.device))
+            own = scores.gather(1, y.expand(len(scores), 1, -1))
+            ranks = ((scores > own) | ((scores == own) & (number < y))).sum(1)
+            ranks[own[:, 0].isnan()] = 2 ** 31 - 1
+            out[:, block] = ranks.cpu()
+            for g, s in enumerate(scores if store is not None else ()):
+                store[g][block] = s.t().cpu()
+        return out
 
     def weights(self, g):
         """(W float32 (C, d), b float32 (C,)) of point g, numpy."""
-        return tuple((self._of(t, g) * self.shrink[g]).cpu().numpy() for t in (self.W, self.b))
-
-    def scores(self, x):
-        """Scores of x float32 (m, d): float32 (G, m, C), numpy."""
-        torch, G = self.torch, len(self.points)
-        shrink = torch.tensor(self.shrink, dtype=torch.float32, device=self.device).view(G, 1, 1)
-        Z = torch.addmm(self.b, x, self.W.t()).view(len(x), G, self.C).transpose(0, 1).mul_(shrink)
-        return Z.cpu().numpy()
+        return self.W[g].cpu().numpy(), self.b[g, :, 0].cpu().numpy()
 
     def state(self):
-        """Everything that training goes on from, as numpy arrays."""
-        return {"shrink": self.shrink, **{k: getattr(self, k).cpu().numpy() for k in ("W", "V", "b", "vb")}}
+        """Everything that training goes on from, shaped as that of FusedSGD."""
+        n = len(self.points) * self.C
+        return {k: getattr(self, k).view(shape).cpu().numpy()
+                for k, shape in (("W", (n, self.d)), ("M", (n, self.d)), ("b", n), ("mb", n))}
 
     def restore(self, state):
-        self.shrink = np.array(state["shrink"])
-        for k in ("W", "V", "b", "vb"):
-            getattr(self, k).copy_(self.torch.from_numpy(state[k]))
+        for k in ("W", "M", "b", "mb"):
+            tensor = getattr(self, k)
+            tensor.copy_(self.torch.from_numpy(state[k]).view(tensor.shape))
 
 
-def evaluate(classifiers, x, labels, is_novel, store=None):
+def evaluate(classifiers, X, labels, is_novel, store=None):
     """[(top-5 accuracy over all test images, over those of novel classes)] per point.
 
-    x: float32 (nt, d) tensor of the test images, labels: int (nt,). A score that is NaN counts as wrong.
+    X: float32 (nt, d), the test images, labels: int (nt,). A score that is NaN counts as wrong.
     store: a list of G arrays (nt, C) that receive the scores, or None.
     """
-    right = np.empty((len(classifiers.points), len(labels)), bool)
-    for i in range(0, len(labels), EVALUATION_BLOCK):
-        block = slice(i, i + EVALUATION_BLOCK)
-        scores = classifiers.scores(x[block].to(classifiers.device))
-        for g, s in enumerate(scores):
-            own = s[np.arange(len(s)), labels[block]]
-            right[g, block] = in_top5(s, labels[block], zero_counts=True) & ~np.isnan(own)
-            if store is not None:
-                store[g][block] = s
-    return [accuracies(r, labels, is_novel) for r in right]
+    return [accuracies(ranks < 5, labels, is_novel) for ranks in classifiers.ranks(X, labels, store)]
 
 
 def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
@@ -187,12 +170,8 @@ def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
     test images once, and the larger of what reading and what training hold beside them."""
     features = 4 * d * (n + nt)
     reading = 2 * SLAB_BYTES + 24 * (n + nt)
-    parameters = 8 * G * C * (d + 1)
-    training = 12 * G * C * batchsize + 16 * Sampler.DRAWN * batchsize * 2 + 4 * d * batchsize
-    evaluation = G * C * EVALUATION_BLOCK * 5
-    if on_gpu:
-        parameters = training = 0
-    return int(now + features + max(reading, parameters + training + evaluation))
+    drawn = 16 * Sampler.DRAWN * batchsize * 2
+    return int(now + features + max(reading, drawn + (0 if on_gpu else FusedSGD.memory(G, C, d, batchsize))))
 
 
 def point_file(path, points, g):
@@ -311,22 +290,22 @@ def read_rows(file, rows, what):
 
 def train(classifiers, sampler, X, args, report, checkpoint, first):
     """Iterations first..maxiter-1; `report(iteration, losses)` where due, checkpoints in between."""
-    import torch
-    losses, last_saved = [], time.time()
+    losses, last_saved, T, t = [], time.time(), classifiers.together(args.batchsize), first
     with Progress(args.maxiter, "iterations", start=first) as progress:
-        for t in range(first, args.maxiter):
-            images, classes = (torch.from_numpy(v).to(X.device) for v in sampler.batch(t))
-            loss = classifiers.step(X.index_select(0, images), classes, args.verbose)
+        while t < args.maxiter:
+            # up to the next multiple of T or report: the same groups, thus the same figures, also after a resumption
+            end = min(t - t % T + T, args.maxiter, t - t % args.evalevery + args.evalevery if args.evalevery else math.inf)
+            loss = classifiers.steps(X, *sampler.batches(t, end), args.verbose)
             if args.verbose:
                 losses.append(loss)
-            done = t + 1
-            if done == args.maxiter or (args.evalevery and done % args.evalevery == 0):
-                report(done, torch.stack(losses).mean(0).tolist() if losses else None)
+            t = end
+            if t == args.maxiter or (args.evalevery and t % args.evalevery == 0):
+                report(t, np.concatenate(losses).mean(0).tolist() if losses else None)
                 losses = []
-            if args.checkpoint and done < args.maxiter and time.time() - last_saved > args.checkpoint:
-                checkpoint(done)
+            if args.checkpoint and t < args.maxiter and time.time() - last_saved > args.checkpoint:
+                checkpoint(t)
                 last_saved = time.time()
-            progress.update(done)
+            progress.update(t)
 
 
 def main():
@@ -351,15 +330,19 @@ def main():
         device = choose_device(args.device)
         predicted = predict_memory(peak_memory(), len(rows), len(test_rows), d, C, len(points), args.batchsize,
                                    device != "cpu")
-        print_header(args, device=device, threads=torch.get_num_threads(), predicted_memory=size(predicted))
+        print_header(args, device=device, threads=get_num_threads(), predicted_memory=size(predicted))
         if predicted - peak_memory() > available_memory():
             log(f"warning: {size(predicted)} needed, {size(available_memory())} available")
         log(f"{C} classes ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base classes), "
             f"{len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
-        X = torch.from_numpy(read_rows(train_file, rows, "labelled images")).to(device)            # (n, d)
-        Xtest = torch.from_numpy(read_rows(val_file, test_rows, "test images"))                    # (nt, d)
+        X = read_rows(train_file, rows, "labelled images")                                         # (n, d)
+        Xtest = read_rows(val_file, test_rows, "test images")                                      # (nt, d)
 
-    classifiers = LinearClassifiers(points, C, d, args.mom, device)
+    if device == "cpu":
+        classifiers = FusedSGD(points, C, d, args.mom)
+    else:
+        X, Xtest = torch.from_numpy(X).to(device), torch.from_numpy(Xtest)
+        classifiers = TorchClassifiers(points, C, d, args.mom, device)
     sampler = Sampler(labels, args.batchsize, args.seed)
     runs = [{"lr": lr, "wd": wd, "results": []} for lr, wd in points]
     state = Checkpoint(args.record, {
@@ -396,7 +379,7 @@ def main():
 
     write_json(args.record, {
         **record, "runs": runs, "nclass": C, "nlabelled_images": len(rows), "ntest": len(test_rows),
-        "device": device, "threads": torch.get_num_threads(), "seconds": time.time() - t0,
+        "device": device, "threads": get_num_threads(), "seconds": time.time() - t0,
         "predicted_memory": predicted, "peak_memory": peak_memory(), "complete": True})
     state.remove()
     log(f"record {args.record}, peak memory {size(peak_memory())} ({size(predicted)} predicted)")

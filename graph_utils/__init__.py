@@ -11,6 +11,7 @@ except ImportError as e:
 
 from graph_utils.product import (BestClasses, SymmetricGraph, aligned_zeros, mkl_product,  # noqa: F401
                                  neighbour_sums, panel_widths)
+from graph_utils.sgd import FusedSGD  # noqa: F401
 
 has_mkl = core.has_mkl
 get_num_threads = core.get_num_threads

@@ -1,0 +1,171 @@
+"""Training of many linear classifiers by SGD on the same mini-batches, in few passes over their parameters."""
+import numpy as np
+
+from graph_utils import core
+from graph_utils.product import aligned_zeros
+
+TILE = 32               # rows, columns and images are padded to multiples of it
+TOGETHER = 256          # images of the mini-batches that share a pass over the parameters
+MOST = 16               # mini-batches that share a pass
+
+
+def padded(n):
+    return -(-n // TILE) * TILE
+
+
+class FusedSGD:
+    """G linear classifiers of C classes with bias, trained side by side by SGD, one per (lr, wd) of `points`.
+
+    Each starts at zero and follows torch.optim.SGD(lr, momentum=mom, weight_decay=wd) on the mean softmax loss,
+    weight decay on the bias as well:
+
+        M <- mom M + gradient + wd W,    W <- W - lr M.
+
+    W and M (8 G C d bytes) are too large for the caches, so T mini-batches share one pass over them. While their
+    gradients are unknown, W and M only decay, linearly: after t steps W is alpha_t W + beta_t M, and a gradient g of
+    step s adds c_{t-s} g to it. As g = P^T X_s, with P = (softmax - one-hot) / B, the logits of mini-batch t are
+
+        Z_t = X_t (alpha_t W + beta_t M)^T + sum over s < t of c_{t-s} (X_t X_s^T) P_s.
+
+    The pass computes the first part for all t, and the sum needs the T mini-batches only: their inner products, the
+    same for all classifiers. The gradients are applied, one after the other as above, in the next pass. The bias is
+    the weight of a feature that is one. Results equal those of single steps up to rounding.
+
+    tiles: use bfloat16 tiles where the CPU has them (see sgd.h).
+    """
+
+    SCORED = 256        # images whose scores are computed at a time
+
+    def __init__(self, points, C, d, mom, tiles=True):
+        self.points, self.C, self.d, self.mom, self.tiles = points, int(C), int(d), mom, tiles
+        G = len(points)
+        self.rows, self.dpad = padded(G * C), padded(d)
+        self.W, self.M = (aligned_zeros((self.rows, self.dpad)) for _ in range(2))
+        self.b, self.mb = (np.zeros(self.rows, np.float32) for _ in range(2))
+        self.lr, self.wd = np.array(points, np.float32).reshape(G, 2).T.copy()
+        self.pending = None             # (T, Bpad, X, P) whose gradients W and M lack
+        self.memory_of, self.factors, self.turn = {}, {}, 0
+
+    @staticmethod
+    def together(batchsize):
+        """T, the number of mini-batches that share a pass."""
+        return min(max(TOGETHER // padded(batchsize), 1), MOST)
+
+    def ahead(self, T):
+        """(alpha_t, beta_t) of t = 0 .. T - 1, float32 (G, T, 2), and c_1 .. c_T, float32 (G, T)."""
+        if T not in self.factors:
+            alpha, beta = np.ones(len(self.points)), np.zeros(len(self.points))
+            lr, wd = np.array(self.points, np.float64).reshape(-1, 2).T
+            factors, response = [], []
+            m_of_w, m_of_m = np.zeros(len(lr)), np.ones(len(lr))      # M is m_of_w W + m_of_m M
+            with np.errstate(over="ignore", invalid="ignore"):        # of rates at which training diverges
+                for _ in range(T):
+                    factors.append((alpha, beta))
+                    response.append(beta - lr * alpha)                # the gradient is -lr W and M at once
+                    m_of_w, m_of_m = self.mom * m_of_w + wd * alpha, self.mom * m_of_m + wd * beta
+                    alpha, beta = alpha - lr * m_of_w, beta - lr * m_of_m
+                self.factors[T] = (np.ascontiguousarray(np.transpose(factors, (2, 0, 1)), np.float32),
+                                   np.ascontiguousarray(np.transpose(response), np.float32))
+        return self.factors[T]
+
+    @staticmethod
+    def memory(G, C, d, batchsize):
+        """Bytes that G classifiers take at most, in training and evaluation."""
+        rows, dpad, T = padded(G * C), padded(d), FusedSGD.together(batchsize)
+        images = max(T * padded(batchsize), FusedSGD.SCORED)
+        scratch = max(core.sgd_scratch(G, C, dpad, 1, FusedSGD.SCORED), core.sgd_scratch(G, C, dpad, T, padded(batchsize)))
+        return 8 * rows * (dpad + 1) + 2 * 4 * images * (rows + dpad) + scratch
+
+    def _space(self, name, size, dtype=np.float32):
+        """`size` items of memory that is kept between calls, zeros at first."""
+        if len(self.memory_of.get(name, ())) < size:
+            self.memory_of[name] = aligned_zeros(size, dtype)
+        return self.memory_of[name][:size]
+
+    def _scratch(self, T, Bpad):
+        return self._space("scratch", core.sgd_scratch(len(self.points), self.C, self.dpad, T, Bpad), np.uint8)
+
+    def _gather(self, X, images):
+        """X[images] padded to float32 (T Bpad, dpad); images: int64 (T, B)."""
+        if X.ndim != 2 or X.shape[1] != self.d or X.dtype != np.float32:
+            raise ValueError(f"X is {X.dtype} {X.shape}, float32 (n, {self.d}) expected")
+        (T, B), Bpad = images.shape, padded(images.shape[1])
+        self.turn = 1 - self.turn       # the mini-batches of the last call may be pending
+        out = self._space(("X", self.turn), T * Bpad * self.dpad).reshape(T, Bpad, self.dpad)
+        out[:, B:] = 0
+        core.gather_batches(len(X), self.d, X, images.size, images, B, Bpad, self.dpad, out)
+        return out
+
+    def _pass(self, T=0, Bpad=0, X=None):
+        """Apply what is pending; returns the logits of T mini-batches X, as if their gradients were zero."""
+        T0, Bpad0, X0, P = self.pending or (0, 0, None, None)
+        Z = self._space(("Z", self.turn), self.rows * T * Bpad) if T else None
+        core.sgd_pass(len(self.points), self.C, self.dpad, self.mom, self.lr, self.wd, self.W, self.M, self.b, self.mb,
+                      T0, Bpad0, X0, P, T, Bpad, X, self.ahead(T)[0] if T else None, Z, self.tiles,
+                      self._scratch(max(T, T0), max(Bpad, Bpad0)))
+        self.pending = None
+        return Z
+
+    def flush(self):
+        """Bring W, M, b and mb up to date."""
+        if self.pending:
+            self._pass()
+
+    def steps(self, X, images, classes, loss=False):
+        """T iterations on the mini-batches X[images]; best in groups of together(B).
+
+        X: float32 (n, d); images, classes: int64 (T, B). loss: return the mean softmax loss of each point before each
+        iteration, float64 (T, G).
+        """
+        images, classes = (np.ascontiguousarray(a, np.int64) for a in (images, classes))
+        if images.ndim != 2 or images.shape != classes.shape or not images.size:
+            raise ValueError(f"images {images.shape} and classes {classes.shape} must both be (T, B)")
+        (T, B), Bpad = images.shape, padded(images.shape[1])
+        if classes.min() < 0 or classes.max() >= self.C:
+            raise ValueError(f"a class is not in 0 .. {self.C - 1}")
+        x = self._gather(X, images)
+        Z = self._pass(T, Bpad, x)
+        losses = np.empty((T, len(self.points), B)) if loss else None
+        core.sgd_gradients(len(self.points), self.C, self.dpad, T, B, Bpad, x, classes, self.ahead(T)[1], Z, losses,
+                           self.tiles, self._scratch(T, Bpad))
+        self.pending = T, Bpad, x, Z
+        return losses.mean(2) if loss else None
+
+    def ranks(self, X, labels, store=None):
+        """How many classes score above each image's own one, or equally with a lower number: int32 (G, m).
+
+        X: float32 (m, d), labels: int (m,). A NaN score of its own ranks an image last. store: a list of G arrays
+        (m, C) that receive the scores, or None.
+        """
+        self.flush()
+        G, labels = len(self.points), np.ascontiguousarray(labels, np.int64)
+        out = np.empty((G, len(X)), np.int32)
+        for i in range(0, len(X), self.SCORED):
+            n = min(self.SCORED, len(X) - i)
+            Z = self._pass(1, padded(n), self._gather(X, np.arange(i, i + n)[None]))
+            some = np.empty((G, n), np.int32)
+            core.ranks_of(G, self.C, n, padded(n), Z, labels[i:i + n], some)
+            out[:, i:i + n] = some
+            for g in range(G if store is not None else 0):
+                store[g][i:i + n] = Z.reshape(self.rows, padded(n))[g * self.C:(g + 1) * self.C, :n].T
+        return out
+
+    def weights(self, g):
+        """(W float32 (C, d), b float32 (C,)) of point g."""
+        self.flush()
+        rows = slice(g * self.C, (g + 1) * self.C)
+        return self.W[rows, :self.d].copy(), self.b[rows].copy()
+
+    def _parameters(self):
+        n = len(self.points) * self.C
+        return {"W": self.W[:n, :self.d], "M": self.M[:n, :self.d], "b": self.b[:n], "mb": self.mb[:n]}
+
+    def state(self):
+        """Everything that training goes on from, as views of the parameters."""
+        self.flush()
+        return self._parameters()
+
+    def restore(self, state):
+        self.pending = None
+        for name, view in self._parameters().items():
+            view[...] = state[name]

@@ -1,0 +1,148 @@
+"""FusedSGD against torch.nn.Linear and torch.optim.SGD in double precision, with both of its arithmetics."""
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+from graph_utils import FusedSGD, core, get_num_threads, set_num_threads  # noqa: E402
+from test_logreg import cross_entropy, plain_torch  # noqa: E402
+
+ARITHMETICS = [False, True] if core.sgd_has_tiles() else [False]
+POINTS = [(0.01, 0), (0.01, 0.1), (0.1, 0.01), (0.001, 0.1), (0.3, 0.3), (0, 0.1)]
+
+
+def random_data(n, d, C, seed=0):
+    """Rows of about the same length for any d, so that no learning rate of POINTS diverges."""
+    rs = np.random.RandomState(seed)
+    y = np.concatenate([np.arange(C), rs.randint(C, size=n - C)])
+    return ((rs.rand(n, d) + 0.3 * rs.rand(C, d)[y]) * min(1, (17 / d) ** 0.5)).astype(np.float32), y
+
+
+def trained(points, x, y, batches, T, mom=0.9, tiles=True, C=None):
+    model = FusedSGD(points, C or int(y.max()) + 1, x.shape[1], mom, tiles)
+    for t in range(0, len(batches), T):
+        model.steps(x, batches[t:t + T], y[batches[t:t + T]])
+    return model
+
+
+@pytest.mark.parametrize("tiles", ARITHMETICS)
+@pytest.mark.parametrize("d, C, B, T", [(17, 7, 5, 4), (17, 7, 32, 8), (1, 2, 1, 3), (17, 7, 3, 1), (70, 40, 33, 3),
+                                        (600, 37, 64, 4), (32, 32, 1, 16), (130, 5, 100, 2), (2, 3, 300, 1)])
+def test_steps_are_those_of_torch_optim_sgd(d, C, B, T, tiles):
+    x, y = random_data(400, d, C)
+    batches = np.random.RandomState(1).randint(len(x), size=(50, B))        # T does not divide 50: a shorter group
+    model = trained(POINTS, x, y, batches, T, tiles=tiles)
+    for g, (lr, wd) in enumerate(POINTS):
+        # large rates amplify the rounding of both arithmetics alike; that of the tiles is about 40 times larger
+        tolerance = 1e-6 if not tiles else 5e-6 if lr <= 0.01 else 5e-5
+        for mine, want in zip(model.weights(g), plain_torch(lr, wd, x, y, batches, 0.9)):
+            assert np.abs(mine - want).max() <= tolerance * max(1, np.abs(want).max()), (lr, wd)
+
+
+@pytest.mark.parametrize("tiles", ARITHMETICS)
+@pytest.mark.parametrize("mom", [0, 0.5])
+def test_other_momenta_and_many_steps(mom, tiles):
+    x, y = random_data(60, 4, 3)
+    batches = np.random.RandomState(1).randint(len(x), size=(1000, 4))
+    model = trained([(0.01, 0.1)], x, y, batches, 7, mom, tiles)
+    for mine, want in zip(model.weights(0), plain_torch(0.01, 0.1, x, y, batches, mom)):
+        assert np.abs(mine - want).max() < (1e-5 if tiles else 1e-6)
+
+
+@pytest.mark.parametrize("tiles", ARITHMETICS)
+def test_grid_equals_separate_runs_on_any_number_of_threads(tiles):
+    x, y = random_data(300, 33, 11)
+    batches = np.random.RandomState(2).randint(len(x), size=(60, 16))
+    together = trained(POINTS, x, y, batches, 8, tiles=tiles)
+    threads = get_num_threads()
+    try:
+        for g, point in enumerate(POINTS):
+            set_num_threads(1 + g % 3)
+            alone = trained([point], x, y, batches, 8, tiles=tiles)
+            assert all(np.array_equal(a, b) for a, b in zip(together.weights(g), alone.weights(0)))
+    finally:
+        set_num_threads(threads)
+
+
+def test_looking_at_the_weights_changes_nothing():
+    x, y = random_data(100, 40, 9)
+    batches = np.random.RandomState(2).randint(len(x), size=(12, 10))
+    want = trained(POINTS, x, y, batches, 4)
+    model = FusedSGD(POINTS, 9, 40, 0.9)
+    for t in range(0, 12, 4):
+        model.steps(x, batches[t:t + 4], y[batches[t:t + 4]])
+        state = {k: v.copy() for k, v in model.state().items()}
+        model.ranks(x, y)
+        model = FusedSGD(POINTS, 9, 40, 0.9)            # as after a resumption
+        model.restore(state)
+    assert all(np.array_equal(model.state()[k], v) for k, v in want.state().items())
+
+
+def test_one_class_has_nothing_to_learn():
+    x, y = random_data(20, 17, 1)
+    model = trained([(0.1, 0.1)], x, y, np.array([[0, 1], [2, 3]]), 2)
+    assert not model.weights(0)[0].any() and not model.ranks(x, y).any()
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_losses_are_those_before_each_step(T):
+    x, y = random_data(200, 17, 5)
+    batches = np.random.RandomState(3).randint(len(x), size=(6, 9))
+    model, other = (FusedSGD(POINTS, 5, 17, 0.9) for _ in range(2))
+    losses = np.concatenate([model.steps(x, batches[t:t + T], y[batches[t:t + T]], loss=True) for t in range(0, 6, T)])
+    assert losses.shape == (6, len(POINTS)) and np.allclose(losses[0], np.log(5), atol=1e-6)
+    for t, b in enumerate(batches):
+        want = [cross_entropy(x[b], y[b], *other.weights(g)) for g in range(len(POINTS))]
+        assert np.allclose(losses[t], want, atol=1e-5)
+        other.steps(x, b[None], y[b][None])
+
+
+def test_loss_of_a_class_without_probability_is_finite():
+    model = FusedSGD([(0, 0)], 2, 1, 0)
+    state = model.state()
+    state["b"][:] = [0, 300]
+    x = np.zeros((1, 1), np.float32)
+    assert model.steps(x, np.array([[0]]), np.array([[0]]), loss=True)[0, 0] == pytest.approx(300)
+
+
+@pytest.mark.parametrize("tiles", ARITHMETICS)
+@pytest.mark.parametrize("m, d, C", [(1, 1, 1), (600, 70, 40), (257, 520, 3)])
+def test_ranks_and_scores(m, d, C, tiles):
+    x, y = random_data(max(m, C), d, C)
+    batches = np.random.RandomState(0).randint(len(x), size=(10, 8))
+    model = trained(POINTS, x, y, batches, 5, tiles=tiles, C=C)
+    store = [np.empty((len(x), C), np.float32) for _ in POINTS]
+    ranks = model.ranks(x, y, store)
+    for g in range(len(POINTS)):
+        weight, bias = model.weights(g)
+        want = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+        assert np.abs(store[g] - want).max() <= (3e-5 if tiles else 2e-6) * max(1, np.abs(want).max())
+        own = store[g][np.arange(len(x)), y][:, None]
+        before = (store[g] > own) | ((store[g] == own) & (np.arange(C) < y[:, None]))
+        assert np.array_equal(ranks[g], before.sum(1))
+    assert model.ranks(x[:0], y[:0]).shape == (len(POINTS), 0)
+
+
+def test_a_diverged_point_leaves_the_others_alone():
+    x, y = random_data(100, 20, 11)
+    batches = np.random.RandomState(0).randint(len(x), size=(60, 8))
+    model = trained([(1e30, 1e8), (0.1, 0.1)], x, y, batches, 4)
+    alone = trained([(0.1, 0.1)], x, y, batches, 4)
+    assert np.isnan(model.weights(0)[0]).any() and (model.ranks(x, y)[0] >= 11).any()
+    assert np.array_equal(model.weights(1)[0], alone.weights(0)[0])
+
+
+@pytest.mark.parametrize("images, classes, message", [
+    ([[0, 9]], [[0, 0]], "no such image"), ([[-1]], [[0]], "no such image"), ([[0]], [[3]], "not in 0 .. 2"),
+    ([[0]], [[-1]], "not in 0"), ([0], [0], r"must both be \(T, B\)"), ([[]], [[]], "must both be"),
+])
+def test_bad_batches(images, classes, message):
+    model = FusedSGD([(0.1, 0)], 3, 2, 0.9)
+    with pytest.raises(ValueError, match=message):
+        model.steps(np.zeros((9, 2), np.float32), np.array(images), np.array(classes))
+    with pytest.raises(ValueError, match=r"float32 \(n, 2\) expected"):
+        model.steps(np.zeros((9, 3), np.float32), np.array([[0]]), np.array([[0]]))
