@@ -99,8 +99,8 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
                 Tally tally;
 #pragma omp for schedule(dynamic, 256)
                 for (int64_t i = i0; i < i1; i++) {
-                    if (i + 8 < i1)
-                        g.each_edge(i + 8, [&](int32_t t, float) { __builtin_prefetch(&label[t]); });
+                    if (g.I && i + 8 < i1)
+                        for (int64_t j = 0; j < g.k; j++) __builtin_prefetch(&label[std::max(g.I[(i + 8) * g.stride + j], 0)]);
                     tally.start(g.degree(i));
                     g.each_edge(i, [&](int32_t t, float weight) { tally.add(label[t], weight); });
                     int32_t best = label[i];
