@@ -16,11 +16,12 @@ import numpy as np
 
 from lowshot import knn
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
+from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 1
+VERSION = 2
 BLOCK = 65536
 
 
@@ -90,7 +91,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
         knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True)
-        return Graph(I, D, test_I, test_D, cells.order)
+        return Graph(I, D, test_I, test_D, locality_order(I))
 
 
 def add_novel(fixed, x, novel):
