@@ -38,8 +38,8 @@ constexpr int64_t kBlock = 1024;    // rows that a thread takes at a time
 // Sixteen floats: one AVX-512 register, two AVX ones or four SSE ones, as the machine has it.
 typedef float Vector __attribute__((vector_size(64)));
 
-// How many edges ahead the rows of L are fetched: covers a memory latency of ~100 ns at ~5 ns per edge.
-constexpr int64_t kAhead = 40;
+// How many cache lines of L are fetched ahead, as measured: with too few the memory waits, too many push out each other.
+constexpr int64_t kAheadLines = 160;
 
 // always_inline: GCC takes functions that only prefetch for functions without effect, and leaves their calls out.
 template <int NV>
@@ -61,7 +61,7 @@ void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* 
         // fetching runs on into the next row that is computed here
         const int64_t next = r + 1 < i1 ? indptr[rows ? rows[r + 1] : r + 1] - end : 0;
         auto fetch = [&](int64_t e) __attribute__((always_inline)) {
-            const int64_t ahead = e + kAhead;
+            const int64_t ahead = e + kAheadLines / NV;
             prefetch_row<NV>(L + (int64_t)indices[std::min(ahead < end ? ahead : ahead + next, nnz - 1)] * NV);
         };
         int64_t e = begin;
