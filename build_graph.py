@@ -65,7 +65,7 @@ def main():
         raise ValueError("--device gpu: this Faiss sees no GPU (requirements-gpu.txt has the package that does)")
     path_I, path_D = ddir.graph(n, k)
     predicted = predicted_memory(n, d, k)
-    print_header(args, predicted_memory=size(predicted), products="AMX" if knn.nb.uses_amx() else "float32")
+    print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
     if all(os.path.exists(p) and os.path.getsize(p) == 4 * n * k for p in (path_I, path_D)) \
             and os.path.exists(ddir.index(n)):
         log(f"{path_I} is complete, nothing to do (remove it to build it again)")
@@ -95,7 +95,7 @@ def main():
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
     write_json(ddir.log("build_graph", f"ndis{n}_k{k}.json"),
-               {**provenance(args), **info, "seconds": seconds, "peak_memory": peak_memory(),
+               {**provenance(args), **info, "products": knn.nb.products(), "seconds": seconds, "peak_memory": peak_memory(),
                 "predicted_memory": predicted})
 
 

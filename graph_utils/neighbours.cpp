@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "tiles.h"
@@ -25,8 +26,29 @@ constexpr uint64_t kNewKey = 1;                 // and among keys
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGroup = 1024;                // queries whose panels (512 KB at d = 256) stay in the L2 cache
 
-// GRAPH_UTILS_NO_AMX in the environment switches it off: to measure, or where its results are not wanted.
-bool want_amx = !std::getenv("GRAPH_UTILS_NO_AMX");
+// The ways to multiply that this machine has, fastest first.
+std::vector<std::string> available_products() {
+    std::vector<std::string> names{"float32"};
+#ifdef TILES_BF16
+    names.insert(names.begin(), "bf16");
+#endif
+    if (tiles::Amx::available()) names.insert(names.begin(), "amx");
+    return names;
+}
+
+// GRAPH_UTILS_PRODUCTS in the environment takes another one: to measure, or where others' results are not wanted.
+std::string checked_products(const std::string& name) {
+    const std::vector<std::string> names = available_products();
+    if (name.empty()) return names[0];
+    if (!std::count(names.begin(), names.end(), name))
+        throw std::invalid_argument("products by '" + name + "' are not known, or not on this machine");
+    return name;
+}
+
+std::string& chosen_products() {
+    static std::string chosen = checked_products(std::getenv("GRAPH_UTILS_PRODUCTS") ? std::getenv("GRAPH_UTILS_PRODUCTS") : "");
+    return chosen;
+}
 
 // Calls body(i0, i1) on blocks of [0, n) in parallel, with a thread's own Scratch; the first exception is thrown again.
 template <class Scratch, class Body>
@@ -519,14 +541,22 @@ struct Vectors {
 
 }  // namespace
 
-bool uses_amx() { return want_amx && tiles::Amx::available(); }
-void use_amx(bool yes) { want_amx = yes; }
+std::string products() { return chosen_products(); }
+
+void use_products(const std::string& name) { chosen_products() = checked_products(name); }
 
 #ifdef TILES_AMX
-#define DISPATCH(FUNCTION, ...) (uses_amx() ? FUNCTION<tiles::Amx>(__VA_ARGS__) : FUNCTION<tiles::Float32>(__VA_ARGS__))
+#define IF_AMX(FUNCTION, ...) products() == "amx" ? FUNCTION<tiles::Amx>(__VA_ARGS__) :
 #else
-#define DISPATCH(FUNCTION, ...) FUNCTION<tiles::Float32>(__VA_ARGS__)
+#define IF_AMX(FUNCTION, ...)
 #endif
+#ifdef TILES_BF16
+#define IF_BF16(FUNCTION, ...) products() == "bf16" ? FUNCTION<tiles::Bf16>(__VA_ARGS__) :
+#else
+#define IF_BF16(FUNCTION, ...)
+#endif
+#define DISPATCH(FUNCTION, ...) \
+    (IF_AMX(FUNCTION, __VA_ARGS__) IF_BF16(FUNCTION, __VA_ARGS__) FUNCTION<tiles::Float32>(__VA_ARGS__))
 
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);

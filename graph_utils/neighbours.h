@@ -1,7 +1,7 @@
 // K-nearest-neighbour search and graphs by inner product.
 //
-// Matrices are row major. Candidates are found with vectors in bfloat16, half the memory and, on CPUs with AMX, many
-// times the speed of float32; what is kept is computed again from the float32 vectors at the end (exact_products).
+// Matrices are row major. Candidates are found with vectors in bfloat16, half the memory and, on CPUs with
+// products of it, two to many times the speed of float32; what is kept is computed again from the float32 vectors at the end (exact_products).
 // bfloat16 vectors have d padded with zeros to a multiple of 32, and are passed as `np` = d / 2 words of two elements.
 //
 // A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower
@@ -13,10 +13,12 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
-// Whether the products use AMX; use_amx(false) takes float32 arithmetic, use_amx(true) AMX where the CPU has it.
-bool uses_amx();
-void use_amx(bool yes);
+// How products are computed: "amx" or "bf16" (AVX-512) where the CPU has it, or "float32"; the first of these by default.
+// use_products takes one of them, the default for "", and throws std::invalid_argument where the machine has it not.
+std::string products();
+void use_products(const std::string& name);
 
 // out = x * scale in bfloat16; residual: the L2 norm of what rounding took away.
 //

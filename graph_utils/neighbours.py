@@ -9,8 +9,8 @@ import numpy as np
 from graph_utils import core
 from graph_utils.product import aligned_zeros
 
-uses_amx = core.uses_amx
-use_amx = core.use_amx
+products = core.products
+use_products = core.use_products
 
 NEW = np.int64(1)       # bit of a key: new to the next round of neighbours-of-neighbours
 

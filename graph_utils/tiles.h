@@ -1,7 +1,8 @@
-// Inner products of 32 by 32 vectors in bfloat16, by AMX where the CPU has it, else by float32 arithmetic.
+// Inner products of 32 by 32 vectors in bfloat16: by AMX or AVX-512's bfloat16 products where the CPU has them, else by
+// float32 arithmetic.
 //
 // Vectors are stored as `np` pairs: element 2i in the lower half of word i, element 2i + 1 in the upper half. np is a
-// multiple of 16. Both ways add the products in the same order for (a, b) as for (b, a), so they are symmetric to the
+// multiple of 16. All ways add the products in the same order for (a, b) as for (b, a), so they are symmetric to the
 // last bit, and independent of where in a tile a vector stands.
 #pragma once
 
@@ -156,6 +157,55 @@ struct Float32 {
         }
     }
 };
+
+// ---- AVX-512 BF16: a row is the np words as they are; a panel is np rows of 32 words
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define TILES_BF16
+struct Bf16 {
+    static int64_t bytes(int64_t np) { return 4 * np; }
+    static void begin() {}
+    static void end() {}
+
+    static void row(const uint32_t* x, int64_t np, void* out) { std::memcpy(out, x, 4 * np); }
+
+    static const void* rows(const uint32_t* x, int n, int64_t np, void* space) {
+        if (n == kTile) return x;
+        std::memcpy(space, x, 4 * n * np);
+        return space;
+    }
+
+    static void panel(const uint32_t* const* x, int64_t np, void* out) {
+        uint32_t* o = (uint32_t*)out;
+        for (int64_t i = 0; i < np; i += 16) {
+            transpose16(x, i, o + i * kTile, kTile);
+            transpose16(x + 16, i, o + i * kTile + 16, kTile);
+        }
+    }
+
+    static void tile(const void* rows, const void* panel, int64_t np, float* s) {
+        constexpr int kRows = 8;        // 16 accumulators of the 32 registers
+        for (int r0 = 0; r0 < kTile; r0 += kRows) {
+            const uint32_t* a = (const uint32_t*)rows + r0 * np;
+            const uint32_t* b = (const uint32_t*)panel;
+            __m512 left[kRows], right[kRows];
+            for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_ps();
+            for (int64_t i = 0; i < np; i++, b += kTile) {
+                const __m512bh b0 = (__m512bh)_mm512_load_si512(b), b1 = (__m512bh)_mm512_load_si512(b + 16);
+                for (int r = 0; r < kRows; r++) {
+                    const __m512bh word = (__m512bh)_mm512_set1_epi32((int)a[r * np + i]);
+                    left[r] = _mm512_dpbf16_ps(left[r], word, b0);
+                    right[r] = _mm512_dpbf16_ps(right[r], word, b1);
+                }
+            }
+            for (int r = 0; r < kRows; r++) {
+                _mm512_storeu_ps(s + (r0 + r) * kTile, left[r]);
+                _mm512_storeu_ps(s + (r0 + r) * kTile + 16, right[r]);
+            }
+        }
+    }
+};
+#endif
 
 // ---- AMX: a row is the np words as they are; a panel is, for each half of its vectors, np rows of 16 words
 

@@ -9,13 +9,14 @@ from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.packages import faiss
 
 
-@pytest.fixture(params=["amx", "float32"], autouse=True)
+@pytest.fixture(params=["amx", "bf16", "float32"], autouse=True)
 def products(request):
-    nb.use_amx(request.param == "amx")
-    if request.param == "amx" and not nb.uses_amx():
-        pytest.skip("this CPU has no AMX")
+    try:
+        nb.use_products(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
     yield
-    nb.use_amx(True)
+    nb.use_products("")
 
 
 def clustered(n, d=32, clusters=12, seed=0, spread=0.6):

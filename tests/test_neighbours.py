@@ -1,4 +1,4 @@
-"""graph_utils/neighbours.py: candidate search and NN-descent against dense numpy, by both kinds of products."""
+"""graph_utils/neighbours.py: candidate search and NN-descent against dense numpy, by all kinds of products."""
 import os
 import subprocess
 import sys
@@ -13,13 +13,14 @@ SIZES = [(1, 1, 5, 1), (5, 7, 33, 1), (37, 61, 40, 30), (64, 32, 32, 32), (2100,
          (33, 65, 100, 8)]
 
 
-@pytest.fixture(params=["amx", "float32"], autouse=True)
+@pytest.fixture(params=["amx", "bf16", "float32"], autouse=True)
 def products(request):
-    nb.use_amx(request.param == "amx")
-    if request.param == "amx" and not nb.uses_amx():
-        pytest.skip("this CPU has no AMX")
+    try:
+        nb.use_products(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
     yield
-    nb.use_amx(True)
+    nb.use_products("")
 
 
 def unit_vectors(n, d, seed=0):
