@@ -390,15 +390,19 @@ class CifarSet:
 
 # ---------------------------------------------------------------------------------------------- pixels
 
-def decode(data):
-    """An image file's bytes (or pixels as they are) -> uint8 (h, w, 3). Raises some exception if it is damaged."""
+def decode(data, out=None):
+    """An image file's bytes (or pixels as they are) -> uint8 (h, w, 3). Raises some exception if it is damaged.
+
+    out: uint8 (h, w, 3), contiguous, used for the result if it has the image's size; its content may be lost otherwise.
+    """
     if isinstance(data, np.ndarray):
         return data
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if height * width < Image.MAX_IMAGE_PIXELS and colours in ("YCbCr", "Gray", "RGB"):
-                return simplejpeg.decode_jpeg(data)
+                fits = out is not None and out.shape[:2] == (height, width)
+                return simplejpeg.decode_jpeg(data, buffer=out if fits else None)
         except ValueError:
             pass                            # PIL is the judge of what is damaged
     with Image.open(io.BytesIO(data)) as image:
@@ -415,8 +419,9 @@ class Preprocess:
     def __init__(self, config):
         self.resize, self.crop = config["transforms"]["resize"], config["transforms"]["crop"]
 
-    def __call__(self, data):
-        x = decode(data)
+    def __call__(self, data, out=None):
+        """out: uint8 (crop, crop, 3), contiguous, or None: where the pixels may be put, if that saves a copy."""
+        x = decode(data, out)
         h, w, _ = x.shape
         if self.resize is not None and min(h, w) != self.resize:
             new_h = self.resize if h <= w else int(self.resize * h / w)
@@ -468,7 +473,9 @@ class Batches:
         faults = []
         for j in range(m):
             try:
-                pixels[j] = self.preprocess(self.images.read(first + j))
+                x = self.preprocess(self.images.read(first + j), pixels[j])
+                if not np.may_share_memory(x, pixels):
+                    pixels[j] = x
             except Missing:
                 state[j] = MISSING
             except Exception as e:          # decoders fail in many ways
