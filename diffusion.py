@@ -48,7 +48,7 @@ def arguments():
     g.add_argument("--niter", type=number(int, 0), default=3, help="iterations")
     g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
                    help="classes diffused at a time: memory is 8 bytes x nodes x this, at most 64; the results do not "
-                        "depend on it. auto: as many as the free memory allows")
+                        "depend on it. auto: what is quickest, 32 on a CPU, or as many as the free memory allows")
     g.add_argument("--noprune", action="store_true",
                    help="compute all rows of L in every iteration, also those that no label has reached or that no test "
                         "image reads; the results are the same")
@@ -92,14 +92,17 @@ class Steps:
         self.last = now
 
 
-def widest_panel(lslice, n, free):
-    """Columns of L diffused at a time, a multiple of 16, at most 64: two panels have to fit in `free` bytes."""
+def widest_panel(lslice, n, quickest, free=None):
+    """Columns of L diffused at a time, a multiple of 16, at most 64: what --lslice says, or the width that the backend is
+    quickest with, or what two panels in `free` bytes leave room for."""
     if lslice != "auto":
         return 64 if lslice <= 0 else min(64, -(-lslice // 16) * 16)
+    if free is None:
+        return quickest
     if free < 2 * 4 * n * 16:
         raise MemoryError(f"two panels of 16 columns of L for {n} nodes take {size(2 * 4 * n * 16)}, {size(free)} are "
                           "free: take a smaller --nbg")
-    return int(min(64, free // (2 * 4 * n * 16) * 16))
+    return int(min(quickest, free // (2 * 4 * n * 16) * 16))
 
 
 def panels(is_novel, width):
@@ -108,7 +111,7 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width=64):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     """Peak memory of this process in bytes: the largest of its steps.
 
     Pages of the background's file that are in use count as well: a neighbour's vector maps 64 KB around it.
@@ -228,7 +231,9 @@ def main():
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
     fixed = None if args.nocache else key.stored()
-    predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None)
+    Backend = choose_backend(args.backend, args.device)
+    predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None,
+                               widest_panel(args.lslice, n, Backend.panel))
     print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
@@ -246,7 +251,7 @@ def main():
     rank = np.arange(n, dtype=np.int32)
     if graph.order is not None:
         rank[graph.order] = np.arange(n, dtype=np.int32)
-    W = choose_backend(args.backend, args.device)(graph.I, rank)
+    W = Backend(graph.I, rank)
     test_I = np.where(graph.test_I < 0, -1, rank[graph.test_I])
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)
     store_at = stored_iterations(args)
@@ -259,7 +264,7 @@ def main():
     record.update(nodes=n, nlabelled_images=nl, ntest=nt, nclass=C, entries=W.nnz, test_nodes=len(test_nodes))
 
     # ---- L <- W L, a panel of classes at a time
-    width = widest_panel(args.lslice, n, W.free_memory())
+    width = widest_panel(args.lslice, n, W.panel, W.free_memory())
     pieces = panels(split.is_novel, width)
     L, out = W.zeros(width), W.zeros(width)
     best = [BestClasses(test_labels) for _ in range(args.niter + 1)]

@@ -41,6 +41,8 @@ def arguments():
     p.add_argument("--k", type=number(int, 1), default=30, help="neighbours per node: first columns of the graph")
     p.add_argument("--dim", type=number(int, 1), default=256, help="dimensions of the vectors, to measure recall")
     p.add_argument("--columns", type=number(int, 1), nargs="+", default=[64, 512], help="columns of L, a table each")
+    p.add_argument("--panel", type=number(int, 16, 64), help="columns of our panels: 16, 32, 48 or 64 "
+                                                                   "(default: as diffusion.py, 32)")
     p.add_argument("--rounds", type=number(int, 1), default=4, help="rounds, the first of which does not count")
     p.add_argument("--patience", type=number(float, 0), default=10,
                    help="seconds: a product that takes longer is not repeated")
@@ -91,10 +93,10 @@ class Case:
     Each way of multiplying is a method that returns (call, rows): a call() multiplies, rows() are those of the sample.
     """
 
-    def __init__(self, W, renumbered, rank, ncol):
-        from graph_utils import aligned_zeros, panel_widths
+    def __init__(self, W, renumbered, rank, ncol, panel):
+        from graph_utils import PANEL, aligned_zeros, panel_widths
         self.W, self.renumbered, self.rank = W, renumbered, rank
-        self.panels = panel_widths(ncol)
+        self.panels = panel_widths(ncol, panel or PANEL)
         padded = sum(p for _, _, p in self.panels)
         self.L, self.input, self.output = (aligned_zeros(W.n * padded) for _ in range(3))
         self.L = self.L[:W.n * ncol].reshape(W.n, ncol)
@@ -200,7 +202,7 @@ def measure(call, args):
 
 
 def table_of(W, renumbered, rank, ncol, args):
-    case = Case(W, renumbered, rank, ncol)
+    case = Case(W, renumbered, rank, ncol, args.panel)
     case.threads = args.threads
     copy = copy_seconds(case.L, case.output[:case.L.size].reshape(case.L.shape), args.threads)
     bound = copy * (1 + W.indices.nbytes / (2 * case.L.nbytes))

@@ -39,12 +39,13 @@ constexpr int64_t kBlock = 1024;    // rows that a thread takes at a time
 typedef float Vector __attribute__((vector_size(64)));
 
 // How many cache lines of L are fetched ahead, as measured: with too few the memory waits, too many push out each other.
-constexpr int64_t kAheadLines = 160;
+constexpr int64_t kAheadLines = 256;
 
+// Into the L2 cache: it can wait for more lines at a time than L1, where so many would push out what is in use.
 // always_inline: GCC takes functions that only prefetch for functions without effect, and leaves their calls out.
 template <int NV>
 __attribute__((always_inline)) inline void prefetch_row(const Vector* row) {
-    for (int v = 0; v < NV; v++) __builtin_prefetch(row + v);
+    for (int v = 0; v < NV; v++) __builtin_prefetch(row + v, 0, 2);
 }
 
 // Columns are NV vectors wide, so that the accumulators of a row live in registers. Sums over rows are kept in float for

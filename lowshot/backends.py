@@ -2,6 +2,7 @@
 
 Each backend is a SymmetricGraph with these operations on panels of L, float32 (n, ncol), kept where it computes:
 
+    panel                                         columns of a panel that it is quickest with
     zeros(ncol)                                   a panel
     seed(L, nodes, columns)                       L = 0 but for ones at (nodes, columns)
     product(L, out, scale, rows, weights)         see SymmetricGraph.product
@@ -12,12 +13,14 @@ import glob
 
 import numpy as np
 
-from graph_utils import SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
+from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
 from lowshot.script import available_memory
 
 
 class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
+
+    panel = PANEL
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
@@ -39,6 +42,8 @@ class OwnGraph(SymmetricGraph):
 class MklGraph(OwnGraph):
     """MKL's product with an array of values: the paper's way, kept for comparison."""
 
+    panel = WIDEST
+
     def __init__(self, I, rank=None):
         super().__init__(I, rank)
         self.csr_values = self.values()
@@ -53,7 +58,7 @@ class MklGraph(OwnGraph):
 class TorchGraph(SymmetricGraph):
     """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device."""
 
-    device = "cuda"
+    device, panel = "cuda", WIDEST
 
     def __init__(self, I, rank=None):
         import torch

@@ -181,7 +181,8 @@ def test_fewer_than_five_classes():
 
 
 def test_panels():
-    assert panel_widths(150) == [(0, 64, 64), (64, 64, 64), (128, 22, 32)]
+    assert panel_widths(150, 64) == [(0, 64, 64), (64, 64, 64), (128, 22, 32)]
+    assert panel_widths(66) == [(0, 32, 32), (32, 32, 32), (64, 2, 16)]
     assert panel_widths(5, 16) == [(0, 5, 16)]
     with pytest.raises(ValueError):
         panel_widths(10, 20)
