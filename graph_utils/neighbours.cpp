@@ -168,6 +168,60 @@ class Lists {
     Buffer<uint64_t> keys_;
 };
 
+// Lists of nodes that any thread may offer others to.
+class Inserter {
+  public:
+    Inserter(int64_t K, uint64_t* keys, float* worst) : K_(K), keys_(keys), worst_(worst), locks_(kLocks) {
+        for (auto& lock : locks_) lock.clear();
+    }
+
+    float worst(uint32_t a) const {
+        float s;
+        __atomic_load(worst_ + a, &s, __ATOMIC_RELAXED);
+        return s;
+    }
+
+    // What an offer to a has to exceed: just below its worst, as one as good may have the lower number.
+    float bound(uint32_t a) const { return std::nextafter(worst(a), kNone); }
+
+    // Node b enters the list of a if it belongs there. The list is the best K of all that was offered, in any order.
+    bool offer(uint32_t a, uint32_t b, float s) {
+        const uint64_t key = key_of(s, b) | kNewKey;
+        uint64_t* list = keys_ + (int64_t)a * K_;
+        // near nodes mostly know each other: that is seen without the lock, as entries are written in one piece and a
+        // better one never leaves for a worse
+        if (holds(list, key)) return false;
+        std::atomic_flag& lock = locks_[a % kLocks];
+        while (lock.test_and_set(std::memory_order_acquire)) {
+        }
+        int64_t least = 0;
+        for (int64_t j = 0; j < K_; j++)
+            if (list[j] < list[least]) least = j;
+        const bool enters = key > list[least] && !holds(list, key);
+        if (enters) {
+            list[least] = key;
+            float s = product_of(*std::min_element(list, list + K_));
+            __atomic_store(worst_ + a, &s, __ATOMIC_RELAXED);
+        }
+        lock.clear(std::memory_order_release);
+        return enters;
+    }
+
+  private:
+    // Whether the list has the key's node. An empty entry has number 2^31 - 1, which no node has.
+    bool holds(const uint64_t* list, uint64_t key) const {
+        uint64_t same = 0;
+        for (int64_t j = 0; j < K_; j++) same |= (uint64_t)(((list[j] ^ key) & 0xfffffffeu) == 0);
+        return same;
+    }
+
+    static constexpr uint32_t kLocks = 1 << 14;
+    int64_t K_;
+    uint64_t* keys_;
+    float* worst_;
+    std::vector<std::atomic_flag> locks_;
+};
+
 // Products of gathered queries with stretches of base vectors. The queries are what is packed in panels: AMX reads the
 // base vectors where they are, as there may be few queries for a long stretch.
 template <class Kernel>
@@ -194,8 +248,10 @@ class Scanner {
         np_ = np;
     }
 
-    // Compares them with rows first .. last - 1 of X.
-    void scan(const uint32_t* X, int64_t first, int64_t last, int64_t offset, Lists& lists) {
+    // Compares them with rows first .. last - 1 of X. inserter: null, or where rows before `middle` have their own lists,
+    // which the queries may enter as numbers[number in `lists`].
+    void scan(const uint32_t* X, int64_t first, int64_t last, int64_t offset, Lists& lists, Inserter* inserter = nullptr,
+              int64_t middle = 0, const int32_t* numbers = nullptr) {
         worst_.resize(list_.size());
         for (int64_t i = 0; i < m_; i++) worst_[i] = lists.worst[list_[i]];
         for (size_t i = m_; i < list_.size(); i++) worst_[i] = std::numeric_limits<float>::infinity();
@@ -214,6 +270,14 @@ class Scanner {
                         const int32_t list = list_[i + c];
                         lists.add(list, s[c], (uint32_t)(offset + j + r));
                         worst[c] = lists.worst[list];
+                    }
+                    if (!inserter || j + r >= middle) continue;
+                    better = tiles::above(s, inserter->bound((uint32_t)(j + r)));
+                    if (m_ - i < kTile) better &= (1u << (m_ - i)) - 1;
+                    while (better) {
+                        const int c = __builtin_ctz(better);
+                        better &= better - 1;
+                        inserter->offer((uint32_t)(j + r), (uint32_t)numbers[list_[i + c]], s[c]);
                     }
                 }
             }
@@ -286,7 +350,10 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
 template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
                        int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const uint32_t* X,
-                       int64_t K, int64_t* keys) {
+                       int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers, uint64_t* x_keys,
+                       float* x_worst) {
+    std::unique_ptr<Inserter> inserter;
+    if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
     // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles
     const int64_t size = std::clamp(nq / 64 / kGroup, (int64_t)1, (int64_t)8) * kGroup;
     parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
@@ -338,7 +405,8 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                 const int32_t* members = t.members.data() + e;
                 t.fine.queries(std::min(kGroup, t.first[c + 1] - e), np,
                                [&](int64_t i) { return group + members[i] * np; }, [&](int64_t i) { return members[i]; });
-                t.fine.scan(X, begin[c], end[c], 0, lists);
+                t.fine.scan(X, begin[c], end[c], 0, lists, inserter.get(), inserter ? middle[c] : 0,
+                            inserter ? numbers + i0 : nullptr);
             }
         }
         for (int64_t i = 0; i < m; i++) lists.store(i, keys + (i0 + i) * K);
@@ -398,56 +466,6 @@ struct JoinScratch {
     int64_t inserted = 0;
 };
 
-class Inserter {
-  public:
-    Inserter(int64_t K, uint64_t* keys, float* worst) : K_(K), keys_(keys), worst_(worst), locks_(kLocks) {
-        for (auto& lock : locks_) lock.clear();
-    }
-
-    float worst(uint32_t a) const {
-        float s;
-        __atomic_load(worst_ + a, &s, __ATOMIC_RELAXED);
-        return s;
-    }
-
-    // Node b enters the list of a if it belongs there. The list is the best K of all that was offered, in any order.
-    bool offer(uint32_t a, uint32_t b, float s) {
-        const uint64_t key = key_of(s, b) | kNewKey;
-        uint64_t* list = keys_ + (int64_t)a * K_;
-        // near nodes mostly know each other: that is seen without the lock, as entries are written in one piece and a
-        // better one never leaves for a worse
-        if (holds(list, key)) return false;
-        std::atomic_flag& lock = locks_[a % kLocks];
-        while (lock.test_and_set(std::memory_order_acquire)) {
-        }
-        int64_t least = 0;
-        for (int64_t j = 0; j < K_; j++)
-            if (list[j] < list[least]) least = j;
-        const bool enters = key > list[least] && !holds(list, key);
-        if (enters) {
-            list[least] = key;
-            float s = product_of(*std::min_element(list, list + K_));
-            __atomic_store(worst_ + a, &s, __ATOMIC_RELAXED);
-        }
-        lock.clear(std::memory_order_release);
-        return enters;
-    }
-
-  private:
-    // Whether the list has the key's node. An empty entry has number 2^31 - 1, which no node has.
-    bool holds(const uint64_t* list, uint64_t key) const {
-        uint64_t same = 0;
-        for (int64_t j = 0; j < K_; j++) same |= (uint64_t)(((list[j] ^ key) & 0xfffffffeu) == 0);
-        return same;
-    }
-
-    static constexpr uint32_t kLocks = 1 << 14;
-    int64_t K_;
-    uint64_t* keys_;
-    float* worst_;
-    std::vector<std::atomic_flag> locks_;
-};
-
 template <class Kernel>
 void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& inserter, JoinScratch<Kernel>& t) {
     const int64_t m = (int64_t)set.nodes.size(), bytes = Kernel::bytes(np);
@@ -455,8 +473,7 @@ void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& ins
     t.rows.reserve(padded * bytes);
     t.panel.reserve(kTile * bytes);
     t.worst.resize(padded);
-    // a candidate as good as the worst may have the lower number, so the bound is just below
-    for (int64_t i = 0; i < m; i++) t.worst[i] = std::nextafter(inserter.worst(set.nodes[i]), kNone);
+    for (int64_t i = 0; i < m; i++) t.worst[i] = inserter.bound(set.nodes[i]);
     for (int64_t i = 0; i < set.nnew; i++) Kernel::row(X + (int64_t)set.nodes[i] * np, np, t.rows.get() + i * bytes);
     const uint32_t* source[kTile];
     for (int64_t j = 0; j < m; j += kTile) {
@@ -591,12 +608,14 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
-                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys) {
+                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys,
+                  const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
+    if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
     DISPATCH(search_cells_with, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
-             enough, begin, end, (const uint32_t*)X, K, keys);
+             enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys, x_worst);
 }
 
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {

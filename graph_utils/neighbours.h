@@ -38,8 +38,14 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
 // centroids  in  nlist x np
 // begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
 // enough     in  cells are added to the nprobe nearest until they hold this many vectors
+//
+// x_keys     in/out  null, or the lists of the rows of X, n x K: the queries enter those of the rows that they are
+//                    compared with, of each cell the rows begin .. middle - 1, and are marked as new there
+// middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
+// x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
-                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys);
+                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys,
+                  const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst);
 
 // One round of neighbours-of-neighbours on a graph (NN-descent: Dong et al., WWW 2011). Deterministic.
 //

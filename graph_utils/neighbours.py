@@ -78,16 +78,36 @@ def search_all(Q, X, K, keys=None, first=0, bound=None):
     return keys
 
 
-def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None):
+def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=None):
     """Join to keys (nq, K) the best of rows begin[c]..end[c]-1 of X for the nprobe cells c that are nearest to each
-    query, and of more cells until they hold `enough` vectors (K by default)."""
+    query, and of more cells until they hold `enough` vectors (K by default).
+
+    insert: None, or (middle int64 (nlist,), numbers int32 (nq,), x_keys int64 (n, K), x_worst float32 (n,)): the queries
+    enter, under these numbers, the lists x_keys of the rows begin[c]..middle[c]-1 that they are compared with. x_worst
+    are the worst products in x_keys, see worst_products; both are updated.
+    """
     nq, np_ = Q.shape
-    nlist = len(centroids)
-    K = keys.shape[1]
+    nlist, K = len(centroids), keys.shape[1]
+    middle, numbers, x_keys, x_worst = insert or (None,) * 4
+    if insert:
+        _check(middle, np.int64, (nlist,), "middle")
+        _check(numbers, np.int32, (nq,), "numbers")
+        _check(x_keys, np.int64, (len(X), K), "x_keys")
+        _check(x_worst, np.float32, (len(X),), "x_worst")
     core.search_cells(nq, _check(Q, np.int32, (None, None), "Q"), np_, nlist,
                       _check(centroids, np.int32, (None, np_), "centroids"), nprobe, K if enough is None else enough,
                       _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
-                      _check(X, np.int32, (None, np_), "X"), K, _check(keys, np.int64, (nq, K), "keys"))
+                      _check(X, np.int32, (None, np_), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
+                      x_keys, x_worst)
+
+
+def worst_products(keys, block=1 << 16):
+    """The worst product in each list of keys (n, K), float32 (n,): -inf where it is not full."""
+    worst = np.empty(len(keys), np.float32)
+    for i in range(0, len(keys), block):
+        # the order of keys is that of integers without sign
+        worst[i:i + block] = similarities(keys[i:i + block].view(np.uint64).min(axis=1).view(np.int64))
+    return worst
 
 
 def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):

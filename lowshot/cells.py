@@ -133,11 +133,12 @@ def nearest_cell(X, centroids):
     return nb.numbers(nb.search_all(X, nb.to_bfloat16(centroids), 1)[:, 0])
 
 
-def assign(vectors, centroids, progress=None):
-    """The cell of each vector, int32 (n,), a block at a time."""
-    cell = np.empty(vectors.n, np.int32)
-    for i, j in vectors.blocks():
-        cell[i:j] = nearest_cell(vectors.bfloat16(i, j), centroids)
+def assign(vectors, centroids, progress=None, first=0):
+    """The cell of each vector from number `first` on, int32 (n - first,), a block at a time."""
+    cell = np.empty(vectors.n - first, np.int32)
+    for i in range(first, vectors.n, BLOCK):
+        j = min(i + BLOCK, vectors.n)
+        cell[i - first:j - first] = nearest_cell(vectors.bfloat16(i, j), centroids)
         if progress is not None:
             progress(j)
     return cell

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowshot import knn
+from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
+from lowshot.index_files import read_index
 from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 2
+VERSION = 3
 BLOCK = 65536
 
 
@@ -68,6 +70,18 @@ def fixed_vectors(ddir, nbg, dim, base):
     return NormalisedRows(MatrixFile(ddir.raw(dim), "<f4", dim, nbg, "python train_apply_pca.py apply"), base)
 
 
+def cells_of_nodes(ddir, nbg, vectors, progress):
+    """The nodes by cell: the background as in its index, if there is one that serves; otherwise by cells made here."""
+    path = ddir.index(nbg)
+    if nbg >= knn.EXACT_BELOW and os.path.exists(path):
+        with contextlib.suppress(ValueError):           # truncated, or of another kind
+            index = read_index(path, nbg, vectors.d)
+            if isinstance(index, knn.faiss.IndexIVFFlat):
+                centroids, cell = knn.cells_of_index(index)
+                return knn.Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
+    return knn.Cells.train(vectors, progress=progress)
+
+
 def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
@@ -85,7 +99,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress)
             test_D, test_I = knn.exact_knn(test, x, k, progress)
             return Graph(I, D, test_I, test_D)
-        cells = knn.Cells.train(knn.Vectors(x), progress=progress)
+        cells = cells_of_nodes(ddir, nbg, knn.Vectors(x), progress)
         # first, as the graph gives the vectors in cells up
         test_D, test_I, info = knn.search(cells, test, k, recall=0.99, progress=progress)
         log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
@@ -167,6 +181,7 @@ class FixedKey:
         sources = [ddir.train, ddir.val, ddir.pca(dim)]
         if nbg:
             sources += [ddir.raw(dim), *ddir.find_graph(nbg, k)[:2]]
+            sources += [p for p in [ddir.index(nbg)] if os.path.exists(p)]
         for path in sources:
             if not os.path.exists(path):
                 raise ValueError(f"{path} does not exist: train_apply_pca.py makes it")

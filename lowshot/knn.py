@@ -108,7 +108,7 @@ def exact_knn(xq, x, k, progress=None, self=False):
 def _certain(keys, D, lost, lost_most, q_longest, x_longest):
     """Whether each list's k best are proven: what was left out has a product of at most the worst candidate's in
     bfloat16 plus its error, |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
-    worst = nb.similarities(keys.min(axis=1))
+    worst = nb.worst_products(keys)
     error = lost * (x_longest + lost_most) + q_longest * lost_most + 4e-5 * q_longest * x_longest
     return D[:, -1] >= worst + error
 
@@ -208,7 +208,8 @@ class Sample:
         X = cells.vectors
         lost = np.empty(len(self.x), np.float32)
         queries = nb.to_bfloat16(self.x, residual=lost)
-        keys = nb.search_all(queries, cells.X, min(self.k + SPARE, X.n))
+        # many more than k: in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
+        keys = nb.search_all(queries, cells.X, min(self.k + 16 * SPARE, X.n))
         D, I = nb.exact_products(keys, self.x, X.arrays, self.k, x_number=cells.order, x_scale=X.scale)
         if keys.shape[1] < X.n:
             unsure = np.flatnonzero(~_certain(keys, D, lost, cells.residual, 1.0, X.longest))
@@ -216,16 +217,21 @@ class Sample:
                 D[unsure], I[unsure] = _float32_knn(self.x[unsure], X, self.k)
         return D, I
 
-    def recall_by_nprobe(self, cells, position):
-        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ..."""
+    def recall_by_nprobe(self, cells, position, found=None, sought=None):
+        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ...
+
+        found: bool (m, k), those that count as found anyway; sought: bool (m, k), those that are looked for, or None.
+        """
         nlist = len(cells.centroids)
         S = self.x @ cells.centroids.T
         rank = np.empty(S.shape, np.int32)
         np.put_along_axis(rank, np.argsort(-S, axis=1, kind="stable"), np.arange(nlist, dtype=np.int32)[None], 1)
         have = self.I >= 0
         cell = np.searchsorted(cells.end, position[np.maximum(self.I, 0)], "right")
-        counts = np.bincount(np.take_along_axis(rank, cell, 1)[have], minlength=nlist)
-        return np.cumsum(counts) / max(1, have.sum())
+        rank = np.take_along_axis(rank, cell, 1)
+        already = np.zeros_like(have) if found is None else found & have
+        counts = np.bincount(rank[have & ~already & (True if sought is None else sought)], minlength=nlist)
+        return (already.sum() + np.cumsum(counts)) / max(1, have.sum())
 
     def recall(self, D):
         """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
@@ -235,12 +241,15 @@ class Sample:
         return float(found.sum() / max(1, have.sum()))
 
 
+def cells_reaching(curve, wanted):
+    """The smallest p with curve[p - 1] >= wanted, or the number of cells."""
+    reached = np.flatnonzero(curve >= wanted)
+    return int(reached[0]) + 1 if len(reached) else len(curve)
+
+
 def power_of_two_reaching(curve, wanted):
     """The smallest power of two p with curve[p - 1] >= wanted, or the number of cells."""
-    p = 1
-    while p < len(curve) and curve[p - 1] < wanted:
-        p *= 2
-    return min(p, len(curve))
+    return min(1 << (cells_reaching(curve, wanted) - 1).bit_length(), len(curve))
 
 
 # ---- graphs
@@ -271,11 +280,17 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
     sample = Sample(vectors, cells, min(k, n), seed)
-    curve = sample.recall_by_nprobe(cells, position)
     lists = Lists(cells, position, k, initial, checkpoint)
     wanted = min(recall + MARGIN, 1.0)
-    # from here on neighbours of neighbours are the quicker way
-    p = nprobe or power_of_two_reaching(curve, max(1 - 2 * (1 - wanted), .5))
+    if lists.n0:
+        # few are searched for: cheaper than a round over all nodes, up to some number of cells
+        new = (sample.number >= lists.n0)[:, None] | (sample.I >= lists.n0)
+        curve = sample.recall_by_nprobe(cells, position, lists.found(sample), new)
+        p = nprobe or min(cells_reaching(curve, wanted), max(1, len(curve) // 16))
+    else:
+        # from here on neighbours of neighbours are the quicker way
+        curve = sample.recall_by_nprobe(cells, position)
+        p = nprobe or power_of_two_reaching(curve, max(1 - 2 * (1 - wanted), .5))
     rounds, have = 0, 0.0
     while True:
         lists.search(p, progress)
@@ -336,29 +351,35 @@ class Lists:
                 self.keys[i + old, :I.shape[1]] = nb.make_keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
 
     def search(self, nprobe, progress):
-        """Join the best of each node's nprobe nearest cells; known nodes are compared with new ones only."""
+        """Join the best of each node's nprobe nearest cells."""
         c, n = self.cells, self.cells.n
         if self.searched and self.nprobe != nprobe:
             self.restart()
         self.nprobe = nprobe
+        if self.n0:
+            self._search_new(nprobe, progress)
         for i in range(self.searched, n, SEARCH_BLOCK):
             block = slice(i, min(i + SEARCH_BLOCK, n))
-            if not self.n0:
-                nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.end, c.X, self.keys[block])
-            else:
-                old = c.order[block] < self.n0
-                for rows, begin in ((i + np.flatnonzero(old), self.middle), (i + np.flatnonzero(~old), c.begin)):
-                    if len(rows):
-                        keys = self.keys[rows]
-                        # known nodes have their lists: they need no more cells if there is little in the nearest
-                        nb.search_cells(c.X[rows], c.C, nprobe, begin, c.end, c.X, keys,
-                                        enough=0 if begin is self.middle else self.K)
-                        self.keys[rows] = keys
+            nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.end, c.X, self.keys[block])
             self.searched = block.stop
             if self.checkpoint is not None:
                 self.checkpoint.save(self)
             progress("nodes compared with near cells", block.stop, n)
         self._mark_new()
+
+    def _search_new(self, nprobe, progress):
+        """Compare the new nodes with near cells; they enter the lists of the known nodes there as well."""
+        c = self.cells
+        new = np.flatnonzero(c.order >= self.n0).astype(np.int32)
+        worst = nb.worst_products(self.keys)
+        for i in range(0, len(new), SEARCH_BLOCK):
+            rows = new[i:i + SEARCH_BLOCK]
+            keys = self.keys[rows]
+            nb.search_cells(c.X[rows], c.C, nprobe, c.begin, c.end, c.X, keys,
+                            insert=(self.middle, rows, self.keys, worst))
+            self.keys[rows] = keys
+            progress("new nodes compared with near cells", i + len(rows), len(new))
+        self.searched = c.n
 
     def _mark_new(self):
         """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
@@ -374,6 +395,12 @@ class Lists:
         self.rounds = rounds
         if self.checkpoint is not None:
             self.checkpoint.save(self)
+
+    def found(self, sample):
+        """Which of the sample's true neighbours are in the lists, bool (m, k)."""
+        numbers = nb.numbers(self.keys[self.position[sample.number]])
+        numbers = np.where(numbers < 0, -1, self.cells.order[np.maximum(numbers, 0)])
+        return np.stack([np.isin(true, mine) for true, mine in zip(sample.I, numbers)])
 
     def recall(self, sample):
         """Recall on the sample, as it would be if similarities were computed now."""
@@ -396,7 +423,7 @@ def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
         return *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
     sample = Sample(Q, cells, k, seed)
     curve = sample.recall_by_nprobe(cells, cells.position())
-    p = nprobe or power_of_two_reaching(curve, min(recall + MARGIN, 1.0))
+    p = nprobe or cells_reaching(curve, min(recall + MARGIN, 1.0))
     queries = np.concatenate([Q.bfloat16(i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)

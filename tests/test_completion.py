@@ -8,6 +8,7 @@ import reference
 from data_directory import make_data_directory
 from lowshot import completion, knn
 from lowshot.layout import DataDir
+from lowshot.packages import faiss
 from test_diffusion import DIM, vectors, write_background_graph
 
 NBG, K = 2500, 12
@@ -50,11 +51,30 @@ def test_exact(data, nbg, nbase, nnovel):
     np.testing.assert_array_equal(I[:, 0], np.arange(len(x)))
 
 
-def test_by_cells(data, monkeypatch):
+@pytest.mark.parametrize("index", ["", "IVF60,Flat", "Flat", "truncated"])
+def test_by_cells(data, monkeypatch, index):
+    """The cells are those of the background's index where it has some."""
     ddir, v = data
     monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    trained = []
+    train_cells = knn.Cells.train
+    monkeypatch.setattr(knn.Cells, "train", lambda *a, **k: trained.append(1) or train_cells(*a, **k))
+    path = ddir.index(NBG)
+    if os.path.exists(path):
+        os.unlink(path)
+    if index == "truncated":
+        with open(path, "wb") as f:
+            f.write(b"IwFl" + bytes(50))
+    elif index:
+        made = faiss.index_factory(DIM, index, faiss.METRIC_INNER_PRODUCT)
+        made.train(v["background"])
+        made.add(v["background"])
+        faiss.write_index(made, path)
     base, novel, test = np.arange(200), np.arange(200, 260), np.arange(100)
     I, test_I, order = complete(ddir, NBG, base, test, novel, v["train"])
+    assert bool(trained) == (index != "IVF60,Flat")
+    if os.path.exists(path):
+        os.unlink(path)
     x = np.concatenate([v["background"], v["train"][base], v["train"][novel]])
     np.testing.assert_array_equal(np.sort(order), np.arange(len(x)))
     assert recall(I, reference.neighbours(x, x, K)) >= 0.95

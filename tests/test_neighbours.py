@@ -125,6 +125,51 @@ def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, n
         np.testing.assert_allclose(-np.sort(-S[i, mine]), want, atol=2e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("nq,n,d,nlist,K,nprobe", [(1, 50, 32, 7, 3, 2), (300, 700, 48, 20, 10, 3), (2500, 900, 32, 20, 12, 20)])
+def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nlist, K, nprobe, threads):
+    """The first half of each cell's rows has lists of its own, some of them not full."""
+    x, q, centroids = unit_vectors(n, d, 2), unit_vectors(nq, d, 1), unit_vectors(nlist, d, 3)
+    end = np.cumsum(np.random.RandomState(4).multinomial(n, np.ones(nlist) / nlist))
+    begin = np.concatenate([[0], end[:-1]])
+    middle = begin + (end - begin) // 2
+    numbers = (n + np.arange(nq)).astype(np.int32)
+    S = rounded(x).astype(np.float64) @ rounded(x).T
+    known = np.argsort(-S, axis=1)[:, :K]
+    known[::3, 1:] = -1
+    x_keys = nb.make_keys(np.take_along_axis(S, np.maximum(known, 0), 1), known)
+    worst = nb.worst_products(x_keys)
+    assert np.isneginf(worst[::3]).all() or K == 1
+    before, keys = x_keys.copy(), np.zeros((nq, K), np.int64)
+    old = core.get_num_threads()
+    core.set_num_threads(threads)
+    try:
+        nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), nprobe, begin, end, nb.to_bfloat16(x), keys, 0,
+                        insert=(middle, numbers, x_keys, worst))
+    finally:
+        core.set_num_threads(old)
+    alone = np.zeros((nq, K), np.int64)
+    nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), nprobe, begin, end, nb.to_bfloat16(x), alone, 0)
+    np.testing.assert_array_equal(np.sort(keys), np.sort(alone))
+    cells = np.argsort(-(rounded(q).astype(np.float64) @ rounded(centroids).T), axis=1)[:, :nprobe]
+    Sq = rounded(x).astype(np.float64) @ rounded(q).T
+    found = nb.numbers(x_keys)
+    for c in range(nlist):
+        near = np.flatnonzero((cells == c).any(axis=1))
+        for r in range(begin[c], end[c]):
+            if r >= middle[c]:
+                np.testing.assert_array_equal(x_keys[r], before[r])
+                continue
+            mine = known[r][known[r] >= 0]
+            want = -np.sort(-np.concatenate([S[r, mine], Sq[r, near]]))[:K]
+            have = found[r][found[r] >= 0]
+            got = [S[r, i] if i < n else Sq[r, i - n] for i in have]
+            np.testing.assert_allclose(-np.sort(-np.array(got)), want, atol=2e-6)
+            assert len(set(have)) == len(have)
+            assert (((x_keys[r] & nb.NEW) != 0) == (found[r] >= n)).all()
+    np.testing.assert_array_equal(worst, nb.worst_products(x_keys))
+
+
 def test_cells_are_added_until_they_hold_enough():
     x = unit_vectors(100, 32, 2)
     begin = np.arange(0, 100, 2)
