@@ -104,7 +104,7 @@ def predicted_memory(n, d, k):
     from lowshot import knn
     from graph_utils.neighbours import words
     vectors, half, lists = 4 * n * d, 4 * n * words(d), 8 * n * k
-    base = 220e6
+    base = 60e6 + 2440 * min(n, 65536)       # the libraries, and blocks of vectors
     if n < knn.EXACT_BELOW:
         return int(base + vectors + half + lists + 16 * n * (k + knn.SPARE))
     making_index = vectors + half + 24 * n

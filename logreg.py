@@ -169,7 +169,7 @@ def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
     """Peak memory in bytes of this process: `now` (interpreter and libraries), the features of the n labelled and nt
     test images once, and the larger of what reading and what training hold beside them."""
     features = 4 * d * (n + nt)
-    reading = 2 * SLAB_BYTES + 24 * (n + nt)
+    reading = 2 * min(SLAB_BYTES, 4 * d * max(n, nt)) + 24 * (n + nt)
     drawn = 16 * Sampler.DRAWN * batchsize * 2
     return int(now + features + max(reading, drawn + (0 if on_gpu else FusedSGD.memory(G, C, d, batchsize))))
 

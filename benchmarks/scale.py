@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Time and memory of build_graph.py and diffusion.py against the size of the background.
+
+Reads $DDIR as they do, with as many background images as the largest of --nbg. Prints a Markdown table, and writes it to
+--out. For each size: the graph of the background, the first run of diffusion.py, which completes it, and one further run.
+Seconds are from start to finish, memory is the scripts' own peak, and beside it what they predicted. What is complete in
+$DDIR/knngraph is removed first, unless --keep is given: then the figures of what was made are read from the records.
+
+    DDIR=/path/to/data python benchmarks/scale.py --nbg 100000 1000000 10000000 --niter 4 --out scale.md
+"""
+import glob
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from lowshot.layout import DataDir  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, size, whole  # noqa: E402
+
+
+def arguments():
+    p = Parser(__doc__)
+    p.add_argument("--nbg", type=number(int, 1), nargs="+", default=[100000, 1000000, 10000000], help="sizes")
+    p.add_argument("--nlabeled", type=number(int, 1), default=2, help="labelled images per novel class")
+    p.add_argument("--niter", type=number(int, 0), default=4, help="iterations")
+    p.add_argument("--k", type=number(int, 1), default=30, help="neighbours")
+    p.add_argument("--keep", action="store_true", help="keep the graphs that are there")
+    p.add_argument("--out", help="file for the table")
+    return p.parse_args()
+
+
+def timed(record_path, script, *args):
+    """The record of a run, with `wall`: seconds from start to finish."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True)
+    wall = time.perf_counter() - start
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1])
+    log(done.stdout.strip().splitlines()[-1])
+    with open(record_path) as f:
+        return {**json.load(f), "wall": wall}
+
+
+def rows(args, ddir, nbg):
+    """Yield (what, record)."""
+    graph = ddir.log("build_graph", f"ndis{nbg}_k32.json")
+    completed = ddir.path("knngraph", f"completed_test_ndis{nbg}_k{args.k}_d256")
+    if not args.keep:
+        for path in glob.glob(ddir.path("knngraph", f"ndis{nbg}*")):
+            os.unlink(path)
+        shutil.rmtree(completed, ignore_errors=True)
+    if args.keep and os.path.exists(graph):
+        with open(graph) as f:
+            record = json.load(f)
+        yield f"build_graph.py, recall@32 {record['recall']:.3f}", {**record, "wall": record["seconds"]}
+    else:
+        record = timed(graph, "build_graph.py", nbg)
+        yield f"build_graph.py, recall@32 {record['recall']:.3f}", record
+    path = ddir.log("scale.json")
+    run_it = ["diffusion.py", "--mode", "test", "--nlabeled", args.nlabeled, "--nbg", nbg, "--k", args.k, "--niter",
+              args.niter, "--record", path]
+    if not os.path.exists(completed):
+        yield "diffusion.py, first run", timed(path, *run_it)
+    yield "diffusion.py, further runs", timed(path, *run_it)
+
+
+def main():
+    args = arguments()
+    ddir = DataDir()
+    print_header(args)
+    lines = ["| background | what | s | microseconds per node | peak memory | predicted |", "| --- | --- | --- | --- | --- | --- |"]
+    for nbg in args.nbg:
+        for what, record in rows(args, ddir, nbg):
+            nodes = record.get("nodes", nbg)
+            lines.append(f"| {nbg:,} | {what} | {record['wall']:.1f} | {1e6 * record['wall'] / nodes:.0f} | "
+                         f"{size(record['peak_memory'])} | {size(record['predicted_memory'])} |")
+            log(lines[-1])
+    text = "\n".join([f"{args.niter} iterations, {args.nlabeled} labels per novel class, k = {args.k}, "
+                      f"{len(os.sched_getaffinity(0))} CPUs.", "", *lines, ""])
+    log("\n" + text)
+    if args.out:
+        with whole(args.out) as temporary, open(temporary, "w") as f:
+            f.write(text)
+
+
+if __name__ == "__main__":
+    run(main)

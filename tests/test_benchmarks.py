@@ -1,0 +1,57 @@
+"""The benchmarks run from end to end on little data, and check their results themselves."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NBG = 3000
+
+
+def benchmark(script, *args, ddir=None, returncode=0):
+    env = {**os.environ, **({"DDIR": str(ddir)} if ddir else {})}
+    out = subprocess.run([sys.executable, os.path.join("benchmarks", script), *map(str, args)], cwd=CHECKOUT, env=env,
+                         capture_output=True, text=True)
+    assert out.returncode == returncode, out.stderr
+    return out.stderr if returncode else out.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmarks") / "data"
+    benchmark("make_data.py", root, "--nclass", 24, "--per-class", 20, "--val-per-class", 4, "--nbg", NBG, "--raw", "--dim",
+              300)
+    return root
+
+
+def test_scale(data, tmp_path):
+    benchmark("scale.py", "--nbg", 1000, NBG, "--niter", 2, "--out", tmp_path / "scale.md", ddir=data)
+    lines = (tmp_path / "scale.md").read_text().splitlines()
+    assert sum(line.startswith("| 1,000 |") for line in lines) == sum(line.startswith("| 3,000 |") for line in lines) == 3
+    assert os.path.exists(data / "knngraph" / f"ndis{NBG}_k32_I_11.int32")
+    kept = benchmark("scale.py", "--nbg", NBG, "--niter", 1, "--keep", ddir=data)
+    assert "further runs" in kept and "first run" not in kept
+
+
+def test_product(data, tmp_path):
+    if not os.path.exists(data / "knngraph" / f"ndis{NBG}.index"):
+        benchmark("scale.py", "--nbg", NBG, ddir=data)
+    benchmark("product.py", "--nbg", NBG, "--columns", 40, "--rounds", 2, "--out", tmp_path / "product.md", ddir=data)
+    assert "ours, renumbered" in (tmp_path / "product.md").read_text()
+
+
+def test_pruning(data):
+    assert "| 2 |" in benchmark("pruning.py", "--nbg", NBG, "--niter", 2, ddir=data)
+
+
+def test_diffusion_beside_the_papers_way(data, tmp_path):
+    benchmark("diffusion.py", "--nbg", NBG, "--parts", "paper", "--queries", 50, "--out", tmp_path / "d.md", ddir=data)
+    text = (tmp_path / "d.md").read_text()
+    assert "the paper's way" in text and "background against labelled images" in text
+    assert "does not exist" in benchmark("diffusion.py", "--nbg", 77, ddir=data, returncode=1)
+
+
+def test_logreg():
+    assert "ours, 9 points at once" in benchmark("logreg.py", "--nimages", 200, "--nclass", 10, "--dim", 64, "--iterations", 3,
+                                                 "--rounds", 1, "--batchsizes", 16)
