@@ -19,7 +19,8 @@ import time
 
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
 from lowshot.layout import DataDir
-from lowshot.script import Parser, clock, log, number, peak_memory, print_header, provenance, run, size, whole, write_json
+from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, remove, run,
+                            size, whole, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 FAISS_BLOCK = 1 << 16           # queries between two saves where Faiss searches
@@ -45,6 +46,7 @@ def arguments():
     g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
                    help="gpu: Faiss on all GPUs, the index sharded among them; auto: gpu if Faiss sees one")
+    g.add_argument("--overwrite", action="store_true", help="make index and graph again where they exist")
     return p.parse_args()
 
 
@@ -57,7 +59,7 @@ def main():
     matrix_rows(raw, "<f4", d, n, "python train_apply_pca.py apply")
     # after the checks: these load Faiss and the compiled library
     from lowshot import knn
-    from lowshot.index_files import Checkpoint, GraphFiles
+    from lowshot.index_files import Checkpoint, GraphFiles, check_graph
     from lowshot.packages import faiss
     k = knn.padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
@@ -66,13 +68,16 @@ def main():
     path_I, path_D = ddir.graph(n, k)
     predicted = predicted_memory(n, d, k)
     print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
-    if all(os.path.exists(p) and os.path.getsize(p) == 4 * n * k for p in (path_I, path_D)) \
-            and os.path.exists(ddir.index(n)):
-        log(f"{path_I} is complete, nothing to do (remove it to build it again)")
-        return
-
-    with knn.show_progress() as progress:
+    with exclusive(ddir.index(n)), knn.show_progress() as progress:
+        if args.overwrite:
+            for path in (path_I, path_D, ddir.index(n)):
+                remove(path)
         vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
+        if all(os.path.exists(p) and os.path.getsize(p) == 4 * n * k for p in (path_I, path_D)) \
+                and os.path.exists(ddir.index(n)):
+            check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
+            log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
+            return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
@@ -118,11 +123,12 @@ def stored_index(path, vectors, args, progress, log):
     """The Faiss index on disk, made if it is not there: (index, Cells of an IVF,Flat index or None)."""
     from lowshot import knn
     from lowshot.cells import Cells, assign, default_nlist, train_centroids
-    from lowshot.index_files import read_index, write_ivf_flat
+    from lowshot.index_files import check_index, read_index, write_ivf_flat
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
     if os.path.exists(path):
         index = read_index(path, n, d)
+        check_index(index, vectors, path, "--overwrite makes it again")
         if isinstance(index, faiss.IndexIVFFlat):
             return index, Cells(vectors, *knn.cells_of_index(index))
         return index, None
@@ -196,6 +202,8 @@ def faiss_graph(index, vectors, k, args, gpus, files, progress):
         recall = float(found.sum() / max(1, (true_I >= 0).sum()))
         log(f"nprobe {nprobe}: recall@{min(k, n)} {recall:.4f} on {len(sample)} images")
         if args.nprobe or not has_nprobe or recall >= args.recall or nprobe >= n:
+            if recall < args.recall:
+                log(f"note: that is below --recall {args.recall:g}, and all that this index and --nprobe give")
             break
         nprobe *= 2
     D, I = files.arrays

@@ -26,8 +26,8 @@ import numpy as np
 from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, log, number, peak_memory, print_header, provenance, run, size, whole,
-                            write_json)
+from lowshot.script import (Parser, Progress, check_outputs, log, number, peak_memory, print_header, provenance, run, size,
+                            whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 
@@ -71,7 +71,7 @@ def arguments():
 
 
 def slice_width(text):
-    return text if text == "auto" else number(int)(text)
+    return text if text == "auto" else number(int, 0)(text)
 
 
 def iteration_list(text):
@@ -182,6 +182,8 @@ class StoredL:
 
 
 def stored_iterations(args):
+    if args.storeLiters and not args.storeLname:
+        raise ValueError("--storeLiters says when L is stored, --storeLname has to say where")
     iterations = (args.storeLiters or [args.niter]) if args.storeLname else []
     if iterations and max(iterations) > args.niter:
         raise ValueError(f"--storeLiters asks for iteration {max(iterations)}, --niter is {args.niter}")
@@ -215,6 +217,10 @@ class Examples:
 def main():
     args = arguments()
     ddir = DataDir()
+    name = f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_k{args.k}_ni{args.niter}"
+    record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
+    store_at = stored_iterations(args)
+    check_outputs(record_path, args.storeexamples, *(f"{args.storeLname}_iter{i}.npy" for i in store_at))
     record = provenance(args)
     steps = Steps()
     # after the arguments: these load faiss and the compiled library
@@ -254,7 +260,6 @@ def main():
     W = Backend(graph.I, rank)
     test_I = np.where(graph.test_I < 0, -1, rank[graph.test_I])
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)
-    store_at = stored_iterations(args)
     seeds = rank[args.nbg:]
     # L as stored has the labelled images first
     stored_order = np.concatenate([rank[args.nbg:], rank[:args.nbg]])
@@ -309,8 +314,7 @@ def main():
     record.update(steps=steps.records, seconds=time.time() - steps.t0, predicted_memory=predicted,
                   peak_memory=peak_memory(), complete=True)
     log(f"[{record['seconds']:.3f}s] done, peak memory {size(peak_memory())} ({size(predicted)} predicted)")
-    write_json(args.record or ddir.log("diffusion", f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_"
-                                                    f"k{args.k}_ni{args.niter}.json"), record)
+    write_json(record_path, record)
 
 
 if __name__ == "__main__":

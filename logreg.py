@@ -31,8 +31,8 @@ from graph_utils import FusedSGD, get_num_threads
 from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, available_memory, log, number, peak_memory, print_header, provenance,
-                            run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, available_memory, check_outputs, log, number, peak_memory, print_header,
+                            provenance, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 
@@ -313,6 +313,7 @@ def main():
     ddir = DataDir()
     record = provenance(args)
     args.record = args.record or default_record(ddir, args)
+    check_outputs(args.record, args.storemodel, args.storeL)
     split = load_split(ddir.label_idx(), args.mode)
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]

@@ -25,7 +25,7 @@ import time
 
 import numpy as np
 
-from lowshot.script import Parser, Progress, clock, log, number, peak_memory, print_header, run, size
+from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
 
 
 def main():
@@ -36,6 +36,7 @@ def main():
     from lowshot.networks import for_inference, load_checkpoint, make_network
 
     config = load_config(args.cfg)
+    check_outputs(args.outfile)
     loader, transforms = config["loader"], config["transforms"]
     batchsize = args.batchsize or loader["batchsize"]
     device = choose_device(args.device)
@@ -127,17 +128,10 @@ def arguments():
 def choose_device(name):
     """The torch device for --device, checked to be there."""
     import torch
+    from lowshot.backends import torch_device
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}: auto, cpu, cuda, or cuda:0 and so on was expected")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
-    return name if device.type == "cuda" else "cpu"
+    return torch_device(name)
 
 
 def choose_workers(workers, device):

@@ -12,6 +12,7 @@ it was cut off.
   python train_apply_pca.py apply
   python train_apply_pca.py train apply --dim 128 --ntrain 100000
 """
+import contextlib
 import hashlib
 import os
 import shutil
@@ -19,11 +20,10 @@ import time
 
 import numpy as np
 
-from lowshot.feature_writer import exclusive, remove
 from lowshot.features import SLAB_BYTES, FeatureFile
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, available_memory, clock, log, number, peak_memory, print_header,
-                            read_json, run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, available_memory, clock, exclusive, log, number, peak_memory,
+                            print_header, read_json, remove, run, size, whole, write_json)
 
 
 def main():
@@ -78,6 +78,8 @@ def train(args, block0, path):
     log(f"training on {n} x {x.shape[1]}")
     pca.train(x)
     variances = faiss.vector_to_array(pca.eigenvalues).astype(np.float64)
+    if not (np.isfinite(variances).all() and np.isfinite(faiss.vector_to_array(pca.A)).all()):
+        raise ValueError(f"{block0}: the features are too large, their covariances are NaN or infinite")
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
     remove(path + ".json")                      # that of the file about to be replaced
     with whole(path) as temporary:
@@ -96,8 +98,6 @@ def apply(args, blocks, pca_path, path):
             pca = load_pca(pca_path, f.d, block)
             counts.append(f.n)
             origins.append(identity(f))
-    if pca.d_out != args.dim:
-        raise ValueError(f"{pca_path} gives {pca.d_out} dimensions, its name and --dim say {args.dim}")
     n, width = sum(counts), 4 * args.dim
     with open(pca_path, "rb") as f:
         origin = {"dim": args.dim, "pca_sha256": hashlib.sha256(f.read()).hexdigest(), "blocks": origins}
@@ -113,8 +113,8 @@ def write_all(args, blocks, counts, pca, path, origin):
     partial, progress_path = path + ".partial", path + ".partial.json"
     done = 0
     if os.path.exists(partial) and os.path.exists(progress_path):
-        state = read_json(progress_path)
-        if state["made_from"] == origin and os.path.getsize(partial) >= state["rows"] * width:
+        state = note_of(progress_path)
+        if state.get("made_from") == origin and os.path.getsize(partial) >= state["rows"] * width:
             done = state["rows"]
         elif not args.overwrite:
             raise ValueError(f"{partial} was begun from another PCA or other blocks: delete it, or --overwrite")
@@ -141,7 +141,11 @@ def write_all(args, blocks, counts, pca, path, origin):
         for block, count in zip(blocks, counts):
             with FeatureFile(block) as f:
                 for i, x in f.slabs(min(max(done - first, 0), count), count):
-                    out.write(pca.apply(x))
+                    y = pca.apply(x)
+                    if not np.isfinite(y).all():
+                        row = int(np.argmin(np.isfinite(y).all(axis=1)))
+                        raise ValueError(f"{block}: row {i + row} is too large, the PCA makes NaN or infinity of it")
+                    out.write(y)
                     done = first + i + len(x)
                     progress.update(done)
                     if time.time() > saved + 10:
@@ -160,24 +164,39 @@ def write_all(args, blocks, counts, pca, path, origin):
 
 
 def identity(f):
-    """What tells a feature file from another: its size, and a digest of 16 of its rows (reading all takes too long)."""
+    """What tells a feature file from another: its size, and a digest of which images were readable and of 256 of its rows
+    (reading all takes too long)."""
     digest = hashlib.sha256()
+    if "readable" in f.file:
+        digest.update(np.ascontiguousarray(f.file["readable"][:f.n]).tobytes())
     if f.n:
-        for row in np.unique(np.linspace(0, f.n - 1, 16).astype(np.int64)):
-            digest.update(np.ascontiguousarray(f.file["all_feats"][row], np.float32).tobytes())
-    return {"rows": f.n, "columns": f.d, "sha256_of_16_rows": digest.hexdigest()}
+        digest.update(f.read(np.unique(np.linspace(0, f.n - 1, 256).astype(np.int64))).tobytes())
+    return {"rows": f.n, "columns": f.d, "sha256": digest.hexdigest()}
+
+
+def note_of(path):
+    """What a note beside a file says, {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        note = read_json(path)
+        return note if isinstance(note, dict) else {}
+    return {}
 
 
 def complete(path, origin, overwrite, nbytes=None):
     """Whether the output is there, made from the same; one made otherwise is an error unless it may be replaced."""
     if not os.path.exists(path):
         return False
-    note = path + ".json"
-    if os.path.exists(note) and read_json(note) == origin and nbytes in (None, os.path.getsize(path)):
+    note, progress = path + ".json", path + ".partial.json"
+    right_size = nbytes in (None, os.path.getsize(path))
+    if not os.path.exists(note) and not os.path.exists(path + ".partial") and note_of(progress).get("made_from") == origin \
+            and right_size:
+        os.replace(progress, note)      # killed between its last two steps
+        write_json(note, origin)
+    if note_of(note) == origin and right_size:
         log(f"{path} is complete, nothing to do")
         return True
     if not overwrite:
-        found = "was made from something else" if os.path.exists(note) else "does not tell what it was made from"
+        found = "was made from something else" if note_of(note) else "does not tell what it was made from"
         if nbytes not in (None, os.path.getsize(path)):
             found = f"has {os.path.getsize(path)} bytes, {nbytes} expected from the blocks there are"
         raise ValueError(f"{path} exists and {found}: --overwrite replaces it")

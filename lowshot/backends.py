@@ -103,6 +103,20 @@ class TorchGraph(SymmetricGraph):
         return available_memory()
 
 
+def torch_device(name):
+    """The torch device of this name, "cpu" or "cuda...", checked to be there."""
+    import torch
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: auto, cpu, cuda, or cuda:0 and so on was expected")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return name if device.type == "cuda" else "cpu"
+
+
 def choose_backend(name, device):
     """The backend class for --backend and --device; "auto" takes a GPU where there is one, else the own kernel."""
     if device == "auto":
@@ -113,6 +127,8 @@ def choose_backend(name, device):
             device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "auto":
         name = "own" if device == "cpu" else "torch"
+    if device != "cpu":
+        device = torch_device(device)
     if name == "torch":
         return type("TorchGraph", (TorchGraph,), {"device": device})
     if device != "cpu":

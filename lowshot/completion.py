@@ -17,7 +17,7 @@ import numpy as np
 from lowshot import knn
 from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
-from lowshot.index_files import read_index
+from lowshot.index_files import SIMILAR, check_graph, read_index
 from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
@@ -50,8 +50,11 @@ def read_features(path, rows, pca_path, what):
         return f.read(rows, lambda x: normalise_rows(pca.apply(x)), progress.update)
 
 
-def read_background_graph(ddir, nbg, k, I, D):
-    """Read the first k columns of the stored background graph into I, D (nbg, k)."""
+def read_background_graph(ddir, nbg, k, I, D, vectors):
+    """Read the first k columns of the stored background graph into I, D (nbg, k).
+
+    vectors: knn.Vectors of the nodes, the background's first: some similarities are compared with theirs.
+    """
     path_I, path_D, columns = ddir.find_graph(nbg, k)
     maker = f"python build_graph.py {nbg} --k {columns}"
     for path, dtype, out in ((path_I, "<i4", I), (path_D, "<f4", D)):
@@ -61,6 +64,17 @@ def read_background_graph(ddir, nbg, k, I, D):
         matrix = MatrixFile(path, dtype, columns, nbg)
         for i in range(0, nbg, BLOCK):
             out[i:i + BLOCK] = matrix[i:i + BLOCK][:, :k]
+    for i in range(0, nbg, BLOCK):
+        d, number = D[i:i + BLOCK], I[i:i + BLOCK]
+        if number.max(initial=-1) >= nbg or number.min(initial=0) < -1:
+            row = int(np.argmax(((number >= nbg) | (number < -1)).any(axis=1)))
+            raise ValueError(f"{path_I}: row {i + row} names a neighbour that is not below {nbg}: {maker} --overwrite makes it "
+                             "again")
+        have = number >= 0
+        if not np.isfinite(d[have]).all() or not (d[:, :-1] >= d[:, 1:] - SIMILAR)[have[:, 1:]].all():
+            raise ValueError(f"{path_D} is damaged: similarities in decreasing order were expected; {maker} --overwrite makes "
+                             "it again")
+    check_graph(vectors, nbg, path_I, path_D, columns, f"{maker} --overwrite makes it again")
 
 
 def fixed_vectors(ddir, nbg, dim, base):
@@ -89,17 +103,17 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     recall@k >= 0.95 over all nodes, and test images among near cells at recall@k >= 0.99, as measured on samples.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
-    n = len(x)
+    n, vectors = len(x), knn.Vectors(x)
     D = np.full((n, k), -np.inf, np.float32)
     I = np.full((n, k), -1, np.int32)
     if nbg:
-        read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg])
+        read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
     with knn.show_progress() as progress:
         if n < knn.EXACT_BELOW:
             D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress)
             test_D, test_I = knn.exact_knn(test, x, k, progress)
             return Graph(I, D, test_I, test_D)
-        cells = cells_of_nodes(ddir, nbg, knn.Vectors(x), progress)
+        cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # first, as the graph gives the vectors in cells up
         test_D, test_I, info = knn.search(cells, test, k, recall=0.99, progress=progress)
         log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
@@ -161,8 +175,11 @@ class FixedPart:
 def npy_header(path):
     """(shape, dtype, offset of the data) of a .npy file in C order; ValueError where it is not whole."""
     with open(path, "rb") as f:
-        np.lib.format.read_magic(f)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        try:
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        except Exception as e:          # of numpy's parser, in many ways
+            raise ValueError(f"{path} is no .npy file ({type(e).__name__})")
         offset = f.tell()
     if fortran or dtype.hasobject or os.path.getsize(path) != offset + dtype.itemsize * int(np.prod(shape)):
         raise ValueError(f"{path} is truncated")
@@ -213,7 +230,11 @@ class FixedKey:
     def stored_or_made(self, log):
         """The stored part, made first where there is none; runs that start together make it once."""
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
-        with open(self.folder + ".lock", "w") as lock:
+        try:
+            lock = open(self.folder + ".lock", "w")
+        except OSError as e:
+            raise OSError(f"{e}: the completed graph cannot be kept there; --nocache --record FILE does without")
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.stored() is None:
                 self._store(self.make(log))

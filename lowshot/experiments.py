@@ -3,6 +3,7 @@
 An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs/{logreg,diffusion}/{experiment}/.
 run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
 """
+import math
 import os
 import re
 import shlex
@@ -36,16 +37,17 @@ class Experiment:
             "diffusion": ({"nbg", "k", "niter"}, {"dim", "niter_test"})}
     LISTS = {"nlabeled", "seeds", "lr", "wd", "batchsize", "nbg"}
     REALS = {"lr", "wd", "mom"}
+    LEAST = {"nlabeled": 1, "batchsize": 1, "maxiter": 1, "evalevery": 1, "k": 1, "dim": 1}
 
     def __init__(self, path, environment=os.environ):
         import yaml
         if not os.path.exists(path):
             raise ValueError(f"no experiment file {path}")
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             try:
                 content = yaml.safe_load(f)
-            except yaml.YAMLError as e:
-                raise ValueError(f"{path} is not valid YAML: {e}")
+            except (yaml.YAMLError, UnicodeDecodeError) as e:
+                raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}")
         if not isinstance(content, dict):
             raise ValueError(f"{path} is not an experiment file: nlabeled, seeds, logreg, diffusion are expected")
         self.path, self.name = path, os.path.splitext(os.path.basename(path))[0]
@@ -65,16 +67,22 @@ class Experiment:
             if environment.get(name, "").strip():
                 target[key] = numbers(environment[name], name)
         published = content.get("published")
+        if published is not None and not isinstance(published, str):
+            raise ValueError(f"{path}: published must be the name of a JSON file, found {published!r}")
         self.published = read_json(os.path.join(os.path.dirname(path), published)) if published else {}
+        if not isinstance(self.published, dict) or not all(isinstance(self.published.get(key, {}), dict)
+                                                           for key in ("parameters", *SYSTEMS)):
+            raise ValueError(f"{os.path.join(os.path.dirname(path), published)} does not hold published figures: see "
+                             "configs/paper_results.json")
 
     def _value(self, grid, key, where):
         value = grid.get(key)
         values = value if key in self.LISTS else [value]
         kinds = (int, float) if key in self.REALS else (int,)
         if (not isinstance(values, list) or not values or len(set(map(str, values))) < len(values)
-                or not all(type(v) in kinds and v >= 0 for v in values)):
+                or not all(type(v) in kinds and self.LEAST.get(key, 0) <= v < float("inf") for v in values)):
             what = "a list of different numbers" if key in self.LISTS else "a number"
-            raise ValueError(f"{self.path}: {where}{key} must be {what} >= 0, found {value!r}")
+            raise ValueError(f"{self.path}: {where}{key} must be {what} >= {self.LEAST.get(key, 0)}, found {value!r}")
         return value
 
     def folder(self, system, ddir):
@@ -125,13 +133,34 @@ class Job:
             record = read_json(self.record)
         except (OSError, ValueError):
             return None
-        if not isinstance(record, dict) or not record.get("complete"):
+        if not isinstance(record, dict) or not record.get("complete") or not isinstance(record.get("arguments"), dict):
             return None
-        if not all(as_text(record.get("arguments", {}).get(k)) == as_text(v) for k, v in self.arguments.items()):
+        if not all(as_text(record["arguments"].get(k)) == as_text(v) for k, v in self.arguments.items()):
+            return None
+        if not has_figures(record):
             return None
         if any(os.path.exists(path) and os.stat(path).st_mtime_ns > written for path in self.inputs):
             return None
         return record
+
+
+def has_figures(record):
+    """Whether a record holds figures of at least one iteration, of diffusion.py or of each point of logreg.py."""
+    runs = record.get("runs", [record])
+    if not isinstance(runs, list) or not runs or not all(isinstance(r, dict) for r in runs):
+        return False
+    if "runs" in record and not all(is_number(r.get(key)) for r in runs for key in ("lr", "wd")):
+        return False
+    for results in (r.get("results") for r in runs):
+        if not isinstance(results, list) or not results or not all(
+                isinstance(r, dict) and all(is_number(r.get(key)) for key in ("iteration", "top5", "top5_novel"))
+                for r in results):
+            return False
+    return True
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def as_text(value):
@@ -180,12 +209,12 @@ def validation_jobs(e, system, ddir):
             for seed in e.seeds:
                 jobs.append(make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}", {
                     "mode": "val", "nlabeled": n, "seed": seed, "maxiter": e.logreg["maxiter"], "lr": e.logreg["lr"],
-                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e)}, []))
+                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e, "mom", "evalevery")}, []))
     return jobs
 
 
-def logreg_options(e):
-    return {"mom": e.logreg["mom"]} if "mom" in e.logreg else {}
+def logreg_options(e, *names):
+    return {name: e.logreg[name] for name in names if name in e.logreg}
 
 
 def test_jobs(e, system, ddir, parameters, source):
@@ -218,7 +247,7 @@ def test_jobs(e, system, ddir, parameters, source):
         for seed in e.seeds:
             jobs.append(make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}", {
                 "mode": "test", "nlabeled": n, "seed": seed, "maxiter": p["maxiter"], "lr": p["lr"], "wd": p["wd"],
-                "batchsize": p["batchsize"], **logreg_options(e)}, []))
+                "batchsize": p["batchsize"], **logreg_options(e, "mom")}, []))
     return jobs
 
 
@@ -360,4 +389,19 @@ def read_parameters(e, system, ddir, source):
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist: bash run_{system}.bash 2 writes it; "
                          "PARAMS=published takes the paper's parameters instead")
-    return read_json(path)
+    parameters = read_json(path)
+    if not are_parameters(parameters, system):
+        raise ValueError(f"{path} does not hold parameters of {system}: bash run_{system}.bash 2 writes it anew")
+    return parameters
+
+
+def are_parameters(tree, system):
+    """Whether a tree is what choose() returns."""
+    def leaves(tree, depth):
+        if not isinstance(tree, dict):
+            return False
+        if depth:
+            return all(leaves(v, depth - 1) for v in tree.values())
+        return all(is_number(tree.get(key)) for key in (("niter",) if system == "diffusion" else
+                                                        ("lr", "wd", "batchsize", "maxiter")))
+    return leaves(tree, 2 if system == "diffusion" else 1)

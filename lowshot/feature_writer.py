@@ -5,7 +5,6 @@ and whose structure is never touched again. Rows are written straight into their
 many are on disk for certain, and what they are made from. The last act is to rename the file.
 """
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 
-from lowshot.script import read_json, size, write_json
+from lowshot.script import exclusive, read_json, remove, size, write_json
 
 
 class FeatureWriter:
@@ -47,8 +46,16 @@ class FeatureWriter:
         """Take over what a partial file holds; False if nothing was saved yet."""
         if not os.path.exists(self.progress):
             return False
-        state = read_json(self.progress)
-        differs = first_difference(state.get("made_from"), self.made_from)
+        try:
+            state = read_json(self.progress)
+            if not (isinstance(state, dict) and {"made_from", "offsets", "done", "notes"} <= set(state)
+                    and set(self._widths()) <= set(state["offsets"]) and isinstance(state["notes"], dict)):
+                raise ValueError(f"{self.progress} is not what this script writes")
+        except ValueError as e:
+            if self.overwrite:
+                return False
+            raise ValueError(f"{e}: delete it and {self.partial} to start over, or --overwrite")
+        differs = first_difference(state["made_from"], self.made_from)
         if differs:
             if self.overwrite:
                 return False
@@ -135,26 +142,6 @@ class FeatureWriter:
         with self.open:
             if self.done > self.saved:
                 self.save()
-
-
-@contextlib.contextmanager
-def exclusive(path):
-    """While the block runs no other process can enter one for the same path: that is a ValueError. Ends with the
-    process, however it ends, and is not passed on to processes it forks."""
-    with open(path + ".lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing {path}")
-        try:
-            yield
-        finally:
-            remove(lock.name)
-
-
-def remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def made_from(path):

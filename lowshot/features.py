@@ -20,25 +20,44 @@ class FeatureFile:
         import h5py
         if not os.path.exists(path):
             raise ValueError(f"{path} does not exist: save_features.py makes it")
+        self.path, self._fd = path, None
         try:
             self.file = h5py.File(path, "r")
         except OSError as e:
-            raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not an HDF5 file: {e}")
-        self.path = path
+            raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not an HDF5 file: save_features.py "
+                             f"makes it ({e})")
+        try:
+            self._look()
+        except (ValueError, MemoryError):
+            raise
+        except Exception as e:      # damaged metadata makes h5py fail in many ways
+            raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is damaged: save_features.py makes it "
+                             f"({type(e).__name__}: {e})")
+
+    def _look(self):
+        """Find size and place of the datasets."""
+        path = self.path
         for name, ndim in (("all_feats", 2), ("all_labels", 1), ("count", 1)):
             if name not in self.file or getattr(self.file[name], "ndim", None) != ndim:
                 raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}: not a feature file")
         feats, labels = self.file["all_feats"], self.file["all_labels"]
         if self.file["count"].shape[0] < 1:
             raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
-        self.n = int(self.file["count"][0])
+        count = self.file["count"]
+        if count.dtype.kind not in "iuf" or not np.isfinite(count[0]):
+            raise ValueError(f"{path}: count holds {count.dtype} {count[0]!r}, a number of rows was expected")
+        self.n = int(count[0])
         self.d = int(feats.shape[1])
         if not 0 <= self.n <= min(feats.shape[0], labels.shape[0]):
             raise ValueError(f"{path}: count is {self.n}, but all_feats has {feats.shape[0]} rows and all_labels "
                              f"{labels.shape[0]}")
+        if not self.d:
+            raise ValueError(f"{path}: all_feats has no columns")
+        if labels.dtype.kind not in "iuf":
+            raise ValueError(f"{path}: all_labels holds {labels.dtype}, whole numbers were expected")
         if feats.dtype.kind != "f":
             raise ValueError(f"{path}: all_feats holds {feats.dtype}, floating point was expected")
-        self._fd = self._offset = None
+        self._offset = None
         # rows of a contiguous dataset are read straight from the file, much faster than by h5py's index lists
         offset = feats.id.get_offset() if feats.chunks is None and feats.external is None else None
         if offset is not None and feats.dtype == np.dtype("<f4"):

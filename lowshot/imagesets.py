@@ -29,6 +29,7 @@ import collections
 import errno
 import hashlib
 import io
+import math
 import os
 import re
 import struct
@@ -103,7 +104,7 @@ def _checked(content, path):
         parts[name] = dict(part or {})
     dataset = parts["dataset"]
     kind = dataset.get("kind")
-    need(kind in DATASET_KEYS, f"dataset kind is {kind!r}, one of {', '.join(DATASET_KEYS)} was expected")
+    need(isinstance(kind, str) and kind in DATASET_KEYS, f"dataset kind is {kind!r}, one of {', '.join(DATASET_KEYS)} was expected")
     for name, known in (("dataset", {"kind"} | DATASET_KEYS[kind]), ("transforms", set(TRANSFORMS)),
                         ("loader", set(LOADER))):
         unknown = sorted(map(str, set(parts.get(name, {})) - known))
@@ -126,11 +127,12 @@ def _checked(content, path):
             need(isinstance(dataset.setdefault(key, default), bool), f"{key} must be true or false")
     whole_number(transforms, "resize", 1, optional=True)
     whole_number(transforms, "crop", 1)
+    need(transforms["crop"] <= 8192, f"crop is {transforms['crop']}, at most 8192 pixels are possible")
     need(transforms["resize"] is None or transforms["crop"] <= transforms["resize"],
          f"crop ({transforms['crop']}) is larger than resize ({transforms['resize']})")
     for key in ("mean", "std"):
         v = transforms[key]
-        need(isinstance(v, list) and len(v) == 3 and all(isinstance(x, (int, float)) for x in v)
+        need(isinstance(v, list) and len(v) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in v)
              and (key == "mean" or min(v) > 0), f"{key} is {v!r}, three numbers (for red, green, blue) were expected")
     whole_number(loader, "batchsize", 1)
     whole_number(loader, "workers", 1, optional=True)

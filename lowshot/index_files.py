@@ -6,8 +6,11 @@ import struct
 import numpy as np
 
 from lowshot.cells import BLOCK
+from lowshot.features import MatrixFile
 from lowshot.packages import faiss
 from lowshot.script import read_json, whole, write_json
+
+SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 
 
 def read_index(path, n, d, factory=""):
@@ -62,6 +65,44 @@ def stretches_of_cells(cells):
         last = max(first + 1, int(np.searchsorted(cells.end, cells.begin[first] + BLOCK, "right")))
         yield first, last
         first = last
+
+
+def check_graph(vectors, n, path_I, path_D, columns, remedy):
+    """Compare some rows of a stored graph of n nodes with the vectors it should be of, the first n of `vectors`: ValueError,
+    with the remedy, if it is of others."""
+    rows = np.unique(np.linspace(0, n - 1, 64).astype(np.int64))
+    I, D = (MatrixFile(path, dtype, columns, n) for path, dtype in ((path_I, "<i4"), (path_D, "<f4")))
+    for row in rows:
+        number, similarity = I[row:row + 1][0], D[row:row + 1][0]
+        have = (number >= 0) & (number < n)
+        exact = vectors.scaled_rows(number[have]) @ vectors.scaled_rows([row])[0]
+        wrong = ~(np.abs(similarity[have] - exact) < SIMILAR)
+        if wrong.any():
+            raise ValueError(f"{path_D} says {similarity[have][wrong][0]:.4g} for the similarity of vectors {row} and "
+                             f"{number[have][wrong][0]}, which is {exact[wrong][0]:.4g}: the graph was made from other "
+                             f"vectors; {remedy}")
+
+
+def check_index(index, vectors, path, remedy):
+    """The same for the vectors that an IVF,Flat or Flat index holds, those of some of its lists."""
+    def compare(number, x):
+        wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
+        if wrong.any():
+            raise ValueError(f"{path} holds another vector {np.asarray(number)[wrong][0]}: it was made from others; {remedy}")
+
+    if isinstance(index, faiss.IndexFlat):
+        rows = np.unique(np.linspace(0, vectors.n - 1, 64).astype(np.int64))
+        compare(rows, [index.reconstruct(int(row)) for row in rows])
+    elif isinstance(index, faiss.IndexIVFFlat):
+        lists = index.invlists
+        for c in np.unique(np.linspace(0, index.nlist - 1, 16).astype(np.int64)):
+            size = min(lists.list_size(int(c)), 8)
+            if size:
+                ids, codes = lists.get_ids(int(c)), lists.get_codes(int(c))
+                compare(np.array(faiss.rev_swig_ptr(ids, size)),
+                        faiss.rev_swig_ptr(codes, size * 4 * index.d).view(np.float32).reshape(size, -1))
+                lists.release_ids(int(c), ids)
+                lists.release_codes(int(c), codes)
 
 
 class Checkpoint:

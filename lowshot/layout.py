@@ -70,6 +70,9 @@ class DataDir:
         for kk in columns:
             if kk >= k and all(map(os.path.exists, self.graph(nbg, kk))):
                 return (*self.graph(nbg, kk), kk)
+        for kk in columns:
+            if kk >= k:
+                raise ValueError(f"{self.graph(nbg, kk)[1]} does not exist: python build_graph.py {nbg} --k {kk} makes it")
         have = f"only k = {', '.join(map(str, columns))}" if columns else "none"
         raise ValueError(f"no graph of {nbg} background images with k >= {k} in {folder} ({have}): "
                          f"python build_graph.py {nbg} --k {k} makes it")

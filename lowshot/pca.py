@@ -1,5 +1,8 @@
 """The PCA that brings network features to the dimension of the graph, a Faiss VectorTransform."""
 import os
+import re
+
+import numpy as np
 
 from lowshot.packages import faiss
 
@@ -16,6 +19,14 @@ def load_pca(path, columns=None, source=None):
     except RuntimeError as e:
         raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss VectorTransform: "
                          f"{str(e).splitlines()[0]}")
+    name = re.fullmatch(r"PCAR(\d+)\.vt", os.path.basename(path))
+    if name and transform.d_out != int(name.group(1)):
+        raise ValueError(f"{path} gives {transform.d_out} dimensions, its name says {name.group(1)}: "
+                         "python train_apply_pca.py train --overwrite makes it again")
+    parameters = [faiss.vector_to_array(getattr(transform, part)) for part in ("A", "b") if hasattr(transform, part)]
+    if not transform.is_trained or not all(np.isfinite(p).all() for p in parameters):
+        raise ValueError(f"{path} is {'damaged: it holds NaN or infinity' if transform.is_trained else 'not trained'}: "
+                         "python train_apply_pca.py train --overwrite makes it again")
     if columns is not None and transform.d_in != columns:
         raise ValueError(f"{source} has {columns} columns, {path} expects {transform.d_in}: "
                          "both must come from the same network")

@@ -10,6 +10,7 @@ compare prints the table of both systems, after phase 3 of both.
     python -m lowshot.phases logreg 1 configs/paper.yaml
     python -m lowshot.phases compare configs/demo.yaml
 """
+import contextlib
 import os
 import re
 
@@ -17,7 +18,7 @@ from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, choose,
                                  test_jobs, validation_jobs)
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
-from lowshot.script import Parser, log, read_json, run, write_json
+from lowshot.script import Parser, log, run, write_json
 
 PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
 
@@ -25,7 +26,9 @@ PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
 def phase_choose(e, system, ddir):
     chosen = choose(e, system, ddir)
     path = e.parameters_path(system, ddir)
-    old = read_json(path) if os.path.exists(path) else {}
+    old = {}
+    with contextlib.suppress(ValueError):       # what is no parameters is written anew
+        old = read_parameters(e, system, ddir, "chosen")
     write_json(path, merge(old, chosen))
     for nbg, of_labels in chosen.items() if system == "diffusion" else [(None, chosen)]:
         for n, p in of_labels.items():

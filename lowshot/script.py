@@ -1,6 +1,7 @@
 """What every script shares: arguments, one-line errors, progress, outputs that appear only when whole, records."""
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -54,6 +55,12 @@ def run(main):
             raise
         text = " ".join(str(e).split()) or type(e).__name__
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        status = 1
+    except Exception as e:      # input that nobody thought of, or an error of ours
+        if os.environ.get("LOWSHOT_TRACEBACK"):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {type(e).__name__}: {' '.join(str(e).split())[:300]} (not foreseen: "
+              "LOWSHOT_TRACEBACK=1 shows where)", file=sys.stderr)
         status = 1
     sys.exit(status)
 
@@ -143,6 +150,7 @@ def whole(path):
     stem, extension = os.path.splitext(name)
     temporary = os.path.join(folder, f".{stem}.{os.getpid()}.tmp{extension}")
     try:
+        open(temporary, "wb").close()       # where that fails, libraries would say so in their own ways
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
@@ -156,7 +164,10 @@ def write_json(path, content):
     """Write JSON whole or not at all."""
     with whole(path) as temporary:
         with open(temporary, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
+            try:
+                json.dump(content, f, indent=1, allow_nan=False)
+            except ValueError as e:
+                raise ValueError(f"{path}: a number to be written is NaN or infinite ({e})")
             f.write("\n")
 
 
@@ -165,8 +176,42 @@ def read_json(path):
     with open(path) as f:
         try:
             return json.load(f)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is not valid JSON: {e}")
+
+
+def remove(path):
+    """Remove a file that may not be there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def exclusive(path):
+    """While the block runs no other process can enter one for the same path: that is a ValueError. Ends with the
+    process, however it ends, and is not passed on to processes it forks."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path + ".lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing {path}")
+        try:
+            yield
+        finally:
+            remove(lock.name)
+
+
+def check_outputs(*paths):
+    """ValueError or OSError where a file of one of these names cannot be written: before the work, not after it."""
+    for path in filter(None, paths):
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a directory: the name of a file was expected")
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(f"{path} cannot be written: {folder} is {'not writable' if os.path.isdir(folder) else 'a file'}")
 
 
 def peak_memory():

@@ -36,7 +36,7 @@ def load_split(path, mode):
     lists = []
     for name in {"val": ("base_classes_1", "novel_classes_1"), "test": ("base_classes_2", "novel_classes_2")}[mode]:
         numbers = info.get(name) if isinstance(info, dict) else None
-        if not isinstance(numbers, list) or not all(isinstance(i, int) for i in numbers):
+        if not isinstance(numbers, list) or not all(type(i) is int and i < 2 ** 31 for i in numbers):
             raise ValueError(f"{path} has no list of class numbers {name!r}")
         if len(set(numbers)) < len(numbers) or (numbers and min(numbers) < 1):
             raise ValueError(f"{path}: {name} repeats a class or has one below 1 (class numbers start at 1)")

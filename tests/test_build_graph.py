@@ -10,6 +10,7 @@ import pytest
 import build_graph
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
+from lowshot.script import exclusive
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIM = 32
@@ -246,6 +247,7 @@ def write_index_of(root, n, d):
     (lambda r: write_index_of(r, 99, DIM), [100], "holds 99 vectors of 32"),
     (lambda r: write_index_of(r, 100, 7), [100], "holds 100 vectors of 7"),
     (lambda r: (write_index_of(r, 100, DIM), cut(r / "knngraph" / "ndis100.index", 900)), [100], "truncated or not a Faiss index"),
+    (lambda r: write_index_of(r, 100, DIM), [100], "it was made from others; --overwrite makes it again"),
     (lambda r: None, [100, "--index", "Nonsense"], "--index Nonsense"),
     (lambda r: None, [100, "--index", "IVF101,Flat"], "101 lists for 100 vectors"),
     (lambda r: None, [0], "at least 1"),
@@ -258,6 +260,29 @@ def test_bad_input_is_one_line(tmp_path, spoil, args, words):
     done = run(tmp_path, *args)
     assert done.returncode in (1, 2)
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("index", ["Flat", "IVF20,Flat"])
+def test_a_graph_of_other_vectors_is_not_taken_for_complete(tmp_path, index):
+    make_raw(tmp_path, 300)
+    assert run(tmp_path, 300, "--k", 8, "--index", index).returncode == 0
+    done = run(tmp_path, 300, "--k", 8)
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    x = make_raw(tmp_path, 300, seed=5)
+    done = run(tmp_path, 300, "--k", 8)
+    assert done.returncode == 1 and "made from other vectors; --overwrite makes it again" in done.stderr
+    os.unlink(tmp_path / "knngraph" / "ndis300_k8_I_11.int32")
+    assert "it was made from others; --overwrite" in run(tmp_path, 300, "--k", 8).stderr
+    assert run(tmp_path, 300, "--k", 8, "--overwrite").returncode == 0
+    assert recall(read_graph(tmp_path, 300, 8)[1], x, 8) > .99 and no_leftovers(tmp_path)
+
+
+def test_two_runs_do_not_write_one_graph(tmp_path):
+    make_raw(tmp_path, 50)
+    with exclusive(str(tmp_path / "knngraph" / "ndis50.index")):
+        done = run(tmp_path, 50)
+        assert done.returncode == 1 and "another process is writing" in done.stderr
+    assert run(tmp_path, 50).returncode == 0 and no_leftovers(tmp_path)
 
 
 def test_zero_vectors_and_duplicates(tmp_path):

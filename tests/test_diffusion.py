@@ -90,7 +90,7 @@ def test_figures_equal_the_dense_ones(ddir, mode, nlabeled, seed, nbg, k, niter)
     figures, _ = expected(ddir, mode, nlabeled, seed, nbg, k, niter)
     found = printed(text)
     assert len(found) == niter + 1
-    name = f"{mode}_nl{nlabeled}_seed{seed}_nbg{nbg}_k{k}_ni{niter}.json"
+    name = f"{mode}_nl{nlabeled}_seed{seed}_nbg{nbg}_k{k}_ni{niter}_d{DIM}.json"
     record = json.load(open(os.path.join(ddir, "logs/diffusion", name)))
     assert record["complete"] and record["arguments"]["nlabeled"] == nlabeled
     for i, (f, e, r) in enumerate(zip(found, figures, record["results"])):
@@ -169,7 +169,16 @@ def truncated(path, nbytes):
     (lambda d: None, ["--nlabeled", 21], "nlabeled is 21, but novel class .* has 20"),
     (lambda d: None, ["--nlabeled", 0], "must be at least 1"),
     (lambda d: None, ["--storeLname", "x", "--storeLiters", "3"], "asks for iteration 3, --niter is 2"),
-    (lambda d: np.full(60 * 8, 99, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "neighbour 99|twice"),
+    (lambda d: np.full(60 * 8, 99, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [],
+     "row 0 names a neighbour that is not below 60"),
+    (lambda d: np.full(60 * 8, 9, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "made from other vectors"),
+    (lambda d: np.full(60 * 8, np.nan, np.float32).tofile(d + "/knngraph/ndis60_k8_D_11.float32"), [], "is damaged"),
+    (lambda d: np.random.RandomState(0).randn(60, 32).astype("f4").tofile(
+        d + "/features/f100m/concatenated_PCAR32.raw"), [], "made from other vectors"),
+    (lambda d: None, ["--record", "/"], "is a directory"),
+    (lambda d: None, ["--storeLiters", "1"], "--storeLname has to say where"),
+    (lambda d: None, ["--device", "banana"], "auto, cpu, cuda, or cuda:0"),
+    (lambda d: None, ["--lslice", "-5"], "at least 0"),
     (lambda d: np.full(60 * 32, np.nan, np.float32).tofile(d + "/features/f100m/concatenated_PCAR32.raw"), [],
      "row 0 holds NaN"),
 ])

@@ -53,7 +53,7 @@ def write_record(job, results=None, complete=True, **changes):
     if job.script == "logreg.py":
         content["runs"] = [{"lr": lr, "wd": wd, "results": listed(figures)} for (lr, wd), figures in results.items()]
     else:
-        content["results"] = listed(results or {})
+        content["results"] = listed({0: (.5, .5)} if results is None else results)
     os.makedirs(os.path.dirname(job.record), exist_ok=True)
     with open(job.record, "w") as f:
         json.dump(content, f)
@@ -81,7 +81,7 @@ def test_lists_from_the_environment(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (("seeds: [1, 2]", "seeds: 3"), "seeds must be a list of different numbers >= 0, found 3"),
     (("[0.01, 0.001]", "[0.01, 0.01]"), r"logreg: lr must be a list of different numbers"),
-    (("k: 10", "k: ten"), "diffusion: k must be a number >= 0, found 'ten'"),
+    (("k: 10", "k: ten"), "diffusion: k must be a number >= 1, found 'ten'"),
     (("niter: 4", "niter: 4.5"), "diffusion: niter must be a number"),
     (("k: 10, ", ""), "diffusion must have the entries k, nbg, niter"),
     (("seeds:", "seed:"), "unknown entry 'seed'"),
@@ -167,6 +167,30 @@ def test_as_text():
     assert experiments.as_text("test") == "test"
 
 
+@pytest.mark.parametrize("system,change", [
+    ("logreg", {"runs": []}), ("logreg", {"runs": [{}]}), ("logreg", {"runs": 3}), ("diffusion", {"results": []}),
+    ("diffusion", {"results": [{"iteration": 1, "top5": "high", "top5_novel": 0}]}), ("diffusion", {"arguments": None}),
+    ("diffusion", {"results": [{"iteration": 1, "top5": float("nan"), "top5_novel": 0}]})])
+def test_records_without_figures_do_not_count(tmp_path, ddir, system, change):
+    job = experiments.validation_jobs(experiment(tmp_path), system, ddir)[0]
+    write_record(job, {(0.1, 0.): {1: (.5, .5)}} if system == "logreg" else {1: (.5, .5)})
+    assert job.result() is not None
+    content = json.load(open(job.record))
+    json.dump({**content, **change}, open(job.record, "w"))
+    assert job.result() is None
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{\"500\": 5}", "{\"500\": {\"1\": {\"top5\": 1}}}"])
+def test_parameters_that_are_none_are_refused_and_written_anew(tmp_path, ddir, content):
+    e = experiment(tmp_path)
+    path = e.parameters_path("diffusion", ddir)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        f.write(content)
+    with pytest.raises(ValueError, match="run_diffusion.bash 2 writes it anew"):
+        experiments.read_parameters(e, "diffusion", ddir, "chosen")
+
+
 # A stand-in for a script: writes its arguments as a record, or fails if told so.
 SCRIPT = """
 import json, os, sys, time
@@ -176,7 +200,7 @@ time.sleep(float(a.get("--sleep", 0)))
 if a.get("--fail") == "yes":
     sys.exit("fails, as it was told to")
 if a.get("--fail") != "silently":
-    json.dump({"complete": True, "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
+    json.dump({"complete": True, "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}], "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
                "arguments": {k[2:]: v for k, v in a.items()}}, open(a["--record"], "w"))
 """
 
@@ -192,8 +216,9 @@ def test_run_jobs(tmp_path, capsys):
     environment = {**os.environ, "DDIR": str(tmp_path)}
     environment.pop("OMP_NUM_THREADS", None)
     experiments.run_jobs(jobs[:1], 1, environment)
-    assert jobs[0].result() == {"complete": True, "threads": "", "ddir": str(tmp_path),
-                                "arguments": {"a": "1", "record": jobs[0].record}}
+    record = jobs[0].result()
+    assert (record["threads"], record["ddir"]) == ("", str(tmp_path))
+    assert record["arguments"] == {"a": "1", "record": jobs[0].record}
     before = os.stat(jobs[0].record).st_mtime_ns
     capsys.readouterr()
     experiments.run_jobs(jobs, 2, environment)

@@ -119,6 +119,21 @@ def test_file_cut_off_in_the_middle(stored, fraction):
             f.read(np.arange(N))
 
 
+@pytest.mark.parametrize("offset", [40, 136, 400, 800, 1400, 2000])
+def test_damaged_metadata(tmp_path, offset):
+    """A ValueError that names the file, or nothing amiss; never h5py's own errors."""
+    root = make_data_directory(tmp_path, nclass=4, dim=16)
+    path = os.path.join(root, "features", "val.hdf5")
+    with open(path, "rb+") as f:
+        f.seek(offset)
+        f.write(b"\xff" * 16)
+    try:
+        with FeatureFile(path) as f:
+            f.labels()
+    except ValueError as e:
+        assert "val.hdf5" in str(e)
+
+
 def test_file_cut_off_while_open(tmp_path):
     path = str(tmp_path / "f.hdf5")
     write_features(path, np.ones((5000, 64), np.float32), np.zeros(5000))

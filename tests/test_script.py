@@ -64,9 +64,34 @@ def test_run_turns_errors_into_one_line(main, status, text, capsys):
     assert e.value.code == status and err.endswith(text) and err.count("\n") == (1 if text else 0)
 
 
-def test_run_lets_our_own_mistakes_through():
+def test_what_nobody_foresaw_is_one_line_too_that_says_how_to_see_more(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as e:
+        script.run(raising(KeyError("x")))
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and "KeyError: 'x'" in err and "LOWSHOT_TRACEBACK=1" in err and err.count("\n") == 1
+    monkeypatch.setenv("LOWSHOT_TRACEBACK", "1")
     with pytest.raises(KeyError):
         script.run(raising(KeyError("x")))
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    script.check_outputs("", None, str(tmp_path / "new" / "file"))
+    assert not os.path.exists(tmp_path / "new")
+    with pytest.raises(ValueError, match="is a directory"):
+        script.check_outputs(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        script.check_outputs(str(tmp_path / "file" / "record.json"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    path = str(tmp_path / "folder" / "file")
+    code = ("import sys\nfrom lowshot.script import exclusive\n"
+            "try:\n  with exclusive(sys.argv[1]): pass\nexcept ValueError: sys.exit(3)")
+    with script.exclusive(path):
+        assert subprocess.run([sys.executable, "-c", code, path]).returncode == 3
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == 0
+    assert os.listdir(tmp_path / "folder") == []
 
 
 def test_run_can_show_the_traceback(monkeypatch):

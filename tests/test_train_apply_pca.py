@@ -1,0 +1,207 @@
+"""train_apply_pca.py against the PCA written out in numpy, and its files: resumed, replaced, damaged."""
+import json
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+import train_apply_pca
+from lowshot.packages import faiss
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+D, DIM = 24, 10
+ROWS = (500, 301, 1)          # of the blocks
+
+
+def write_block(root, number, n, seed, extra=7, readable=None):
+    """A block of n valid rows and some invalid ones, chunked and compressed as some published files are."""
+    rs = np.random.RandomState(seed)
+    x = (rs.randn(n, D) * np.linspace(3, .2, D) + 1).astype(np.float32)
+    folder = root / "features" / "f100m"
+    os.makedirs(folder, exist_ok=True)
+    with h5py.File(folder / f"block{number}.hdf5", "w") as f:
+        f.create_dataset("all_feats", data=np.concatenate([x, np.full((extra, D), np.nan, np.float32)]),
+                         **({} if number else {"chunks": (64, D), "compression": "gzip"}))
+        f["all_labels"] = np.zeros(n + extra, np.int32)
+        f["count"] = np.array([n], np.int32)
+        if readable is not None:
+            f["readable"] = readable
+    return x
+
+
+@pytest.fixture
+def root(tmp_path):
+    for b, n in enumerate(ROWS):
+        write_block(tmp_path, b, n, b)
+    return tmp_path
+
+
+def features(root):
+    """All valid rows of all blocks."""
+    out = []
+    for b, n in enumerate(ROWS):
+        with h5py.File(path(root, f"block{b}.hdf5")) as f:
+            out.append(f["all_feats"][:n])
+    return np.concatenate(out)
+
+
+def run(root, *args, ok=True):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train_apply_pca.py"), *map(str, args), "--dim", str(DIM)],
+                          env={**os.environ, "DDIR": str(root)}, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stderr
+    if not ok:
+        assert done.stderr.strip().count("\n") == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def path(root, name=f"concatenated_PCAR{DIM}.raw"):
+    return str(root / "features" / "f100m" / name)
+
+
+def raw(root):
+    return np.fromfile(path(root), "<f4").reshape(-1, DIM)
+
+
+def test_equals_numpy(root):
+    run(root, "train", "apply")
+    y, x = raw(root), features(root).astype(np.float64)
+    assert y.shape == (802, DIM)
+    mean = x[:500].mean(axis=0)
+    values, vectors = np.linalg.eigh(np.cov(x[:500].T))
+    kept = (x - mean) @ vectors[:, ::-1][:, :DIM]
+    # the rotation after the PCA is random: inner products tell
+    np.testing.assert_allclose(y @ y.T, kept @ kept.T, atol=2e-3)
+    for name in os.listdir(root / "features" / "f100m"):
+        assert not name.endswith((".partial", ".tmp", ".lock")), name
+
+
+def test_ntrain(root):
+    run(root, "train", "--ntrain", 100)
+    A = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
+    np.testing.assert_allclose(faiss.vector_to_array(A.mean), features(root)[:100].mean(axis=0), atol=1e-5)
+    assert "500 rows" in run(root, "train", "--ntrain", 501, "--overwrite", ok=False)
+    assert "too few" in run(root, "train", "--ntrain", 9, "--overwrite", ok=False)
+
+
+def test_what_is_complete_stays_until_the_input_changes(root):
+    run(root, "train", "apply")
+    before = os.stat(path(root)).st_mtime_ns
+    for args in (["apply"], ["train", "apply", "--overwrite"]):
+        assert "nothing to do" in run(root, *args)
+    assert os.stat(path(root)).st_mtime_ns == before
+    x = write_block(root, 1, 301, seed=9)
+    assert "--overwrite replaces it" in run(root, "apply", ok=False)
+    run(root, "apply", "--overwrite")
+    transform = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
+    np.testing.assert_allclose(raw(root)[500:801], transform.apply(x), atol=1e-5)
+
+
+def test_a_block_extracted_again_with_more_images_is_another(root):
+    readable = np.ones(301, bool)
+    readable[7] = False
+    write_block(root, 1, 301, seed=1, readable=readable)
+    run(root, "train", "apply")
+    write_block(root, 1, 301, seed=1, readable=np.ones(301, bool))
+    assert "--overwrite replaces it" in run(root, "apply", ok=False)
+
+
+def test_going_on_after_a_kill(root, monkeypatch):
+    """Cut off after each slab in turn; the result is that of an uninterrupted run."""
+    run(root, "train", "apply")
+    expected = raw(root).copy()
+    os.unlink(path(root))
+    monkeypatch.setenv("DDIR", str(root))
+    monkeypatch.setattr("lowshot.features.SLAB_BYTES", 4 * D * 100)
+    monkeypatch.setattr(sys, "argv", ["train_apply_pca.py", "apply", "--dim", str(DIM)])
+
+    class Killed(BaseException):
+        pass
+
+    saves = []
+
+    def save_and_die(name, content):
+        save(name, content)
+        if name.endswith(".partial.json") and content["rows"] not in saves:
+            saves.append(content["rows"])
+            raise Killed
+
+    save = train_apply_pca.write_json
+    monkeypatch.setattr(train_apply_pca, "write_json", save_and_die)
+    monkeypatch.setattr(train_apply_pca.time, "time", iter(range(0, 10 ** 6, 11)).__next__)
+    for _ in range(20):
+        try:
+            train_apply_pca.main()
+            break
+        except Killed:
+            assert not os.path.exists(path(root))
+            # what was written after the last note does not count
+            with open(path(root) + ".partial", "ab") as f:
+                f.write(b"garbage")
+    assert len(saves) > 5 and saves == sorted(saves)
+    np.testing.assert_allclose(raw(root), expected, atol=1e-5)      # slabs are smaller here, rounding differs
+
+
+def test_killed_between_the_last_two_steps(root):
+    run(root, "train", "apply")
+    note = json.load(open(path(root) + ".json"))
+    os.unlink(path(root) + ".json")
+    with open(path(root) + ".partial.json", "w") as f:
+        json.dump({"rows": 802, "made_from": note}, f)
+    assert "nothing to do" in run(root, "apply")
+    assert json.load(open(path(root) + ".json")) == note and not os.path.exists(path(root) + ".partial.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "not JSON"])
+def test_notes_that_are_none(root, content):
+    run(root, "train", "apply")
+    with open(path(root) + ".json", "w") as f:
+        f.write(content)
+    assert "does not tell" in run(root, "apply", ok=False)
+    os.unlink(path(root))
+    for name in (path(root) + ".partial.json", path(root) + ".partial"):
+        with open(name, "w") as f:
+            f.write(content)
+    assert "delete it, or --overwrite" in run(root, "apply", ok=False)
+    run(root, "apply", "--overwrite")
+    assert len(raw(root)) == 802
+
+
+def spoil_pca(root):
+    p = path(root, f"PCAR{DIM}.vt")
+    A = faiss.read_VectorTransform(p)
+    values = faiss.vector_to_array(A.A)
+    values[3] = np.nan
+    faiss.copy_array_to_vector(values, A.A)
+    faiss.write_VectorTransform(A, p)
+
+
+def huge(root):
+    with h5py.File(path(root, "block1.hdf5"), "r+") as f:
+        f["all_feats"][4] = 3e38
+
+
+def nan(root):
+    with h5py.File(path(root, "block1.hdf5"), "r+") as f:
+        f["all_feats"][4, 3] = np.nan
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda root: os.unlink(path(root, f"PCAR{DIM}.vt")), "train makes it"),
+    (lambda root: os.truncate(path(root, f"PCAR{DIM}.vt"), 100), "truncated"),
+    (lambda root: faiss.write_VectorTransform(faiss.PCAMatrix(D, DIM), path(root, f"PCAR{DIM}.vt")), "not trained"),
+    (spoil_pca, "NaN or infinity"),
+    (lambda root: os.rename(path(root, f"PCAR{DIM}.vt"), path(root, "x.vt")) or os.symlink(
+        path(root, "PCAR5.vt"), path(root, f"PCAR{DIM}.vt")) or faiss.write_VectorTransform(
+            faiss.RandomRotationMatrix(D, 5), path(root, "PCAR5.vt")), "gives 5 dimensions, its name says 10"),
+    (lambda root: os.unlink(path(root, "block1.hdf5")), "no block1.hdf5"),
+    (nan, "block1.hdf5: row 4 holds NaN"),
+    (huge, "block1.hdf5: row 4 is too large"),
+])
+def test_bad_input_is_one_line_and_leaves_no_output(root, spoil, message):
+    run(root, "train")
+    spoil(root)
+    assert message in run(root, "apply", ok=False)
+    assert not os.path.exists(path(root))
