@@ -27,6 +27,8 @@ import numpy as np
 
 from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
 
+DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
+
 
 def main():
     args = arguments()
@@ -85,6 +87,9 @@ def main():
 
             # before and after, as machines do not go at one speed all the time
             memory = [fed_from_memory()] if todo else []
+            # the network has worked on as many batches at a time as it will; images are decoded besides
+            predicted = peak_memory() + workers * DECODED
+            log(f"predicted memory {size(predicted)}")
             start = time.time()
             with contextlib.closing(results(batches, extract, workers)) as stream:
                 save_all(stream, extract(torch.zeros(shape, dtype=torch.uint8))()[0], out, i0)
@@ -96,7 +101,8 @@ def main():
     if images.class_names:
         names = images.class_names
         log(f"{len(names)} classes: 0 is {names[0]}, {len(names) - 1} is {names[-1]}")
-    log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory {size(peak_memory())}")
+    log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory "
+        f"{size(peak_memory())} ({size(predicted)} predicted)")
 
 
 def arguments():

@@ -142,9 +142,9 @@ def paper_way(problem):
     W = p.matrix()
     W.data /= np.repeat(np.asarray(W.sum(axis=1)).ravel(), np.diff(W.indptr))
     steps["W = W0 + W0^T"] = time.perf_counter() - start
-    L = np.zeros((p.n, p.C), np.float32)
+    # all pages are there: those of np.zeros are one page of zeros until they are written
+    L, out = np.full((p.n, p.C), 0, np.float32), np.full((p.n, p.C), 1, np.float32)
     L[np.arange(p.nl), p.labels] = 1
-    out = np.ones_like(L)           # its pages are there
     indptr = W.indptr.astype(np.int64)
 
     def iteration():

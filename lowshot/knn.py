@@ -247,11 +247,6 @@ def cells_reaching(curve, wanted):
     return int(reached[0]) + 1 if len(reached) else len(curve)
 
 
-def power_of_two_reaching(curve, wanted):
-    """The smallest power of two p with curve[p - 1] >= wanted, or the number of cells."""
-    return min(1 << (cells_reaching(curve, wanted) - 1).bit_length(), len(curve))
-
-
 # ---- graphs
 
 def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
@@ -290,7 +285,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     else:
         # from here on neighbours of neighbours are the quicker way
         curve = sample.recall_by_nprobe(cells, position)
-        p = nprobe or power_of_two_reaching(curve, max(1 - 2 * (1 - wanted), .5))
+        p = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5))
     rounds, have = 0, 0.0
     while True:
         lists.search(p, progress)
