@@ -18,6 +18,7 @@ They work on all classes at once in float64: where that needs more memory than t
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def arguments():
     p.add_argument("--niter", type=number(int, 1), default=3, help="iterations")
     p.add_argument("--nprobe", type=number(int, 1), default=256, help="cells that the paper's way searches")
     p.add_argument("--queries", type=number(int, 1), default=2000, help="queries that the paper's searches are timed on")
+    p.add_argument("--patience", type=number(float, 1), default=600, help="seconds after which another package is given up")
     p.add_argument("--parts", nargs="+", default=["paper", "peers"], choices=("paper", "peers"), help="tables")
     p.add_argument("--out", help="file for the tables")
     return p.parse_args()
@@ -200,7 +202,12 @@ def paper_table(args, problem, cold, warm):
     return [*lines, *(f"| &nbsp;&nbsp;{name} | {seconds:.1f} | |" for name, seconds in paper.items()), ""]
 
 
+def stop(*_):
+    raise TimeoutError
+
+
 def peers_table(args, problem, warm):
+    signal.signal(signal.SIGALRM, stop)
     mine = warm["steps"][-1]["seconds"]
     last = warm["results"][-1]
     lines = ["| the diffusion alone | s | times slower than ours | top-5 accuracy, all / novel |", "| --- | --- | --- | --- |",
@@ -208,12 +215,17 @@ def peers_table(args, problem, warm):
     for name, peer in ((f"scikit-learn LabelSpreading, {args.niter} iterations", label_spreading),
                        ("graphlearning randomwalk, converged", random_walk)):
         try:
+            signal.setitimer(signal.ITIMER_REAL, args.patience)
             seconds, (top5, novel) = peer(problem)
             lines.append(f"| {name} | {seconds:.1f} | {seconds / mine:.0f} | {top5:.3f} / {novel:.3f} |")
         except ImportError as e:
             lines.append(f"| {name} | not installed: {e} | | |")
         except MemoryError as e:
             lines.append(f"| {name} | does not run: {e} | | |")
+        except TimeoutError:
+            lines.append(f"| {name} | more than {args.patience:g} | more than {args.patience / mine:.0f} | |")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         log(lines[-1])
     return [*lines, ""]
 

@@ -158,14 +158,10 @@ struct Float32 {
     }
 };
 
-// ---- AVX-512 BF16: a row is the np words as they are; a panel is np rows of 32 words
+// ---- bfloat16: a row is the np words as they are
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-#define TILES_BF16
-struct Bf16 {
+struct Words {
     static int64_t bytes(int64_t np) { return 4 * np; }
-    static void begin() {}
-    static void end() {}
 
     static void row(const uint32_t* x, int64_t np, void* out) { std::memcpy(out, x, 4 * np); }
 
@@ -174,6 +170,15 @@ struct Bf16 {
         std::memcpy(space, x, 4 * n * np);
         return space;
     }
+};
+
+// ---- AVX-512 BF16: a panel is np rows of 32 words
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define TILES_BF16
+struct Bf16 : Words {
+    static void begin() {}
+    static void end() {}
 
     static void panel(const uint32_t* const* x, int64_t np, void* out) {
         uint32_t* o = (uint32_t*)out;
@@ -207,9 +212,9 @@ struct Bf16 {
 };
 #endif
 
-// ---- AMX: a row is the np words as they are; a panel is, for each half of its vectors, np rows of 16 words
+// ---- AMX: a panel is, for each half of its vectors, np rows of 16 words
 
-struct Amx {
+struct Amx : Words {
     static bool available() {
 #ifdef TILES_AMX
         // the kernel saves the tile registers of processes that asked for them only
@@ -221,8 +226,6 @@ struct Amx {
     }
 
 #ifdef TILES_AMX
-    static int64_t bytes(int64_t np) { return 4 * np; }
-
     static void begin() {
         // palette 1; then from byte 16 the row lengths in bytes and from byte 48 the row counts of the eight tiles
         alignas(64) static const uint8_t config[64] = {
@@ -231,14 +234,6 @@ struct Amx {
         _tile_loadconfig(config);
     }
     static void end() { _tile_release(); }
-
-    static void row(const uint32_t* x, int64_t np, void* out) { std::memcpy(out, x, 4 * np); }
-
-    static const void* rows(const uint32_t* x, int n, int64_t np, void* space) {
-        if (n == kTile) return x;
-        std::memcpy(space, x, 4 * n * np);
-        return space;
-    }
 
     static void panel(const uint32_t* const* x, int64_t np, void* out) {
         uint32_t* o = (uint32_t*)out;

@@ -9,14 +9,7 @@ from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.packages import faiss
 
 
-@pytest.fixture(params=["amx", "bf16", "float32"], autouse=True)
-def products(request):
-    try:
-        nb.use_products(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield
-    nb.use_products("")
+pytestmark = pytest.mark.usefixtures("products")
 
 
 def clustered(n, d=32, clusters=12, seed=0, spread=0.6):

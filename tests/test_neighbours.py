@@ -13,14 +13,7 @@ SIZES = [(1, 1, 5, 1), (5, 7, 33, 1), (37, 61, 40, 30), (64, 32, 32, 32), (2100,
          (33, 65, 100, 8)]
 
 
-@pytest.fixture(params=["amx", "bf16", "float32"], autouse=True)
-def products(request):
-    try:
-        nb.use_products(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield
-    nb.use_products("")
+pytestmark = pytest.mark.usefixtures("products")
 
 
 def unit_vectors(n, d, seed=0):

@@ -1,0 +1,13 @@
+import pytest
+
+
+@pytest.fixture(params=["amx", "bf16", "float32"])
+def products(request):
+    """Every way to multiply that this CPU has."""
+    from graph_utils import neighbours as nb
+    try:
+        nb.use_products(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield
+    nb.use_products("")
