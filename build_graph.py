@@ -113,10 +113,12 @@ def predicted_memory(n, d, k):
     if n < knn.EXACT_BELOW:
         return int(base + vectors + half + lists + 16 * n * (k + knn.SPARE))
     making_index = vectors + half + 24 * n
-    # candidates, their copy and reverse lists; measuring recall maps at most 64 kB around each candidate
+    # a candidate maps at most 64 kB of the file around it
+    sampling = half + 24 * n + min(vectors, knn.SAMPLE * (k + knn.SAMPLE_SPARE) * 65536)
+    # candidates, their copy and reverse lists; measuring recall
     rounds = half + 2 * lists + 40 * n + min(vectors, knn.SAMPLE * k * 65536)
     similarities = vectors + 2 * lists + 24 * n
-    return int(base + max(making_index, rounds, similarities))
+    return int(base + max(making_index, sampling, rounds, similarities))
 
 
 def stored_index(path, vectors, args, progress, log):

@@ -27,6 +27,7 @@ from lowshot.script import Progress
 
 EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
+SAMPLE_SPARE = 16 * SPARE   # the same for the sample that recall is measured on
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
 MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
@@ -180,6 +181,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
                 found_D[unsure], found_I[unsure] = _float32_knn(X.scaled_rows(numbers[unsure]), new, columns)
             found_I[found_I >= 0] += first_new_number
             D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
+            X.release()             # single rows of a file map many pages around them
         progress("nodes compared with new ones", j, X.n)
     found_D, found_I = nb.exact_products(keys_new, new.arrays, X.arrays, k, q_scale=new.scale, x_scale=X.scale)
     if keys_new.shape[1] < X.n:
@@ -203,13 +205,14 @@ class Sample:
         self.k = k
         self.x = vectors.scaled_rows(self.number)
         self.D, self.I = self._exact(cells, self_too)
+        cells.vectors.release()     # its candidates are all over the file: all that was mapped for them
 
     def _exact(self, cells, self_too):
         X = cells.vectors
         lost = np.empty(len(self.x), np.float32)
         queries = nb.to_bfloat16(self.x, residual=lost)
         # many more than k: in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
-        keys = nb.search_all(queries, cells.X, min(self.k + 16 * SPARE, X.n))
+        keys = nb.search_all(queries, cells.X, min(self.k + SAMPLE_SPARE, X.n))
         D, I = nb.exact_products(keys, self.x, X.arrays, self.k, x_number=cells.order, x_scale=X.scale)
         if keys.shape[1] < X.n:
             unsure = np.flatnonzero(~_certain(keys, D, lost, cells.residual, 1.0, X.longest))
