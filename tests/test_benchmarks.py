@@ -47,6 +47,7 @@ def test_pruning(data):
 
 
 def test_diffusion_beside_the_papers_way(data, tmp_path):
+    pytest.importorskip("scipy")        # of benchmarks/requirements.txt
     benchmark("diffusion.py", "--nbg", NBG, "--parts", "paper", "--queries", 50, "--out", tmp_path / "d.md", ddir=data)
     text = (tmp_path / "d.md").read_text()
     assert "the paper's way" in text and "background against labelled images" in text
