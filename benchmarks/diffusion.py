@@ -16,21 +16,17 @@ They work on all classes at once in float64: where that needs more memory than t
 
     DDIR=/path/to/data python benchmarks/diffusion.py --nbg 1000000 --out diffusion.md
 """
-import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from lowshot.script import Parser, available_memory, log, number, print_header, run, size, whole  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from lowshot.script import Parser, available_memory, log, number, print_header, run, size, write_text  # noqa: E402
+from runs import diffusion  # noqa: E402
 
 
 def arguments():
@@ -51,17 +47,8 @@ def arguments():
 
 def ours(args, *more):
     """The record of one run of diffusion.py, with `wall`: seconds from start to finish."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "record.json")
-        command = [sys.executable, os.path.join(ROOT, "diffusion.py"), "--mode", "test", "--record", path]
-        for name in ("nbg", "nlabeled", "seed", "k", "dim", "niter"):
-            command += [f"--{name}", str(getattr(args, name))]
-        start = time.perf_counter()
-        done = subprocess.run([*command, *more], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(done.stderr.strip().splitlines()[-1])
-        with open(path) as f:
-            return {**json.load(f), "wall": time.perf_counter() - start}
+    options = [word for name in ("nbg", "nlabeled", "seed", "k", "dim", "niter") for word in (f"--{name}", getattr(args, name))]
+    return diffusion(*options, *more)
 
 
 class Problem:
@@ -247,8 +234,7 @@ def main():
         lines += peers_table(args, problem, warm)
     log("\n" + "\n".join(lines))
     if args.out:
-        with whole(args.out) as temporary, open(temporary, "w") as f:
-            f.write("\n".join(lines))
+        write_text(args.out, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from graph_utils import FusedSGD  # noqa: E402
 from logreg import Sampler  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, whole  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, write_text  # noqa: E402
 
 LEARNING_RATES, WEIGHT_DECAYS = (0.01, 0.001, 0.0001), (0, 0.01, 0.1)
 
@@ -98,8 +98,7 @@ def main():
     table += ["", f"Ranks of {m} test images, 9 points at once: {evaluation_seconds(X[:m], labels[:m], grid):.2f} s."]
     log("\n".join(["", *table]))
     if args.out:
-        with whole(args.out) as temporary, open(temporary, "w") as f:
-            f.write("\n".join(table) + "\n")
+        write_text(args.out, "\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

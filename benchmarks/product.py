@@ -29,7 +29,7 @@ import warnings
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from lowshot.script import Parser, log, number, print_header, run, whole  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, write_text  # noqa: E402
 
 SAMPLE = 500        # rows that are compared with float64, and nodes that recall is measured on
 
@@ -269,8 +269,7 @@ def main():
         lines += table_of(W, renumbered, rank, ncol, args)
     log("\n" + "\n".join(lines))
     if args.out:
-        with whole(args.out) as temporary, open(temporary, "w") as f:
-            f.write("\n".join(lines))
+        write_text(args.out, "\n".join(lines))
 
 
 if __name__ == "__main__":

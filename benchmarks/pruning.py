@@ -6,16 +6,12 @@ accuracies of both runs have to be equal.
 
     DDIR=/path/to/data python benchmarks/pruning.py --nbg 1000000 --nlabeled 2
 """
-import json
 import os
-import subprocess
 import sys
-import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from lowshot.script import Parser, log, number, run, whole  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from lowshot.script import Parser, log, number, run, write_text  # noqa: E402
+from runs import diffusion  # noqa: E402
 
 
 def arguments():
@@ -28,26 +24,18 @@ def arguments():
     return p.parse_args()
 
 
-def diffusion(args, niter, *more):
+def diffused(args, niter, *more):
     """(seconds of the diffusion, results) of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "record.json")
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "diffusion.py"), "--mode", "test", "--nbg", str(args.nbg),
-                               "--nlabeled", str(args.nlabeled), "--k", str(args.k), "--niter", str(niter), "--record", path,
-                               *more], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(done.stderr.strip().splitlines()[-1])
-        with open(path) as f:
-            record = json.load(f)
+    record = diffusion("--nbg", args.nbg, "--nlabeled", args.nlabeled, "--k", args.k, "--niter", niter, *more)
     return record["steps"][-1]["seconds"], record["results"]
 
 
 def main():
     args = arguments()
-    diffusion(args, 0)          # completes the graph if need be
+    diffused(args, 0)          # completes the graph if need be
     lines = ["| iterations | all rows, s | pruned, s | saved |", "| --- | --- | --- | --- |"]
     for niter in range(1, args.niter + 1):
-        (full, a), (pruned, b) = diffusion(args, niter, "--noprune"), diffusion(args, niter)
+        (full, a), (pruned, b) = diffused(args, niter, "--noprune"), diffused(args, niter)
         if any(abs(x["top5"] - y["top5"]) > 2e-4 or abs(x["nnz"] - y["nnz"]) > 1e-2 for x, y in zip(a, b)):
             raise ValueError(f"the results differ after {niter} iterations: {a} {b}")
         lines.append(f"| {niter} | {full:.2f} | {pruned:.2f} | {1 - pruned / full:.0%} |")
@@ -56,8 +44,7 @@ def main():
                        *lines, ""])
     print("\n" + table)
     if args.out:
-        with whole(args.out) as temporary, open(temporary, "w") as f:
-            f.write(table)
+        write_text(args.out, table)
 
 
 if __name__ == "__main__":

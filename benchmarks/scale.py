@@ -12,15 +12,12 @@ import glob
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, size, whole  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, size, write_text  # noqa: E402
+from runs import diffusion, timed  # noqa: E402
 
 
 def arguments():
@@ -32,18 +29,6 @@ def arguments():
     p.add_argument("--keep", action="store_true", help="keep the graphs that are there")
     p.add_argument("--out", help="file for the table")
     return p.parse_args()
-
-
-def timed(record_path, script, *args):
-    """The record of a run, with `wall`: seconds from start to finish."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True)
-    wall = time.perf_counter() - start
-    if done.returncode:
-        raise ValueError(done.stderr.strip().splitlines()[-1])
-    log(done.stdout.strip().splitlines()[-1])
-    with open(record_path) as f:
-        return {**json.load(f), "wall": wall}
 
 
 def rows(args, ddir, nbg):
@@ -61,12 +46,10 @@ def rows(args, ddir, nbg):
     else:
         record = timed(graph, "build_graph.py", nbg)
         yield f"build_graph.py, recall@32 {record['recall']:.3f}", record
-    path = ddir.log("scale.json")
-    run_it = ["diffusion.py", "--mode", "test", "--nlabeled", args.nlabeled, "--nbg", nbg, "--k", args.k, "--niter",
-              args.niter, "--record", path]
+    options = ["--nlabeled", args.nlabeled, "--nbg", nbg, "--k", args.k, "--niter", args.niter]
     if not os.path.exists(completed):
-        yield "diffusion.py, first run", timed(path, *run_it)
-    yield "diffusion.py, further runs", timed(path, *run_it)
+        yield "diffusion.py, first run", diffusion(*options)
+    yield "diffusion.py, further runs", diffusion(*options)
 
 
 def main():
@@ -84,8 +67,7 @@ def main():
                       f"{len(os.sched_getaffinity(0))} CPUs.", "", *lines, ""])
     log("\n" + text)
     if args.out:
-        with whole(args.out) as temporary, open(temporary, "w") as f:
-            f.write(text)
+        write_text(args.out, text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 // K-nearest-neighbour search and graphs by inner product.
 //
 // Matrices are row major. Candidates are found with vectors in bfloat16, half the memory and, on CPUs with
-// products of it, two to many times the speed of float32; what is kept is computed again from the float32 vectors at the end (exact_products).
+// products of it, two to many times the speed of float32; what is kept is computed again from the float32 vectors at the
+// end (exact_products).
 // bfloat16 vectors have d padded with zeros to a multiple of 32, and are passed as `np` = d / 2 words of two elements.
 //
 // A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower

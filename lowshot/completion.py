@@ -111,7 +111,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     with knn.show_progress() as progress:
         if n < knn.EXACT_BELOW:
             D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress)
-            test_D, test_I = knn.exact_knn(test, x, k, progress)
+            test_D, test_I = knn.exact_knn(test, vectors, k, progress)
             return Graph(I, D, test_I, test_D)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # first, as the graph gives the vectors in cells up
@@ -198,7 +198,8 @@ class FixedKey:
         sources = [ddir.train, ddir.val, ddir.pca(dim)]
         if nbg:
             sources += [ddir.raw(dim), *ddir.find_graph(nbg, k)[:2]]
-            sources += [p for p in [ddir.index(nbg)] if os.path.exists(p)]
+            if os.path.exists(ddir.index(nbg)):
+                sources.append(ddir.index(nbg))
         for path in sources:
             if not os.path.exists(path):
                 raise ValueError(f"{path} does not exist: train_apply_pca.py makes it")

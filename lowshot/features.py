@@ -6,6 +6,11 @@ import numpy as np
 SLAB_BYTES = 64 << 20
 
 
+def spread_rows(n, m):
+    """At most m of the rows 0 .. n - 1, evenly spread, the first and the last among them, int64."""
+    return np.unique(np.linspace(0, n - 1, m).astype(np.int64)) if n else np.empty(0, np.int64)
+
+
 class FeatureFile:
     """One HDF5 file of features: `all_feats` float32 (n, d), `all_labels` int32 (n), `count` int32 (1).
 
@@ -41,9 +46,9 @@ class FeatureFile:
             if name not in self.file or getattr(self.file[name], "ndim", None) != ndim:
                 raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}: not a feature file")
         feats, labels = self.file["all_feats"], self.file["all_labels"]
-        if self.file["count"].shape[0] < 1:
-            raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
         count = self.file["count"]
+        if count.shape[0] < 1:
+            raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
         if count.dtype.kind not in "iuf" or not np.isfinite(count[0]):
             raise ValueError(f"{path}: count holds {count.dtype} {count[0]!r}, a number of rows was expected")
         self.n = int(count[0])

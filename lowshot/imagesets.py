@@ -104,7 +104,8 @@ def _checked(content, path):
         parts[name] = dict(part or {})
     dataset = parts["dataset"]
     kind = dataset.get("kind")
-    need(isinstance(kind, str) and kind in DATASET_KEYS, f"dataset kind is {kind!r}, one of {', '.join(DATASET_KEYS)} was expected")
+    need(isinstance(kind, str) and kind in DATASET_KEYS,
+         f"dataset kind is {kind!r}, one of {', '.join(DATASET_KEYS)} was expected")
     for name, known in (("dataset", {"kind"} | DATASET_KEYS[kind]), ("transforms", set(TRANSFORMS)),
                         ("loader", set(LOADER))):
         unknown = sorted(map(str, set(parts.get(name, {})) - known))

@@ -6,9 +6,9 @@ import struct
 import numpy as np
 
 from lowshot.cells import BLOCK
-from lowshot.features import MatrixFile
+from lowshot.features import MatrixFile, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import read_json, whole, write_json
+from lowshot.script import read_json, remove, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 
@@ -70,9 +70,8 @@ def stretches_of_cells(cells):
 def check_graph(vectors, n, path_I, path_D, columns, remedy):
     """Compare some rows of a stored graph of n nodes with the vectors it should be of, the first n of `vectors`: ValueError,
     with the remedy, if it is of others."""
-    rows = np.unique(np.linspace(0, n - 1, 64).astype(np.int64))
     I, D = (MatrixFile(path, dtype, columns, n) for path, dtype in ((path_I, "<i4"), (path_D, "<f4")))
-    for row in rows:
+    for row in spread_rows(n, 64):
         number, similarity = I[row:row + 1][0], D[row:row + 1][0]
         have = (number >= 0) & (number < n)
         exact = vectors.scaled_rows(number[have]) @ vectors.scaled_rows([row])[0]
@@ -91,11 +90,11 @@ def check_index(index, vectors, path, remedy):
             raise ValueError(f"{path} holds another vector {np.asarray(number)[wrong][0]}: it was made from others; {remedy}")
 
     if isinstance(index, faiss.IndexFlat):
-        rows = np.unique(np.linspace(0, vectors.n - 1, 64).astype(np.int64))
+        rows = spread_rows(vectors.n, 64)
         compare(rows, [index.reconstruct(int(row)) for row in rows])
     elif isinstance(index, faiss.IndexIVFFlat):
         lists = index.invlists
-        for c in np.unique(np.linspace(0, index.nlist - 1, 16).astype(np.int64)):
+        for c in spread_rows(index.nlist, 16):
             size = min(lists.list_size(int(c)), 8)
             if size:
                 ids, codes = lists.get_ids(int(c)), lists.get_codes(int(c))
@@ -138,8 +137,7 @@ class Checkpoint:
     def remove(self):
         self.keys = None
         for path in (self.path, self.state_path):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            remove(path)
 
 
 class GraphFiles:
@@ -185,5 +183,4 @@ class GraphFiles:
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         self.maps = None
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.state_path)
+        remove(self.state_path)

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from lowshot.experiments import SYSTEMS, as_text, read_parameters, records_of, test_jobs
-from lowshot.script import log, whole, write_json
+from lowshot.script import log, write_json, write_text
 
 
 def final_accuracies(e, system, ddir, jobs, source):
@@ -95,12 +95,6 @@ def print_report(e, system, ddir, jobs, source):
     if missing:
         raise ValueError(f"{len(missing)} of {len(jobs)} jobs have no record, {missing[0]} for one: "
                          f"bash run_{system}.bash 3 runs them")
-
-
-def write_text(path, text):
-    with whole(path) as temporary:
-        with open(temporary, "w") as f:
-            f.write(text)
 
 
 # ------------------------------------------------------------------------------------------------ all systems together

@@ -50,17 +50,13 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except (ValueError, OSError, MemoryError) as e:
+    except Exception as e:
         if os.environ.get("LOWSHOT_TRACEBACK"):
             raise
-        text = " ".join(str(e).split()) or type(e).__name__
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        status = 1
-    except Exception as e:      # input that nobody thought of, or an error of ours
-        if os.environ.get("LOWSHOT_TRACEBACK"):
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {type(e).__name__}: {' '.join(str(e).split())[:300]} (not foreseen: "
-              "LOWSHOT_TRACEBACK=1 shows where)", file=sys.stderr)
+        text = " ".join(str(e).split())
+        if not isinstance(e, (ValueError, OSError, MemoryError)):       # input that nobody thought of, or an error of ours
+            text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
+        print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1
     sys.exit(status)
 
@@ -156,8 +152,13 @@ def whole(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        remove(temporary)
+
+
+def write_text(path, text):
+    """Write text whole or not at all."""
+    with whole(path) as temporary, open(temporary, "w") as f:
+        f.write(text)
 
 
 def write_json(path, content):

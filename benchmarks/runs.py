@@ -1,0 +1,28 @@
+"""What the benchmarks share: runs of the project's scripts."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def timed(record, script, *args):
+    """Run a script; the record that it leaves at `record`, with `wall`: seconds from start to finish. ValueError with the
+    script's last line where it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True)
+    wall = time.perf_counter() - start
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1])
+    with open(record) as f:
+        return {**json.load(f), "wall": wall}
+
+
+def diffusion(*args):
+    """The record of one run of diffusion.py --mode test."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = os.path.join(folder, "record.json")
+        return timed(record, "diffusion.py", "--mode", "test", "--record", record, *args)
