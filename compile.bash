@@ -9,6 +9,7 @@
 # CXXFLAGS_ARCH replaces -march=native: the code then runs on every machine of that kind, e.g.
 # CXXFLAGS_ARCH=-march=x86-64-v3 for a cluster where all machines have AVX2.
 set -euo pipefail
+case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { echo "compile.bash: error: $*" >&2; exit 1; }

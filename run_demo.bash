@@ -14,6 +14,8 @@
 # EPOCHS       epochs of training (default: demo/train_network.py's)
 # PYTHON, REQUIREMENTS      see setup.bash
 set -euo pipefail
+case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
+[ $# = 0 ] || { echo "run_demo.bash: error: unknown argument '$1', all settings come from the environment (see --help)" >&2; exit 2; }
 DDIR=${DDIR:-$(dirname "${BASH_SOURCE[0]}")/demo_data}
 mkdir -p "$DDIR"
 DDIR=$(cd "$DDIR" && pwd)

@@ -16,6 +16,7 @@
 #
 # Jobs whose record is complete are not run again. A failed job is named, the others go on, the exit status is 1.
 set -euo pipefail
+case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case "${1:-}" in
     1|2|3|4) ;;

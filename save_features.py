@@ -125,7 +125,7 @@ def arguments():
                        "any")
     group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, divided among the "
                        "workers (default: of the configuration)")
-    group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that read, decode and run the "
+    group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
                        "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
                        "CPU)")
     return parser.parse_args()
@@ -169,33 +169,38 @@ def digest(path):
 
 
 def by_threads(batches, extract, workers):
-    """Yield (features or None, state, faults) of all batches in order; each thread reads, decodes and runs the network.
+    """Yield (features or None, state, faults) of all batches in order; each thread decodes and runs the network.
 
     On a CPU this is quicker than processes that decode beside a network on all CPUs: no core waits at the end of each
-    layer for one that was busy decoding, and no pixels go from process to process.
+    layer for one that was busy decoding, and no pixels go from process to process. Other threads read ahead: they
+    mostly wait for the disk.
     """
     import torch
     # threads that decode small images at the same time hold each other up (they share Python's lock), and would go on
     # doing so in step; let half of them decode while the others are in the network
     decoding = threading.Semaphore(max(1, workers // 2))
 
-    def work(b):
+    def work(b, reading):
+        files = reading.result()
         with decoding:
-            batch = batches[b]
+            batch = batches.decode(b, files)
         with torch.inference_mode():                # holds for one thread
             return features_of(batch, extract)
 
-    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    ahead = 2 * workers
+    with concurrent.futures.ThreadPoolExecutor(ahead) as readers, \
+            concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             running = collections.deque()
             for b in range(len(batches)):
-                running.append(pool.submit(work, b))
-                if len(running) > 2 * workers:
+                running.append(pool.submit(work, b, readers.submit(batches.read, b)))
+                if len(running) > ahead:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for threads in (readers, pool):
+                threads.shutdown(wait=False, cancel_futures=True)
 
 
 def by_processes(batches, extract, workers):
@@ -326,6 +331,12 @@ class InMemory:
         return self.n
 
     def __getitem__(self, b):
+        return self.batch
+
+    def read(self, b):
+        return None
+
+    def decode(self, b, files):
         return self.batch
 
 

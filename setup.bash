@@ -11,6 +11,7 @@
 #
 # g++, the Python headers and venv have to be there; as root on Debian or Ubuntu they are installed, otherwise named.
 set -euo pipefail
+[ "${BASH_SOURCE[0]}" != "$0" ] || case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
 
 setup_fail() { echo "setup.bash: error: $*" >&2; exit 1; }
 

@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.features import MatrixFile, NormalisedRows
+from lowshot.features import MatrixFile, NormalisedRows, row_norms
 
 BLOCK = 1 << 16
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
@@ -37,16 +37,11 @@ class Vectors:
         if self.n >= 2 ** 31:
             raise ValueError(f"{self.n} vectors: node numbers have 32 bits")
         norms = np.empty(self.n, np.float32)
-        for i in range(0, self.n, BLOCK):
-            rows = self.stretch(i, min(i + BLOCK, self.n))
-            norms[i:i + BLOCK] = np.einsum("ij,ij->i", rows, rows)
-        bad = ~np.isfinite(norms)
-        if bad.any():
-            row = int(np.argmax(bad))
-            part = int(np.searchsorted(self.starts, row, "right")) - 1
-            name = getattr(self.sources[part], "filename", "the features")
-            raise ValueError(f"{name}: row {row - self.starts[part]} holds NaN or infinity")
-        np.sqrt(norms, out=norms)
+        for source, start in zip(self.sources, self.starts):
+            name = getattr(source, "filename", "the features")
+            for i in range(0, len(source), BLOCK):
+                rows = source[i:i + BLOCK]
+                norms[start + i:start + i + len(rows)] = row_norms(rows, name, i)
         self.longest = 1.0 if normalise else float(norms.max(initial=0))
         if normalise:
             norms[norms == 0] = 1

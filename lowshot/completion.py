@@ -18,6 +18,7 @@ from lowshot import knn
 from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, check_graph, read_index
+from lowshot.layout import graph_command
 from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
@@ -47,7 +48,7 @@ def read_features(path, rows, pca_path, what):
         pca = load_pca(pca_path, f.d, path)
         if not len(rows):
             return np.empty((0, pca.d_out), np.float32)
-        return f.read(rows, lambda x: normalise_rows(pca.apply(x)), progress.update)
+        return f.read(rows, lambda x: normalise_rows(pca.apply(x), path), progress.update)
 
 
 def read_background_graph(ddir, nbg, k, I, D, vectors):
@@ -55,8 +56,8 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
 
     vectors: knn.Vectors of the nodes, the background's first: some similarities are compared with theirs.
     """
-    path_I, path_D, columns = ddir.find_graph(nbg, k)
-    maker = f"python build_graph.py {nbg} --k {columns}"
+    path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
+    maker = graph_command(nbg, columns, vectors.d)
     for path, dtype, out in ((path_I, "<i4", I), (path_D, "<f4", D)):
         rows = matrix_rows(path, dtype, columns, nbg, maker)
         if rows != nbg:
@@ -197,7 +198,7 @@ class FixedKey:
         self.base_rows, self.test_rows = base_rows, test_rows
         sources = [ddir.train, ddir.val, ddir.pca(dim)]
         if nbg:
-            sources += [ddir.raw(dim), *ddir.find_graph(nbg, k)[:2]]
+            sources += [ddir.raw(dim), *ddir.find_graph(nbg, k, dim)[:2]]
             if os.path.exists(ddir.index(nbg)):
                 sources.append(ddir.index(nbg))
         for path in sources:

@@ -188,7 +188,7 @@ def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
         arguments["dim"] = dim
     inputs = [ddir.pca(dim or 256)]
     try:
-        inputs += ddir.find_graph(nbg, k)[:2] if nbg else []
+        inputs += ddir.find_graph(nbg, k, dim or 256)[:2] if nbg else []
     except ValueError:
         pass            # diffusion.py says what is missing
     return make_job(e, "diffusion", ddir, name, arguments, inputs)

@@ -70,14 +70,27 @@ class FeatureFile:
 
     def labels(self):
         """Labels of the valid rows, int64 (n,)."""
-        return self.file["all_labels"][:self.n].astype(np.int64)
+        labels = self._stretch("all_labels", 0, self.n)
+        if labels.dtype.kind == "f":
+            wrong = ~(np.abs(labels) < 2 ** 53) | (np.floor(labels) != labels)
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise ValueError(f"{self.path}: the label of row {row} is {labels[row]}, a whole number was expected")
+        return labels.astype(np.int64)
+
+    def _stretch(self, name, start, stop):
+        """Rows start .. stop - 1 of a dataset."""
+        try:
+            return self.file[name][start:stop]
+        except OSError as e:            # HDF5's, about a damaged chunk or the end of the file
+            raise ValueError(f"{self.path}: rows {start} to {stop - 1} of {name} are damaged: save_features.py makes them ({e})")
 
     def slabs(self, start=0, stop=None):
         """Yield (first row, float32 (m, d)) over rows start..stop-1 in order, about 64 MB at a time."""
         stop = self.n if stop is None else stop
         step = max(1, SLAB_BYTES // (4 * self.d))
         for i in range(start, stop, step):
-            yield i, self._checked(self.file["all_feats"][i:min(i + step, stop)], np.arange(i, min(i + step, stop)))
+            yield i, self._checked(self._stretch("all_feats", i, min(i + step, stop)), np.arange(i, min(i + step, stop)))
 
     def read(self, rows, transform=None, progress=None):
         """Rows in the order given, float32 (len(rows), d); transform: function of (m, d) applied to each part.
@@ -113,14 +126,13 @@ class FeatureFile:
             for start, stop in zip(starts[:-1], starts[1:]):
                 read_into(self._fd, out[start:stop], self._offset + int(rows[start]) * width, self.path)
             return out
-        feats = self.file["all_feats"]
         # read whole stretches and pick: h5py takes index lists one row at a time
         step = max(1, SLAB_BYTES // (4 * self.d))
         start = 0
         while start < len(rows):
             stop = np.searchsorted(rows, rows[start] + step)
             first = rows[start]
-            x = feats[first:rows[stop - 1] + 1]
+            x = self._stretch("all_feats", first, rows[stop - 1] + 1)
             out[start:stop] = x[rows[start:stop] - first]
             start = stop
         return out
@@ -232,17 +244,27 @@ class NormalisedRows:
             if i < j:
                 part = x[first + i - start:first + j - start]
                 part[:] = matrix[i:j]
-                bad = ~np.isfinite(part.sum(axis=1))
-                if bad.any() and not np.isfinite(part[bad]).all():
-                    bad = ~np.isfinite(part).all(axis=1)
-                    raise ValueError(f"{getattr(matrix, 'filename', 'the features')}: row {i + np.argmax(bad)} holds "
-                                     "NaN or infinity")
-        return normalise_rows(x)
+                normalise_rows(part, getattr(matrix, "filename", "the features"), i)
+        return x
 
 
-def normalise_rows(x):
-    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. Returns x."""
-    norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+def row_norms(x, name, first=None):
+    """L2 norms of the rows of x float32 (n, d). name: the file they are from, first: the number of the first row in it
+    or None, for the ValueError about a row that has none."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+    bad = ~np.isfinite(norms)
+    if bad.any():
+        row = np.argmax(bad)
+        what = "NaN or infinity" if not np.isfinite(x[row]).all() else f"numbers as large as {np.abs(x[row]).max():.3g}"
+        raise ValueError(f"{name}: {'a row' if first is None else f'row {first + row}'} holds {what}")
+    return norms
+
+
+def normalise_rows(x, name="the vectors", first=None):
+    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. name, first: see row_norms().
+    Returns x."""
+    norms = row_norms(x, name, first)
     norms[norms == 0] = 1
     x /= norms[:, None]
     return x

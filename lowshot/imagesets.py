@@ -271,6 +271,7 @@ class ZipReader:
             raise zipfile.BadZipFile(f"bad checksum of {name}")
         return data
 
+
 class FileSet:
     """Images in files of their own. names: paths below `root`; labels: int32 (n,)."""
 
@@ -465,7 +466,8 @@ READABLE, MISSING, DAMAGED = range(3)
 class Batches:
     """Batch b of images i0..i1-1 -> (pixels uint8 (m, crop, crop, 3), state uint8 (m,), what is wrong with them).
 
-    Images that are MISSING or DAMAGED are black. The last batch has fewer images.
+    Images that are MISSING or DAMAGED are black. The last batch has fewer images. batches[b] is
+    batches.decode(b, batches.read(b)): what waits for disks and what computes, for those who do them at the same time.
     """
 
     def __init__(self, images, preprocess, i0, i1, batchsize):
@@ -476,24 +478,39 @@ class Batches:
         return -(-(self.i1 - self.i0) // self.batchsize)
 
     def __getitem__(self, b):
+        return self.decode(b, self.read(b))
+
+    def read(self, b):
+        """What the set has of each image of batch b, or the exception that says why it has nothing."""
         first = self.i0 + b * self.batchsize
-        m = min(self.batchsize, self.i1 - first)
-        c = self.preprocess.crop
+        files = []
+        for i in range(first, min(first + self.batchsize, self.i1)):
+            try:
+                files.append(self.images.read(i))
+            except Exception as e:          # damaged files fail in many ways
+                raise_if_grave(e)
+                files.append(e.with_traceback(None))        # which would keep this batch in memory
+        return files
+
+    def decode(self, b, files):
+        """The batch of what read(b) returned."""
+        m, c = len(files), self.preprocess.crop
         pixels = np.empty((m, c, c, 3), np.uint8)
         state = np.zeros(m, np.uint8)
         faults = []
-        for j in range(m):
-            try:
-                x = self.preprocess(self.images.read(first + j), pixels[j])
-                if not np.may_share_memory(x, pixels):
-                    pixels[j] = x
-            except Missing:
-                state[j] = MISSING
-            except Exception as e:          # decoders fail in many ways
-                raise_if_grave(e)
-                state[j] = DAMAGED
-                if not faults:
-                    faults.append(f"{self.images.name(first + j)}: {type(e).__name__} {' '.join(str(e).split())[:100]}")
-            if state[j]:
-                pixels[j] = 0
+        for j, file in enumerate(files):
+            if not isinstance(file, Exception):
+                try:
+                    x = self.preprocess(file, pixels[j])
+                    if not np.may_share_memory(x, pixels):
+                        pixels[j] = x
+                    continue
+                except Exception as e:      # and so do decoders
+                    raise_if_grave(e)
+                    file = e
+            pixels[j] = 0
+            state[j] = MISSING if isinstance(file, Missing) else DAMAGED
+            if state[j] == DAMAGED and not faults:
+                name = self.images.name(self.i0 + b * self.batchsize + j)
+                faults.append(f"{name}: {type(file).__name__} {' '.join(str(file).split())[:100]}")
         return pixels, state, faults

@@ -28,10 +28,14 @@ from lowshot.script import Progress
 EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 SAMPLE_SPARE = 16 * SPARE   # the same for the sample that recall is measured on
+SPARE_LISTED = 4            # the same in lists that are not proven
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
 MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours
+WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
+WIDE_START = .7             # recall that these rounds start from; from lower, they end lower
+WIDE_UPTO = .96             # recall that they reach where neighbours are hard to find
 
 
 def padded_to_power_of_two(k):
@@ -278,9 +282,9 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
     sample = Sample(vectors, cells, min(k, n), seed)
-    lists = Lists(cells, position, k, initial, checkpoint)
     wanted = min(recall + MARGIN, 1.0)
-    if lists.n0:
+    if initial is not None and len(initial[0]):
+        lists = Lists(cells, position, max(k, initial[0].shape[1]), initial, checkpoint)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells
         new = (sample.number >= lists.n0)[:, None] | (sample.I >= lists.n0)
         curve = sample.recall_by_nprobe(cells, position, lists.found(sample), new)
@@ -288,7 +292,10 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     else:
         # from here on neighbours of neighbours are the quicker way
         curve = sample.recall_by_nprobe(cells, position)
-        p = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5))
+        p, K = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5)), k
+        if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
+            p, K = cells_reaching(curve, WIDE_START), k + k // 2
+        lists = Lists(cells, position, K, None, checkpoint)
     rounds, have = 0, 0.0
     while True:
         lists.search(p, progress)
@@ -309,9 +316,9 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         lists.restart()
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
-    keys = lists.keys
     for i in range(0, n, BLOCK):
-        nb.exact_products(keys[i:i + BLOCK], vectors.arrays, vectors.arrays, k, cells.order[i:i + BLOCK], cells.order,
+        rows = slice(i, i + BLOCK)
+        nb.exact_products(lists.best(rows, k), vectors.arrays, vectors.arrays, k, cells.order[rows], cells.order,
                           vectors.scale, vectors.scale, True, D, I)
         progress("nodes' similarities computed", min(i + BLOCK, n), n)
     vectors.release()
@@ -321,11 +328,11 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 class Lists:
     """The candidate lists of all nodes, in the order of cells."""
 
-    def __init__(self, cells, position, k, initial=None, checkpoint=None):
+    def __init__(self, cells, position, K, initial=None, checkpoint=None):
         self.cells, self.position, self.checkpoint = cells, position, checkpoint
         self.initial = initial
         self.n0 = len(initial[0]) if initial is not None else 0
-        self.K = max(k, initial[0].shape[1] if self.n0 else 0)
+        self.K = K
         n = cells.n
         # in each cell the first nodes come first: from `middle` on they are new
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
@@ -400,10 +407,18 @@ class Lists:
         numbers = np.where(numbers < 0, -1, self.cells.order[np.maximum(numbers, 0)])
         return np.stack([np.isin(true, mine) for true, mine in zip(sample.I, numbers)])
 
+    def best(self, rows, k):
+        """The keys of some nodes, int64 (., K): the best of longer lists, with a few more than k as bfloat16 errs."""
+        keys, most = self.keys[rows], k + SPARE_LISTED
+        if self.K <= most:
+            return np.ascontiguousarray(keys)
+        keys = np.partition(keys.view(np.uint64), self.K - most, axis=1)[:, self.K - most:]
+        return np.ascontiguousarray(keys).view(np.int64)
+
     def recall(self, sample):
         """Recall on the sample, as it would be if similarities were computed now."""
         v = self.cells.vectors
-        keys = np.ascontiguousarray(self.keys[self.position[sample.number]])
+        keys = self.best(self.position[sample.number], sample.k)
         D, _ = nb.exact_products(keys, sample.x, v.arrays, sample.k, x_number=self.cells.order, x_scale=v.scale)
         return sample.recall(D)
 

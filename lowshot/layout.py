@@ -3,6 +3,11 @@ import os
 import re
 
 
+def graph_command(nbg, k, dim):
+    """The command that makes a background graph."""
+    return f"python build_graph.py {nbg} --k {k}" + (f" --dim {dim}" if dim != 256 else "")
+
+
 class DataDir:
     """Paths below the root of the data directory, `DDIR` in the environment unless given.
 
@@ -61,8 +66,11 @@ class DataDir:
         stem = self.path("knngraph", f"ndis{nbg}_k{k}")
         return f"{stem}_I_11.int32", f"{stem}_D_11.float32"
 
-    def find_graph(self, nbg, k):
-        """(I path, D path, columns) of a stored background graph that has at least k columns, fewest columns first."""
+    def find_graph(self, nbg, k, dim=256):
+        """(I path, D path, columns) of a stored background graph that has at least k columns, fewest columns first.
+
+        dim: dimensions of its vectors, for the command that makes it.
+        """
         folder = self.path("knngraph")
         pattern = re.compile(rf"ndis{nbg}_k(\d+)_I_11\.int32")
         names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -72,10 +80,10 @@ class DataDir:
                 return (*self.graph(nbg, kk), kk)
         for kk in columns:
             if kk >= k:
-                raise ValueError(f"{self.graph(nbg, kk)[1]} does not exist: python build_graph.py {nbg} --k {kk} makes it")
+                raise ValueError(f"{self.graph(nbg, kk)[1]} does not exist: {graph_command(nbg, kk, dim)} makes it")
         have = f"only k = {', '.join(map(str, columns))}" if columns else "none"
         raise ValueError(f"no graph of {nbg} background images with k >= {k} in {folder} ({have}): "
-                         f"python build_graph.py {nbg} --k {k} makes it")
+                         f"{graph_command(nbg, k, dim)} makes it")
 
     def label_idx(self):
         """label_idx.json of the data directory, or the copy in the current folder."""

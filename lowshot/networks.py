@@ -11,6 +11,7 @@ block has a bias, its 1x1 shortcut no batch norm, and the classifier no bias.
 import copy
 import os
 import pickle
+import re
 import warnings
 
 import torch
@@ -189,8 +190,9 @@ def _read(path):
     except MemoryError:
         raise
     except pickle.UnpicklingError as e:
-        # torch explains at length; its first sentence is about loading without weights_only, which we never do
-        raise ValueError(f"{damaged}, or holds other objects than tensors: {str(e).splitlines()[-1].strip()[:200]}")
+        # torch explains at length how to load without weights_only, which we never do
+        other = re.search(r"GLOBAL (\S+)", str(e))
+        raise ValueError(f"{damaged}, or holds other objects than tensors{f' ({other.group(1)})' if other else ''}")
     except Exception as e:
         # the reader fails in its own ways (EOFError, RuntimeError, IndexError, KeyError, UnicodeDecodeError, ...)
         raise ValueError(f"{damaged}: {type(e).__name__} {' '.join(str(e).split())[:120]}")

@@ -32,6 +32,18 @@ def test_unknown_phase_lists_the_valid_ones(system):
     assert "DDIR is not set" in bash(f"run_{system}.bash", "1").stderr
 
 
+@pytest.mark.parametrize("name", ["run_demo", "run_logreg", "run_diffusion", "run_tests", "setup", "compile"])
+def test_help_is_the_comment_at_the_top(name):
+    out = bash(f"{name}.bash", "--help")
+    assert out.returncode == 0 and f"bash {name}.bash" in out.stdout and "set -e" not in out.stdout
+    assert "#" not in out.stdout.split("bash")[0] and len(out.stdout.splitlines()) > 2
+
+
+def test_demo_takes_no_arguments():
+    out = bash("run_demo.bash", "quick")
+    assert out.returncode == 2 and "unknown argument 'quick'" in out.stderr
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = make_data_directory(tmp_path_factory.mktemp("drivers") / "a folder", nclass=20, dim=32, per_class=10,

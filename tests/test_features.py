@@ -93,6 +93,38 @@ def test_large_but_finite_rows_are_taken(tmp_path):
         assert np.array_equal(f.read([0, 2]), x[[0, 2]])
 
 
+def test_labels_are_whole_numbers(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.ones((3, 4), np.float32), np.zeros(3))
+    for wrong in (np.nan, np.inf, 1.5, 1e300):
+        with h5py.File(path, "r+") as f:
+            del f["all_labels"]
+            f["all_labels"] = np.array([7, wrong, 2.])
+        with FeatureFile(path) as f, pytest.raises(ValueError, match="f.hdf5: the label of row 1 is .*whole number"):
+            f.labels()
+    with h5py.File(path, "r+") as f:
+        f["all_labels"][1] = 4
+    with FeatureFile(path) as f:
+        assert f.labels().tolist() == [7, 4, 2]
+
+
+def test_damaged_chunk_is_named(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    x = np.arange(32, dtype=np.float32).reshape(8, 4)
+    write_features(path, x, np.zeros(8))
+    with h5py.File(path, "r+") as f:
+        del f["all_feats"]
+        chunk = f.create_dataset("all_feats", data=x, chunks=(4, 4), compression="gzip").id.get_chunk_info(1)
+    with open(path, "rb+") as f:
+        f.seek(chunk.byte_offset)
+        f.write(b"\xff" * chunk.size)
+    with FeatureFile(path) as f:
+        assert np.array_equal(f.read([1, 2]), x[1:3])
+        for read in (lambda: f.read([1, 6]), lambda: list(f.slabs())):
+            with pytest.raises(ValueError, match="f.hdf5: rows . to . of all_feats are damaged: save_features.py"):
+                read()
+
+
 def test_missing_and_truncated_files(stored):
     path, _, _ = stored
     with pytest.raises(ValueError, match="does not exist: save_features.py makes it"):
@@ -199,6 +231,12 @@ def test_normalise_rows():
     x = np.array([[3, 4], [0, 0], [0, -2]], np.float32)
     assert normalise_rows(x) is x and np.allclose(x, [[.6, .8], [0, 0], [0, -1]])
     assert normalise_rows(np.zeros((0, 5), np.float32)).shape == (0, 5)
+    # squares that float32 cannot hold give no norm; numpy's warnings would be errors here
+    x[1, 1] = 2e30
+    with pytest.raises(ValueError, match="f.raw: row 8 holds numbers as large as 2e\\+30"):
+        normalise_rows(x, "f.raw", 7)
+    with pytest.raises(ValueError, match="the vectors: a row holds numbers"):
+        normalise_rows(x)
 
 
 def test_normalised_rows_of_several_matrices(tmp_path):

@@ -70,6 +70,8 @@ def test_find_graph_takes_the_narrowest_that_serves(root):
     assert d.find_graph(50, 30)[2] == 64
     with pytest.raises(ValueError, match="only k = 8, 32, 64"):
         d.find_graph(50, 65)
+    with pytest.raises(ValueError, match="build_graph.py 50 --k 65 --dim 16 makes it"):
+        d.find_graph(50, 65, 16)
 
 
 def test_label_idx_in_the_data_directory_or_here(root, tmp_path_factory, monkeypatch):

@@ -197,15 +197,15 @@ def test_labels_of_the_other_kinds(data, script, tmp_path):
 # ---------------------------------------------------------------------------------------------- cut off
 
 def test_going_on_after_an_interruption(data, script, tmp_path, monkeypatch):
-    original = Batches.__getitem__
+    original = Batches.decode
     calls = []
 
-    def cut_off(self, b):
+    def cut_off(self, b, files):
         calls.append(self.i0 + b * self.batchsize)
         if b == 3:
             raise KeyboardInterrupt
-        return original(self, b)
-    monkeypatch.setattr(Batches, "__getitem__", cut_off)
+        return original(self, b, files)
+    monkeypatch.setattr(Batches, "decode", cut_off)
     with pytest.raises(KeyboardInterrupt):
         script(batchsize=5, workers=1)
     assert sorted(os.listdir(tmp_path)) == ["block0.hdf5.partial", "block0.hdf5.partial.json"]
@@ -220,7 +220,7 @@ def test_going_on_after_an_interruption(data, script, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="partial was begun with.*" + message):
             script(**changes)
 
-    monkeypatch.setattr(Batches, "__getitem__", lambda self, b: calls.append(self.i0) or original(self, b))
+    monkeypatch.setattr(Batches, "decode", lambda self, b, files: calls.append(self.i0) or original(self, b, files))
     calls.clear()
     out = script(batchsize=8)
     assert f"going on at image {done}: {done} of 45" in out and min(calls) == done
