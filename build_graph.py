@@ -108,16 +108,15 @@ def predicted_memory(n, d, k):
     """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them."""
     from lowshot import knn
     from graph_utils.neighbours import words
-    vectors, half, lists = 4 * n * d, 4 * n * words(d), 8 * n * k
+    vectors, half = 4 * n * d, 4 * n * words(d)
     base = 60e6 + 2440 * min(n, 65536)       # the libraries, and blocks of vectors
     if n < knn.EXACT_BELOW:
-        return int(base + vectors + half + lists + 16 * n * (k + knn.SPARE))
+        return int(base + vectors + half + 8 * n * k + 16 * n * (k + knn.SPARE))
     making_index = vectors + half + 24 * n
     # a candidate maps at most 64 kB of the file around it
     sampling = half + 24 * n + min(vectors, knn.SAMPLE * (k + knn.SAMPLE_SPARE) * 65536)
-    # candidates, their copy and reverse lists; measuring recall
-    rounds = half + 2 * lists + 40 * n + min(vectors, knn.SAMPLE * k * 65536)
-    similarities = vectors + 2 * lists + 24 * n
+    rounds = half + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
+    similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
     return int(base + max(making_index, sampling, rounds, similarities))
 
 

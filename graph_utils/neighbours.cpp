@@ -355,7 +355,7 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
     std::unique_ptr<Inserter> inserter;
     if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
     // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles
-    const int64_t size = std::clamp(nq / 64 / kGroup, (int64_t)1, (int64_t)8) * kGroup;
+    const int64_t size = std::clamp(nq / (8 * omp_get_max_threads()) / kGroup, (int64_t)1, (int64_t)8) * kGroup;
     parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * np;

@@ -43,14 +43,15 @@ class Scratch {
 };
 
 // The two arithmetics. Both take the left factor as `rows` (32 x K, made row by row) and the right one as a `panel`
-// (K x 32), 4 bytes per number, K a multiple of 32:
+// (K x N), 4 bytes per number. K is a multiple of 32 and N is 32; in float32 both may be 16, for small mini-batches.
 //
 //   row(x, r, K, out)          number r of the 32 rows; x(k) gives its numbers k .. k + 15
-//   panel_of_rows(x, s, K, o)  the panel whose rows are K rows x, x + s, ... of 32 numbers
-//   panel_of_columns(...)      the panel whose columns are 32 rows x, x + s, ... of K numbers
-//   product(a, p, K, z, s, add)  z (32 x 32, row stride s) = rows panel, or += if add
+//   panel_of_rows<N>(x, s, K, o)  the panel whose rows are K rows x, x + s, ... of N numbers
+//   panel_of_columns<N>(...)   the panel whose columns are N rows x, x + s, ... of K numbers
+//   product<N>(a, p, K, z, s, add)  z (32 x N, row stride s) = rows panel, or += if add
 
 struct Float32 {
+    static constexpr int64_t kLeast = 16;       // images in a mini-batch, padded
     static void begin() {}
     static void end() {}
 
@@ -59,27 +60,29 @@ struct Float32 {
         for (int64_t k = 0; k < K; k += kLanes) *(Vector*)((float*)out + r * K + k) = x(k);
     }
 
+    template <int64_t N>
     static void panel_of_rows(const float* x, int64_t stride, int64_t K, void* out) {
-        for (int64_t k = 0; k < K; k++) std::memcpy((float*)out + k * kTile, x + k * stride, 4 * kTile);
+        for (int64_t k = 0; k < K; k++) std::memcpy((float*)out + k * N, x + k * stride, 4 * N);
     }
 
+    template <int64_t N>
     static void panel_of_columns(const float* x, int64_t stride, int64_t K, void* out) {
-        const uint32_t* rows[kTile];
-        for (int64_t c = 0; c < kTile; c++) rows[c] = (const uint32_t*)(x + c * stride);
+        const uint32_t* rows[N];
+        for (int64_t c = 0; c < N; c++) rows[c] = (const uint32_t*)(x + c * stride);
         for (int64_t k = 0; k < K; k += 16)
-            for (int64_t half = 0; half < 2; half++)
-                tiles::transpose16(rows + 16 * half, k, (uint32_t*)out + k * kTile + 16 * half, kTile);
+            for (int64_t c = 0; c < N; c += 16) tiles::transpose16(rows + c, k, (uint32_t*)out + k * N + c, N);
     }
 
 #if defined(__AVX512F__)
-    static constexpr int kRows = 8, kWidth = 16;    // 16 accumulators of the 32 registers
+    static constexpr int kWidth = 16, kSums = 16;   // of the 32 registers
 #else
-    static constexpr int kRows = 2, kWidth = 8;     // 8 accumulators of the 16 registers
+    static constexpr int kWidth = 8, kSums = 8;     // of the 16 registers
 #endif
     typedef float Part __attribute__((vector_size(4 * kWidth), aligned(4)));
 
+    template <int64_t N>
     static void product(const void* rows, const void* panel, int64_t K, float* z, int64_t stride, bool add) {
-        constexpr int NV = kTile / kWidth;
+        constexpr int NV = N / kWidth, kRows = kSums / NV;
         for (int64_t r0 = 0; r0 < kTile; r0 += kRows) {
             Part sums[kRows][NV] = {};
             const float* a = (const float*)rows + r0 * K;
@@ -102,6 +105,7 @@ struct Float32 {
 // go in any order. Rows: 32 x K/2 words of high numbers, then of low ones. Panel: for each half of its columns K/2 x 16
 // words of high numbers, then of low ones.
 struct Split {
+    static constexpr int64_t kLeast = kTile;
     static void begin() { tiles::Amx::begin(); }
     static void end() { tiles::Amx::end(); }
 
@@ -121,7 +125,9 @@ struct Split {
         for (int64_t k = 0; k < K; k += 32) split(x(k), x(k + 16), high + k / 2, low + k / 2);
     }
 
+    template <int64_t N>
     static void panel_of_rows(const float* x, int64_t stride, int64_t K, void* out) {
+        static_assert(N == kTile, "AMX tiles are of one size");
         for (int64_t half = 0; half < 2; half++) {
             uint32_t *high = (uint32_t*)out + half * 16 * K, *low = high + 8 * K;
             for (int64_t k = 0; k < K; k += 32)
@@ -133,7 +139,9 @@ struct Split {
         }
     }
 
+    template <int64_t N>
     static void panel_of_columns(const float* x, int64_t stride, int64_t K, void* out) {
+        static_assert(N == kTile, "AMX tiles are of one size");
         alignas(64) uint32_t words[2][kTile][16];
         for (int64_t k = 0; k < K; k += 32) {
             for (int64_t c = 0; c < kTile; c++)
@@ -147,7 +155,9 @@ struct Split {
         }
     }
 
+    template <int64_t N>
     static void product(const void* rows, const void* panel, int64_t K, float* z, int64_t stride, bool add) {
+        static_assert(N == kTile, "AMX tiles are of one size");
         const uint16_t *a = (const uint16_t*)rows, *low_a = a + kTile * K;
         const uint32_t *b = (const uint32_t*)panel, *b2 = b + 16 * K;
         // the compiler does not know that tile instructions read and write memory
@@ -260,10 +270,10 @@ struct Pass {
 
     void reserve(Scratch& scratch) const { Memory(*this, scratch); }
 
-    template <class Arithmetic>
+    template <class Arithmetic, int64_t N>
     void run(uint8_t* scratch_memory) const {
         const int64_t nblock = this->nblock(), nchunk = (dpad + kColumns - 1) / kColumns, group = this->group();
-        const int64_t ndeep = (dpad + kDeep - 1) / kDeep, ntile = dpad / kTile, nb1 = B1pad / kTile;
+        const int64_t ndeep = (dpad + kDeep - 1) / kDeep, ntile = dpad / kTile, nb1 = B1pad / N;
         const int64_t gradient_panel = 4 * kTile * Bpad, P_bytes = 4 * kTile * Bpad;
         Scratch scratch(scratch_memory);
         const Memory memory(*this, scratch);
@@ -275,12 +285,13 @@ struct Pass {
             Arithmetic::begin();
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < ntile * T0; i++)        // panel of column tile i / T0, mini-batch i % T0
-                Arithmetic::panel_of_rows(X0 + i % T0 * Bpad * dpad + i / T0 * kTile, dpad, Bpad, panels0 + i * gradient_panel);
+                Arithmetic::template panel_of_rows<kTile>(X0 + i % T0 * Bpad * dpad + i / T0 * kTile, dpad, Bpad,
+                                                          panels0 + i * gradient_panel);
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < ndeep * T1 * nb1; i++) {
                 const int64_t j = i / (T1 * nb1) * kDeep, deep = std::min(kDeep, dpad - j), k = i % (T1 * nb1);
-                Arithmetic::panel_of_columns(X1 + k * kTile * dpad + j, dpad, deep,
-                                             panels1 + 4 * (j * T1 * B1pad + k * kTile * deep));
+                Arithmetic::template panel_of_columns<N>(X1 + k * N * dpad + j, dpad, deep,
+                                                         panels1 + 4 * (j * T1 * B1pad + k * N * deep));
             }
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < nblock; i++) {
@@ -297,9 +308,9 @@ struct Pass {
                         const int64_t n = std::min(group, (j0 + width - j) / kTile);
                         for (int64_t s = 0; s < T0; s++)
                             for (int64_t k = 0; k < n; k++)
-                                Arithmetic::product(rows0 + (i * T0 + s) * P_bytes,
-                                                    panels0 + ((j / kTile + k) * T0 + s) * gradient_panel, Bpad,
-                                                    gradients + (k * T0 + s) * kTile * kTile, kTile, false);
+                                Arithmetic::template product<kTile>(
+                                    rows0 + (i * T0 + s) * P_bytes, panels0 + ((j / kTile + k) * T0 + s) * gradient_panel,
+                                    Bpad, gradients + (k * T0 + s) * kTile * kTile, kTile, false);
                         for (int64_t k = 0; k < n; k++)
                             update(kTile * i, j + k * kTile, gradients + k * T0 * kTile * kTile, i + 1 < nblock);
                     }
@@ -312,8 +323,9 @@ struct Pass {
                                 Arithmetic::row(Sum{factor[0], W + row * dpad + j, factor[1], M + row * dpad + j}, r, deep, rows1);
                             }
                             for (int64_t k = 0; k < nb1; k++)
-                                Arithmetic::product(rows1, panels1 + 4 * (j * T1 * B1pad + (t * nb1 + k) * kTile * deep), deep,
-                                                    Z + (kTile * i * T1 + t) * B1pad + k * kTile, T1 * B1pad, true);
+                                Arithmetic::template product<N>(
+                                    rows1, panels1 + 4 * (j * T1 * B1pad + (t * nb1 + k) * N * deep), deep,
+                                    Z + (kTile * i * T1 + t) * B1pad + k * N, T1 * B1pad, true);
                         }
                     }
                 }
@@ -382,8 +394,8 @@ struct Gradients {
         char *rows, *columns, *inner, *panels, *each;
         int64_t each_bytes;
         Memory(const Gradients& p, Scratch& scratch)
-            : rows(scratch.take(4 * p.T * p.Bpad * p.dpad)), columns(scratch.take(4 * p.T * p.Bpad * p.dpad)),
-              inner(scratch.take(4 * p.T * p.Bpad * p.T * p.Bpad)), panels(scratch.take(4 * p.T * p.Bpad * p.T * p.Bpad)),
+            : rows(scratch.take(4 * p.whole() * p.dpad)), columns(scratch.take(4 * p.T * p.Bpad * p.dpad)),
+              inner(scratch.take(4 * p.whole() * p.T * p.Bpad)), panels(scratch.take(4 * p.T * p.Bpad * p.T * p.Bpad)),
               each(nullptr), each_bytes(4 * kTile * p.Bpad) {
             each = scratch.take(omp_get_max_threads() * each_bytes);
         }
@@ -391,11 +403,14 @@ struct Gradients {
 
     void reserve(Scratch& scratch) const { Memory(*this, scratch); }
 
-    template <class Arithmetic>
+    // images of all mini-batches, padded to whole tiles
+    int64_t whole() const { return (T * Bpad + kTile - 1) / kTile * kTile; }
+
+    template <class Arithmetic, int64_t N>
     void run(uint8_t* scratch_memory) const {
-        const int64_t nblock = (G * C + kTile - 1) / kTile, nb = Bpad / kTile, all = T * Bpad, nall = all / kTile;
+        const int64_t nblock = (G * C + kTile - 1) / kTile, nb = Bpad / N, all = T * Bpad;
         const int64_t ngroup = (Bpad + kLanes - 1) / kLanes;
-        const int64_t images_bytes = 4 * kTile * dpad, panel_bytes = 4 * kTile * Bpad;
+        const int64_t rows_bytes = 4 * kTile * dpad, columns_bytes = 4 * N * dpad, panel_bytes = 4 * N * Bpad;
         const bool corrected = T > 1;
         Scratch scratch(scratch_memory);
         const Memory memory(*this, scratch);
@@ -406,23 +421,25 @@ struct Gradients {
             Arithmetic::begin();
             if (corrected) {
 #pragma omp for schedule(static)
-                for (int64_t i = 0; i < nall; i++) {
-                    for (int64_t r = 0; r < kTile; r++)
-                        Arithmetic::row(Numbers{X + (kTile * i + r) * dpad}, r, dpad, rows + i * images_bytes);
-                    Arithmetic::panel_of_columns(X + kTile * i * dpad, dpad, dpad, columns + i * images_bytes);
+                for (int64_t i = 0; i < all / N; i++) {
+                    for (int64_t image = N * i; image < N * (i + 1); image++)
+                        Arithmetic::row(Numbers{X + image * dpad}, image % kTile, dpad, rows + image / kTile * rows_bytes);
+                    Arithmetic::template panel_of_columns<N>(X + N * i * dpad, dpad, dpad, columns + i * columns_bytes);
                 }
                 // inner products of the images of s with those of later t, as panels (T x nb) x T
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t i = nb; i < nall; i++) {
+                for (int64_t i = nb; i < all / N; i++) {
                     const int64_t t = i / nb;
-                    float* products = (float*)inner + kTile * i;
-                    for (int64_t j = 0; j < t * nb; j++)
-                        Arithmetic::product(rows + j * images_bytes, columns + i * images_bytes, dpad,
-                                            products + kTile * j * all, all, false);
+                    float* products = (float*)inner + N * i;
+                    // the last tile may hold images of t as well, which nobody looks at
+                    for (int64_t j = 0; j * kTile < t * Bpad; j++)
+                        Arithmetic::template product<N>(rows + j * rows_bytes, columns + i * columns_bytes, dpad,
+                                                        products + kTile * j * all, all, false);
                     for (int64_t j = 0; j < t * Bpad; j++)
-                        for (int64_t c = 0; c < kTile; c++) products[j * all + c] += 1;     // the bias
+                        for (int64_t c = 0; c < N; c++) products[j * all + c] += 1;         // the bias
                     for (int64_t s = 0; s < t; s++)
-                        Arithmetic::panel_of_rows(products + s * Bpad * all, all, Bpad, panels + (i * T + s) * panel_bytes);
+                        Arithmetic::template panel_of_rows<N>(products + s * Bpad * all, all, Bpad,
+                                                              panels + (i * T + s) * panel_bytes);
                 }
             }
             for (int64_t t = 0; t < T; t++) {
@@ -436,8 +453,8 @@ struct Gradients {
                                 Arithmetic::row(Scaled{factor, Z + row * all + s * Bpad}, r, Bpad, some);
                             }
                             for (int64_t k = 0; k < nb; k++)
-                                Arithmetic::product(some, panels + ((t * nb + k) * T + s) * panel_bytes, Bpad,
-                                                    Z + kTile * i * all + t * Bpad + k * kTile, all, true);
+                                Arithmetic::template product<N>(some, panels + ((t * nb + k) * T + s) * panel_bytes, Bpad,
+                                                                Z + kTile * i * all + t * Bpad + k * N, all, true);
                         }
                 }
 #pragma omp for schedule(static)
@@ -491,6 +508,8 @@ bool sgd_has_tiles() {
 #endif
 }
 
+int64_t sgd_multiple(bool tiles) { return tiles && sgd_has_tiles() ? kTile : Float32::kLeast; }
+
 int64_t sgd_scratch(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t Bpad) {
     Scratch pass(nullptr), gradients(nullptr);
     Pass{G, C, dpad, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, T, Bpad, nullptr, nullptr, T, Bpad, nullptr,
@@ -503,32 +522,38 @@ void sgd_pass(int64_t G, int64_t C, int64_t dpad, float mom, const float* lr, co
               float* b, float* mb, int64_t T0, int64_t Bpad, const float* X0, const float* P, int64_t T1,
               int64_t B1pad, const float* X1, const float* ahead, float* Z, bool tiles, uint8_t* scratch) {
     check_sizes(G > 0 && C > 0 && dpad > 0 && dpad % kTile == 0 && T0 >= 0 && T1 >= 0 && Bpad >= 0 && B1pad >= 0
-                    && Bpad % kTile == 0 && B1pad % kTile == 0,
-                "sgd_pass: sizes are multiples of 32");
+                    && Bpad % sgd_multiple(tiles) == 0 && B1pad % sgd_multiple(tiles) == 0,
+                "sgd_pass: a size is not padded");
     const Pass pass{G, C, dpad, mom, lr, wd, W, M, b, mb, T0, Bpad, X0, P, T1, B1pad, X1, ahead, Z};
 #ifdef SGD_TILES
     if (tiles && sgd_has_tiles()) {
-        pass.run<Split>(scratch);
+        pass.run<Split, kTile>(scratch);
         return;
     }
 #endif
-    pass.run<Float32>(scratch);
+    if (B1pad % kTile)
+        pass.run<Float32, Float32::kLeast>(scratch);
+    else
+        pass.run<Float32, kTile>(scratch);
 }
 
 void sgd_gradients(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t B, int64_t Bpad, const float* X,
                    const int64_t* y, const float* response, float* Z, double* losses, bool tiles,
                    uint8_t* scratch) {
-    check_sizes(G > 0 && C > 0 && T > 0 && B > 0 && B <= Bpad && dpad % kTile == 0 && Bpad % kTile == 0,
-                "sgd_gradients: sizes are multiples of 32");
+    check_sizes(G > 0 && C > 0 && T > 0 && B > 0 && B <= Bpad && dpad % kTile == 0 && Bpad % sgd_multiple(tiles) == 0,
+                "sgd_gradients: a size is not padded");
     for (int64_t i = 0; i < T * B; i++) check_sizes(y[i] >= 0 && y[i] < C, "sgd_gradients: a class is out of range");
     const Gradients gradients{G, C, dpad, T, B, Bpad, X, y, response, Z, losses};
 #ifdef SGD_TILES
     if (tiles && sgd_has_tiles()) {
-        gradients.run<Split>(scratch);
+        gradients.run<Split, kTile>(scratch);
         return;
     }
 #endif
-    gradients.run<Float32>(scratch);
+    if (Bpad % kTile)
+        gradients.run<Float32, Float32::kLeast>(scratch);
+    else
+        gradients.run<Float32, kTile>(scratch);
 }
 
 void gather_batches(int64_t nX, int64_t d, const float* X, int64_t n, const int64_t* images, int64_t B, int64_t Bpad,

@@ -2,7 +2,8 @@
 //
 // Matrices are row major. There are G classifiers of C classes each, whose rows follow each other: row g C + c. Sizes
 // named *pad are rounded up to multiples of 32; rows and columns that pad hold zeros, on input and on output. One
-// mini-batch has B images, Bpad with padding; T of them lie side by side in P and Z, `T Bpad` columns.
+// mini-batch has B images, Bpad with padding to a multiple of sgd_multiple(); T of them lie side by side in P and Z,
+// `T Bpad` columns.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,9 @@
 // numbers, high and low, and three of their four products are summed in float32 (relative error about 1e-5 of the
 // largest terms). Otherwise they are float32 products.
 bool sgd_has_tiles();
+
+// What the images of a mini-batch are padded to a multiple of: 32 with these tiles, else 16.
+int64_t sgd_multiple(bool tiles);
 
 // Bytes of scratch memory for T mini-batches of Bpad images at a time, with the present number of threads.
 int64_t sgd_scratch(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t Bpad);

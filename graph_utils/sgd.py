@@ -4,13 +4,18 @@ import numpy as np
 from graph_utils import core
 from graph_utils.product import aligned_zeros
 
-TILE = 32               # rows, columns and images are padded to multiples of it
+TILE = 32               # rows and columns are padded to multiples of it
 TOGETHER = 256          # images of the mini-batches that share a pass over the parameters
 MOST = 16               # mini-batches that share a pass
 
 
-def padded(n):
-    return -(-n // TILE) * TILE
+def padded(n, multiple=TILE):
+    return -(-n // multiple) * multiple
+
+
+def padded_images(n, tiles=True):
+    """Images of a mini-batch of n with padding."""
+    return padded(n, core.sgd_multiple(tiles))
 
 
 class FusedSGD:
@@ -49,7 +54,7 @@ class FusedSGD:
     @staticmethod
     def together(batchsize):
         """T, the number of mini-batches that share a pass."""
-        return min(max(TOGETHER // padded(batchsize), 1), MOST)
+        return min(max(TOGETHER // padded_images(batchsize), 1), MOST)
 
     def ahead(self, T):
         """(alpha_t, beta_t) of t = 0 .. T - 1, float32 (G, T, 2), and c_1 .. c_T, float32 (G, T)."""
@@ -72,8 +77,9 @@ class FusedSGD:
     def memory(G, C, d, batchsize):
         """Bytes that G classifiers take at most, in training and evaluation."""
         rows, dpad, T = padded(G * C), padded(d), FusedSGD.together(batchsize)
-        images = max(T * padded(batchsize), FusedSGD.SCORED)
-        scratch = max(core.sgd_scratch(G, C, dpad, 1, FusedSGD.SCORED), core.sgd_scratch(G, C, dpad, T, padded(batchsize)))
+        Bpad = padded_images(batchsize)
+        images = max(T * Bpad, FusedSGD.SCORED)
+        scratch = max(core.sgd_scratch(G, C, dpad, 1, FusedSGD.SCORED), core.sgd_scratch(G, C, dpad, T, Bpad))
         return 8 * rows * (dpad + 1) + 2 * 4 * images * (rows + dpad) + scratch
 
     def _space(self, name, size, dtype=np.float32):
@@ -89,7 +95,7 @@ class FusedSGD:
         """X[images] padded to float32 (T Bpad, dpad); images: int64 (T, B)."""
         if X.ndim != 2 or X.shape[1] != self.d or X.dtype != np.float32:
             raise ValueError(f"X is {X.dtype} {X.shape}, float32 (n, {self.d}) expected")
-        (T, B), Bpad = images.shape, padded(images.shape[1])
+        (T, B), Bpad = images.shape, padded_images(images.shape[1], self.tiles)
         self.turn = 1 - self.turn       # the mini-batches of the last call may be pending
         out = self._space(("X", self.turn), T * Bpad * self.dpad).reshape(T, Bpad, self.dpad)
         out[:, B:] = 0
@@ -120,7 +126,7 @@ class FusedSGD:
         images, classes = (np.ascontiguousarray(a, np.int64) for a in (images, classes))
         if images.ndim != 2 or images.shape != classes.shape or not images.size:
             raise ValueError(f"images {images.shape} and classes {classes.shape} must both be (T, B)")
-        (T, B), Bpad = images.shape, padded(images.shape[1])
+        (T, B), Bpad = images.shape, padded_images(images.shape[1], self.tiles)
         if classes.min() < 0 or classes.max() >= self.C:
             raise ValueError(f"a class is not in 0 .. {self.C - 1}")
         x = self._gather(X, images)
@@ -142,12 +148,13 @@ class FusedSGD:
         out = np.empty((G, len(X)), np.int32)
         for i in range(0, len(X), self.SCORED):
             n = min(self.SCORED, len(X) - i)
-            Z = self._pass(1, padded(n), self._gather(X, np.arange(i, i + n)[None]))
+            Bpad = padded_images(n, self.tiles)
+            Z = self._pass(1, Bpad, self._gather(X, np.arange(i, i + n)[None]))
             some = np.empty((G, n), np.int32)
-            core.ranks_of(G, self.C, n, padded(n), Z, labels[i:i + n], some)
+            core.ranks_of(G, self.C, n, Bpad, Z, labels[i:i + n], some)
             out[:, i:i + n] = some
             for g in range(G if store is not None else 0):
-                store[g][i:i + n] = Z.reshape(self.rows, padded(n))[g * self.C:(g + 1) * self.C, :n].T
+                store[g][i:i + n] = Z.reshape(self.rows, Bpad)[g * self.C:(g + 1) * self.C, :n].T
         return out
 
     def weights(self, g):

@@ -32,10 +32,12 @@ SPARE_LISTED = 4            # the same in lists that are not proven
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
 MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
-REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours
+REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
+                            # where lists are longer
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
-WIDE_START = .7             # recall that these rounds start from; from lower, they end lower
-WIDE_UPTO = .96             # recall that they reach where neighbours are hard to find
+WIDE_LEAST = 64             # how long the lists are then at least
+WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
+WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
 def padded_to_power_of_two(k):
@@ -282,7 +284,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
     sample = Sample(vectors, cells, min(k, n), seed)
-    wanted = min(recall + MARGIN, 1.0)
+    wanted, reverse = min(recall + MARGIN, 1.0), REVERSE
     if initial is not None and len(initial[0]):
         lists = Lists(cells, position, max(k, initial[0].shape[1]), initial, checkpoint)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells
@@ -294,7 +296,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         curve = sample.recall_by_nprobe(cells, position)
         p, K = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5)), k
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
-            p, K = cells_reaching(curve, WIDE_START), k + k // 2
+            p, K, reverse = cells_reaching(curve, WIDE_START), longest_list(k), 2 * REVERSE
         lists = Lists(cells, position, K, None, checkpoint)
     rounds, have = 0, 0.0
     while True:
@@ -303,7 +305,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} nodes")
         gained = 1.0
         while not nprobe and have < wanted and gained > .002 and rounds < 12:
-            inserted = nb.descent_round(cells.X, lists.keys, REVERSE, seed + rounds,
+            inserted = nb.descent_round(cells.X, lists.keys, reverse, seed + rounds,
                                         lambda done: progress("nodes' neighbours compared with each other", done, n))
             rounds += 1
             lists.round_done(rounds)
@@ -316,13 +318,20 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         lists.restart()
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
+    numbers = lists.become_numbers(k)
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
-        nb.exact_products(lists.best(rows, k), vectors.arrays, vectors.arrays, k, cells.order[rows], cells.order,
-                          vectors.scale, vectors.scale, True, D, I)
+        keys = nb.make_keys(np.zeros(numbers[rows].shape, np.float32), numbers[rows])
+        nb.exact_products(keys, vectors.arrays, vectors.arrays, k, cells.order[rows], cells.order, vectors.scale,
+                          vectors.scale, True, D, I)
         progress("nodes' similarities computed", min(i + BLOCK, n), n)
     vectors.release()
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+
+
+def longest_list(k):
+    """Candidates per node, at most, while a graph of k neighbours is built."""
+    return max(2 * k, WIDE_LEAST)
 
 
 class Lists:
@@ -415,11 +424,22 @@ class Lists:
         keys = np.partition(keys.view(np.uint64), self.K - most, axis=1)[:, self.K - most:]
         return np.ascontiguousarray(keys).view(np.int64)
 
+    def become_numbers(self, k):
+        """The numbers of the best alone, int32 (n, K), -1 for none, in half the memory; the lists are given up."""
+        numbers = np.empty((len(self.keys), min(self.K, k + SPARE_LISTED)), np.int32)
+        for i in range(0, len(numbers), BLOCK):
+            numbers[i:i + BLOCK] = nb.numbers(self.best(slice(i, i + BLOCK), k))
+        self.keys = None
+        if self.checkpoint is not None:
+            self.checkpoint.keys = None
+        return numbers
+
     def recall(self, sample):
         """Recall on the sample, as it would be if similarities were computed now."""
         v = self.cells.vectors
         keys = self.best(self.position[sample.number], sample.k)
         D, _ = nb.exact_products(keys, sample.x, v.arrays, sample.k, x_number=self.cells.order, x_scale=v.scale)
+        v.release()
         return sample.recall(D)
 
 

@@ -131,6 +131,36 @@ def test_graph_of_hard_data_reaches_the_recall_asked_for():
     assert results[0][2] != results[1][2]
 
 
+def test_longer_lists_where_many_cells_would_be_searched(monkeypatch):
+    x = clustered(6000, d=64, spread=3.)
+    cells = Cells.train(Vectors(x), 150)
+    plain = knn.build_knn_graph(None, 12, cells=cells)
+    monkeypatch.setattr(knn, "WIDE_FROM", 1)
+    D, I, info = knn.build_knn_graph(None, 12, cells=cells)
+    assert 2 * info["nprobe"] < plain[2]["nprobe"] and info["rounds"]
+    assert info["recall"] >= .95 and recall(I, x, x, 12) >= .94
+    S = np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1)
+    np.testing.assert_allclose(D, S, atol=1e-6)
+    assert all(len(set(row)) == 12 for row in I) and (np.diff(D) <= 0).all()
+    # not where they do not reach as far
+    assert knn.build_knn_graph(None, 12, recall=.99, cells=cells)[2]["nprobe"] > info["nprobe"]
+
+
+def test_best_of_longer_lists():
+    x = clustered(300)
+    cells = Cells.train(Vectors(x), 10)
+    lists = knn.Lists(cells, cells.position(), 30)
+    rs = np.random.RandomState(0)
+    for i in range(300):
+        count = rs.randint(31)
+        lists.keys[i, :count] = knn.nb.make_keys(rs.randn(1, count).astype("f4"), rs.permutation(300)[None, :count])[0]
+    for rows in (slice(7, 100), np.array([5, 299, 0])):
+        got = lists.best(rows, 3)
+        want = -np.sort(-lists.keys[rows].view(np.uint64).astype("f8"), axis=1)[:, :3 + knn.SPARE_LISTED]
+        assert np.array_equal(-np.sort(-got.view(np.uint64).astype("f8"), axis=1), want) and got.flags.c_contiguous
+    assert np.array_equal(lists.best(slice(0, 9), 26), lists.keys[:9])
+
+
 def test_the_curve_predicts_what_a_number_of_cells_finds():
     x = clustered(3000, spread=1.)
     cells = Cells.train(Vectors(x), 60)
