@@ -24,7 +24,7 @@ from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 3
+VERSION = 4
 BLOCK = 65536
 
 
@@ -101,7 +101,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
     Exact below 100,000 nodes; above, base images are searched for among near cells and neighbours of neighbours until
-    recall@k >= 0.95 over all nodes, and test images among near cells at recall@k >= 0.99, as measured on samples.
+    recall@k >= 0.95 over all nodes, and test images in the same ways until recall@k >= 0.99, as measured on samples.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors = len(x), knn.Vectors(x)
@@ -115,12 +115,15 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
             return Graph(I, D, test_I, test_D)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
-        # first, as the graph gives the vectors in cells up
-        test_D, test_I, info = knn.search(cells, test, k, recall=0.99, progress=progress)
-        log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
+        found = []
+
+        def search_test(graph):
+            found.extend(knn.search(cells, test, k, recall=0.99, progress=progress, graph=graph))
+            log(f"test images: recall@{k} {found[2]['recall']:.4f} on a sample")
+
         knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                            progress=progress, say=log, release=True)
-        return Graph(I, D, test_I, test_D, locality_order(I))
+                            progress=progress, say=log, release=True, also=search_test)
+        return Graph(I, D, found[1], found[0], locality_order(I))
 
 
 def add_novel(fixed, x, novel):
