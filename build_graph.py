@@ -113,11 +113,9 @@ def predicted_memory(n, d, k):
     if n < knn.EXACT_BELOW:
         return int(base + vectors + half + 8 * n * k + 16 * n * (k + knn.SPARE))
     making_index = vectors + half + 24 * n
-    # a candidate maps at most 64 kB of the file around it
-    sampling = half + 24 * n + min(vectors, knn.SAMPLE * (k + knn.SAMPLE_SPARE) * 65536)
     rounds = half + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
     similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
-    return int(base + max(making_index, sampling, rounds, similarities))
+    return int(base + max(making_index, rounds, similarities))
 
 
 def stored_index(path, vectors, args, progress, log):

@@ -123,8 +123,8 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     steps = {"add novel images": vectors + lists + min(4 * dim * nbg, nnovel * (k + 34) * 65536),
              "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
-    if not stored and n - nnovel >= 100_000:    # cells in bfloat16, candidate lists and their reverse
-        steps["complete"] = vectors + lists + 4 * dim * nbg + 2 * dim * n + 16 * k * n
+    if not stored and n - nnovel >= 100_000:    # cells in bfloat16, candidate lists and their reverse; then similarities
+        steps["complete"] = vectors + lists + 24 * n + max(2 * dim * n + 16 * k * n, 4 * dim * nbg + 4 * k * n)
     return int(90e6 + max(steps.values()))
 
 

@@ -115,15 +115,16 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
             return Graph(I, D, test_I, test_D)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
-        found = []
+        tests = []
 
-        def search_test(graph):
-            found.extend(knn.search(cells, test, k, recall=0.99, progress=progress, graph=graph))
-            log(f"test images: recall@{k} {found[2]['recall']:.4f} on a sample")
+        def search_tests(graph):
+            tests.append(knn.search_begun(cells, test, k, recall=0.99, progress=progress, graph=graph))
 
         knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                            progress=progress, say=log, release=True, also=search_test)
-        return Graph(I, D, found[1], found[0], locality_order(I))
+                            progress=progress, say=log, release=True, also=search_tests)
+        test_D, test_I, info = tests[0]()
+        log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
+        return Graph(I, D, test_I, test_D, locality_order(I))
 
 
 def add_novel(fixed, x, novel):

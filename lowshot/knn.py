@@ -207,21 +207,20 @@ class Sample:
     number int32 (m,); D, I: their k nearest by exact search.
     """
 
-    def __init__(self, vectors, cells, k, seed, size=SAMPLE, self_too=True):
+    def __init__(self, vectors, cells, k, seed, size=SAMPLE):
         rs = np.random.RandomState(seed)
         self.number = np.sort(rs.choice(vectors.n, min(size, vectors.n), replace=False)).astype(np.int32)
         self.k = k
         self.x = vectors.scaled_rows(self.number)
-        self.D, self.I = self._exact(cells, self_too)
-        cells.vectors.release()     # its candidates are all over the file: all that was mapped for them
+        self.D, self.I = self._exact(cells)
 
-    def _exact(self, cells, self_too):
+    def _exact(self, cells):
         X = cells.vectors
         lost = np.empty(len(self.x), np.float32)
         queries = nb.to_bfloat16(self.x, residual=lost)
         # many more than k: in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
         keys = nb.search_all(queries, cells.X, min(self.k + SAMPLE_SPARE, X.n))
-        D, I = nb.exact_products(keys, self.x, X.arrays, self.k, x_number=cells.order, x_scale=X.scale)
+        D, I = self._products(keys, cells)
         if keys.shape[1] < X.n:
             unsure = np.flatnonzero(~_certain(keys, D, lost, cells.residual, 1.0, X.longest))
             if len(unsure):
@@ -243,6 +242,21 @@ class Sample:
         already = np.zeros_like(have) if found is None else found & have
         counts = np.bincount(rank[have & ~already & (True if sought is None else sought)], minlength=nlist)
         return (already.sum() + np.cumsum(counts)) / max(1, have.sum())
+
+    def _products(self, keys, cells, block=64):
+        """(D, I) of the k best of each list of candidates, which are all over the file: a few queries at a time, so that
+        not all of it is mapped."""
+        D, I = np.empty((len(keys), self.k), np.float32), np.empty((len(keys), self.k), np.int32)
+        for i in range(0, len(keys), block):
+            rows = slice(i, i + block)
+            D[rows], I[rows] = nb.exact_products(np.ascontiguousarray(keys[rows]), self.x[rows], cells.vectors.arrays, self.k,
+                                                 x_number=cells.order, x_scale=cells.vectors.scale)
+            cells.vectors.release()
+        return D, I
+
+    def recall_of_keys(self, keys, cells):
+        """recall() of the best of candidates, int64 (m, K)."""
+        return self.recall(self._products(keys, cells)[0])
 
     def recall(self, D):
         """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
@@ -441,11 +455,7 @@ class Lists:
 
     def recall(self, sample):
         """Recall on the sample, as it would be if similarities were computed now."""
-        v = self.cells.vectors
-        keys = self.best(self.position[sample.number], sample.k)
-        D, _ = nb.exact_products(keys, sample.x, v.arrays, sample.k, x_number=self.cells.order, x_scale=v.scale)
-        v.release()
-        return sample.recall(D)
+        return sample.recall_of_keys(self.best(self.position[sample.number], sample.k), self.cells)
 
 
 # ---- searching for vectors that are no nodes
@@ -457,10 +467,16 @@ def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, graph=Non
     or None: from near cells on, neighbours of neighbours are then looked at, if that reaches the recall as well and
     sooner. Returns D, I, info (recall, nprobe, rounds).
     """
+    return search_begun(cells, xq, k, recall, nprobe, seed, progress, graph)()
+
+
+def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, graph=None):
+    """search() in two parts: this one needs the vectors in cells, and the function that it returns needs them no more."""
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors
     if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW:
-        return *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
+        found = *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
+        return lambda: found
     sample = Sample(Q, cells, k, seed)
     curve = sample.recall_by_nprobe(cells, cells.position())
     wanted = min(recall + MARGIN, 1.0)
@@ -471,21 +487,25 @@ def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, graph=Non
         keys = _search_keys(cells, queries[sample.number], longest_list(k), start)
         for i in range(1, GRAPH_ROUNDS + 1):
             nb.join_queries(queries[sample.number], cells.X, graph, keys)
-            D, _ = nb.exact_products(keys, sample.x, X.arrays, sample.k, x_number=cells.order, x_scale=X.scale)
-            if sample.recall(D) >= wanted:
+            if sample.recall_of_keys(keys, cells) >= wanted:
                 p, K, rounds = start, longest_list(k), i
                 break
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)
-    D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
+    keys = np.empty((Q.n, K), np.int64)
     for i in range(0, Q.n, SEARCH_BLOCK):
         rows = order[i:i + SEARCH_BLOCK]
-        keys = _search_keys(cells, queries[rows], K, p)
+        keys[i:i + SEARCH_BLOCK] = _search_keys(cells, queries[rows], K, p)
         for _ in range(rounds):
-            nb.join_queries(queries[rows], cells.X, graph, keys)
-        nb.exact_products(keys, Q.arrays, X.arrays, k, rows, cells.order, Q.scale, X.scale, False, D, I)
+            nb.join_queries(queries[rows], cells.X, graph, keys[i:i + SEARCH_BLOCK])
         progress("queries searched", i + len(rows), Q.n)
-    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+
+    def similarities():
+        D, I = nb.exact_products(keys, Q.arrays, X.arrays, k, order, cells.order, Q.scale, X.scale)
+        X.release()
+        return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+
+    return similarities
 
 
 def _search_keys(cells, queries, K, nprobe):
