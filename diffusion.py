@@ -124,7 +124,9 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
              "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
     if not stored and n - nnovel >= 100_000:    # cells in bfloat16, candidate lists and their reverse; then similarities
-        steps["complete"] = vectors + lists + 24 * n + max(2 * dim * n + 16 * k * n, 4 * dim * nbg + 4 * k * n)
+        candidates = 64 * 600 * 65536           # of some images of the sample
+        steps["complete"] = vectors + lists + 24 * n + max(2 * dim * n + max(16 * k * n, min(4 * dim * nbg, candidates)),
+                                                           4 * dim * nbg + 4 * k * n)
     return int(90e6 + max(steps.values()))
 
 

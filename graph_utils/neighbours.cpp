@@ -531,46 +531,6 @@ int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t*
     return inserted;
 }
 
-// The product of two vectors in bfloat16, summed in float32.
-float product_of_words(const uint32_t* x, const uint32_t* y, int64_t np) {
-    typedef float Vector __attribute__((vector_size(64)));
-    typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
-    Vector lower = {}, upper = {};
-    for (int64_t i = 0; i < np; i += 16) {
-        const Bits a = *(const Bits*)(x + i), b = *(const Bits*)(y + i);
-        lower += (Vector)(a << 16) * (Vector)(b << 16);
-        upper += (Vector)(a & 0xffff0000u) * (Vector)(b & 0xffff0000u);
-    }
-    lower += upper;
-    float s = 0;
-    for (int c = 0; c < 16; c++) s += lower[c];
-    return s;
-}
-
-// Numbers that were seen, by hashing with open addressing.
-class Seen {
-  public:
-    void start(size_t most) {
-        size_t size = 64;
-        while (size < 2 * most) size *= 2;
-        table_.assign(size, -1);
-    }
-    bool add(int32_t number) {      // false: it was seen
-        size_t at = mixed((uint32_t)number) & (table_.size() - 1);
-        while (table_[at] != number) {
-            if (table_[at] == -1) {
-                table_[at] = number;
-                return true;
-            }
-            at = (at + 1) & (table_.size() - 1);
-        }
-        return false;
-    }
-
-  private:
-    std::vector<int32_t> table_;
-};
-
 // ---- exact products
 
 float inner_product(const float* x, const float* y, int64_t d) {
@@ -711,52 +671,6 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int
     if (first < 0 || last > n) throw std::invalid_argument("join_range: nodes out of range");
     return DISPATCH(join_range_with, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
                     (uint64_t*)keys, worst);
-}
-
-void join_queries(int64_t nq, const int32_t* Q, int64_t n, const int32_t* X, int64_t np, int64_t KG, const int64_t* graph,
-                  int64_t K, int64_t* keys) {
-    check_width(np);
-    struct Scratch {
-        Lists list;
-        Seen seen;
-        std::vector<int32_t> nodes;
-    };
-    parallel_blocks<Scratch>(nq, 64, [&](int64_t i0, int64_t i1, Scratch& t) {
-        for (int64_t i = i0; i < i1; i++) {
-            const uint32_t* x = (const uint32_t*)Q + i * np;
-            int64_t* list = keys + i * K;
-            t.nodes.clear();
-            int64_t nnew = 0;
-            for (int64_t j = 0; j < K; j++) nnew += list[j] & kNewKey;
-            t.seen.start(K + nnew * KG);
-            for (int64_t j = 0; j < K; j++)
-                if (list[j]) t.seen.add((int32_t)number_of(list[j]));
-            for (int64_t j = 0; j < K; j++) {
-                if (!(list[j] & kNewKey)) continue;
-                const uint32_t u = number_of(list[j]);
-                if (u >= n) throw std::invalid_argument("join_queries: a neighbour is out of range");
-                for (int64_t e = 0; e < KG; e++) {
-                    const uint64_t key = graph[u * KG + e];
-                    if (key && t.seen.add((int32_t)number_of(key))) t.nodes.push_back((int32_t)number_of(key));
-                }
-                list[j] &= ~(int64_t)kNewKey;
-            }
-            t.list.start(1, K);
-            t.list.load(0, list);
-            const size_t ahead = 8;
-            for (size_t j = 0; j < t.nodes.size() + ahead; j++) {
-                if (j < t.nodes.size()) {
-                    if (t.nodes[j] >= n) throw std::invalid_argument("join_queries: a neighbour is out of range");
-                    for (int64_t w = 0; w < np; w += 16) __builtin_prefetch(X + t.nodes[j] * np + w);
-                }
-                if (j < ahead) continue;
-                const int32_t number = t.nodes[j - ahead];
-                const uint64_t key = key_of(product_of_words(x, (const uint32_t*)X + number * np, np), number) | kNewKey;
-                if (product_of(key) >= t.list.worst[0]) t.list.add(0, key);
-            }
-            t.list.store(0, list);
-        }
-    });
 }
 
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,

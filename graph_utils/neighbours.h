@@ -66,15 +66,6 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int
                    const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
                    float* worst);
 
-// One round of neighbours-of-neighbours for queries that are no nodes: each is compared with the neighbours of those in
-// its list that are marked as new. Those that enter are marked so.
-//
-// Q      in      nq x np; X in: n x np
-// graph  in      n x KG keys, the lists of the nodes
-// keys   in/out  nq x K
-void join_queries(int64_t nq, const int32_t* Q, int64_t n, const int32_t* X, int64_t np, int64_t KG, const int64_t* graph,
-                  int64_t K, int64_t* keys);
-
 // Exact float32 inner products of what lists of keys name, sorted; the k best of them.
 //
 // keys      in   nq x K; q_number in: nq, or null for 0 .. nq - 1: row of the queries and of the outputs of list q

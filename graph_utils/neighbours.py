@@ -135,18 +135,6 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     return inserted
 
 
-def join_queries(Q, X, graph, keys):
-    """One round of neighbours-of-neighbours for queries Q (nq, np) that are no nodes, in place in their keys (nq, K).
-
-    Each is compared with the neighbours, by the lists `graph` (n, .) of the nodes X (n, np), of those in its list that
-    are marked NEW; those that enter it are marked so.
-    """
-    n, np_ = X.shape
-    nq, K = keys.shape
-    core.join_queries(nq, _check(Q, np.int32, (nq, np_), "Q"), n, _check(X, np.int32, (n, np_), "X"), np_, graph.shape[1],
-                      _check(graph, np.int64, (n, None), "graph"), K, _check(keys, np.int64, (nq, K), "keys"))
-
-
 def _two_parts(parts, name):
     """Vectors as one or two float32 arrays, the second's rows numbered after the first's."""
     parts = [parts] if isinstance(parts, np.ndarray) else list(parts)

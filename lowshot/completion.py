@@ -101,7 +101,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
     Exact below 100,000 nodes; above, base images are searched for among near cells and neighbours of neighbours until
-    recall@k >= 0.95 over all nodes, and test images in the same ways until recall@k >= 0.99, as measured on samples.
+    recall@k >= 0.95 over all nodes, and test images among near cells at recall@k >= 0.99, as measured on samples.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors = len(x), knn.Vectors(x)
@@ -115,14 +115,11 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
             return Graph(I, D, test_I, test_D)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
-        tests = []
-
-        def search_tests(graph):
-            tests.append(knn.search_begun(cells, test, k, recall=0.99, progress=progress, graph=graph))
-
+        # the graph gives the vectors in cells up
+        search_done = knn.search_begun(cells, test, k, recall=0.99, progress=progress)
         knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                            progress=progress, say=log, release=True, also=search_tests)
-        test_D, test_I, info = tests[0]()
+                            progress=progress, say=log, release=True)
+        test_D, test_I, info = search_done()
         log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
         return Graph(I, D, test_I, test_D, locality_order(I))
 

@@ -37,8 +37,6 @@ REVERSE = 32                # reverse neighbours that take part in a round of ne
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_LEAST = 64             # how long the lists are then at least
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
-GRAPH_START = .8            # the same where queries are searched for in a graph
-GRAPH_ROUNDS = 4            # rounds that may be tried there
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
@@ -275,7 +273,7 @@ def cells_reaching(curve, wanted):
 # ---- graphs
 
 def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
-                    checkpoint=None, release=False, also=None):
+                    checkpoint=None, release=False):
     """The graph of each vector's k nearest, itself included.
 
     Sets below EXACT_BELOW are compared whole. Of larger ones, the vectors of each node's nprobe nearest cells are
@@ -284,8 +282,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only.
     cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
-    release: give up the vectors in cells before the similarities are computed, to save memory. also: function that is
-    called before that with the keys of all nodes' neighbours, int64 (n, .) in the order of cells.
+    release: give up the vectors in cells before the similarities are computed, to save memory.
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
     Returns D, I, info (recall, nprobe, rounds, exact).
     """
@@ -333,8 +330,6 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             break
         p = min(4 * p, len(curve))
         lists.restart()
-    if also is not None:
-        also(lists.keys)
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
     numbers = lists.become_numbers(k)
@@ -460,17 +455,15 @@ class Lists:
 
 # ---- searching for vectors that are no nodes
 
-def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, graph=None):
+def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
 
-    nprobe: number of cells to search, found by measurement if 0. graph: keys of neighbours of the vectors, int64 (n, .),
-    or None: from near cells on, neighbours of neighbours are then looked at, if that reaches the recall as well and
-    sooner. Returns D, I, info (recall, nprobe, rounds).
+    nprobe: number of cells to search, found by measurement if 0. Returns D, I, info (recall, nprobe).
     """
-    return search_begun(cells, xq, k, recall, nprobe, seed, progress, graph)()
+    return search_begun(cells, xq, k, recall, nprobe, seed, progress)()
 
 
-def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, graph=None):
+def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     """search() in two parts: this one needs the vectors in cells, and the function that it returns needs them no more."""
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors
@@ -479,41 +472,22 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, gra
         return lambda: found
     sample = Sample(Q, cells, k, seed)
     curve = sample.recall_by_nprobe(cells, cells.position())
-    wanted = min(recall + MARGIN, 1.0)
-    p, K, rounds = nprobe or cells_reaching(curve, wanted), k + 2, 0
+    p = nprobe or cells_reaching(curve, min(recall + MARGIN, 1.0))
     queries = np.concatenate([Q.bfloat16(i, j) for i, j in Q.blocks()])
-    if graph is not None and not nprobe and p * X.n > WIDE_FROM * len(curve):
-        start = cells_reaching(curve, GRAPH_START)
-        keys = _search_keys(cells, queries[sample.number], longest_list(k), start)
-        for i in range(1, GRAPH_ROUNDS + 1):
-            nb.join_queries(queries[sample.number], cells.X, graph, keys)
-            if sample.recall_of_keys(keys, cells) >= wanted:
-                p, K, rounds = start, longest_list(k), i
-                break
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)
-    keys = np.empty((Q.n, K), np.int64)
+    keys = np.zeros((Q.n, k + 2), np.int64)
     for i in range(0, Q.n, SEARCH_BLOCK):
-        rows = order[i:i + SEARCH_BLOCK]
-        keys[i:i + SEARCH_BLOCK] = _search_keys(cells, queries[rows], K, p)
-        for _ in range(rounds):
-            nb.join_queries(queries[rows], cells.X, graph, keys[i:i + SEARCH_BLOCK])
-        progress("queries searched", i + len(rows), Q.n)
+        rows = slice(i, i + SEARCH_BLOCK)
+        nb.search_cells(queries[order[rows]], cells.C, p, cells.begin, cells.end, cells.X, keys[rows])
+        progress("queries searched", min(i + SEARCH_BLOCK, Q.n), Q.n)
 
     def similarities():
         D, I = nb.exact_products(keys, Q.arrays, X.arrays, k, order, cells.order, Q.scale, X.scale)
         X.release()
-        return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+        return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "exact": False}
 
     return similarities
-
-
-def _search_keys(cells, queries, K, nprobe):
-    """Keys of the K best in the nearest cells of bfloat16 vectors, int64 (len(queries), K), all marked as new."""
-    keys = np.zeros((len(queries), K), np.int64)
-    nb.search_cells(queries, cells.C, nprobe, cells.begin, cells.end, cells.X, keys)
-    keys[keys != 0] |= nb.NEW
-    return keys
 
 
 def search_index(index, xq, k, recall=0.95, x=None, progress=None):

@@ -195,27 +195,6 @@ def test_search_among_cells(monkeypatch):
     np.testing.assert_allclose(D, np.take_along_axis(q.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
 
 
-def test_search_goes_on_in_the_graph_where_that_is_sooner(monkeypatch):
-    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
-    monkeypatch.setattr(knn, "SAMPLE", 200)
-    monkeypatch.setattr(knn, "WIDE_FROM", 1)
-    both = clustered(6700, d=64, spread=3.)
-    x, q = both[:6000].copy(), both[6000:].copy()
-    cells, found = Cells.train(Vectors(x), 150), []
-
-    def search_too(graph):
-        found.append(knn.search(cells, q, 10, recall=.97, graph=graph))
-        found.append(knn.search(cells, q, 10, recall=.97, graph=np.zeros_like(graph)))
-
-    knn.build_knn_graph(None, 12, cells=cells, release=True, also=search_too)
-    assert cells.X is None
-    for D, I, info in found:
-        assert info["recall"] >= .97 and recall(I, q, x, 10) > .96
-        np.testing.assert_allclose(D, np.take_along_axis(q.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
-    # a graph that leads nowhere is left alone
-    assert found[0][2]["rounds"] > 0 == found[1][2]["rounds"] and found[0][2]["nprobe"] < found[1][2]["nprobe"]
-
-
 @pytest.mark.parametrize("factory", ["Flat", "IVF30,Flat", "HNSW16"])
 @pytest.mark.parametrize("given", [True, False])
 def test_search_in_a_faiss_index(factory, given):

@@ -237,45 +237,6 @@ def test_results_do_not_depend_on_threads():
     assert all(np.array_equal(results[0], r) for r in results)
 
 
-@pytest.mark.parametrize("nq,n,d,KG,K", [(1, 1, 5, 1, 1), (7, 40, 33, 3, 5), (70, 500, 64, 10, 16), (5, 30, 256, 40, 50)])
-def test_join_queries_looks_at_the_neighbours_of_new_entries(nq, n, d, KG, K):
-    rs = np.random.RandomState(n)
-    q, x = unit_vectors(nq, d, 1), unit_vectors(n, d, 2)
-    S = rounded(q).astype("f8") @ rounded(x).T.astype("f8")
-    neighbours = np.stack([np.concatenate([rs.permutation(n)[:KG], np.full(max(KG - n, 0), -1)]) for _ in range(n)])
-    neighbours[rs.rand(n, KG) < .2] = -1
-    graph = nb.make_keys(rs.randn(n, KG), neighbours)
-    start = np.stack([np.concatenate([rs.permutation(n)[:K], np.full(max(K - n, 0), -1)]) for _ in range(nq)])
-    start[:, K // 2 + 1:] = -1
-    keys = nb.make_keys(np.take_along_axis(S, np.maximum(start, 0), 1), start)
-    new = (rs.rand(nq, K) < .6) & (start >= 0)
-    keys[new] |= nb.NEW
-    nb.join_queries(nb.to_bfloat16(q), nb.to_bfloat16(x), graph, keys)
-    found = nb.numbers(keys)
-    for i in range(nq):
-        old = set(start[i][start[i] >= 0])
-        candidates = np.array(sorted(old | set(neighbours[start[i][new[i]]].ravel()) - {-1}))
-        mine = found[i][found[i] >= 0]
-        assert len(set(mine)) == len(mine) == min(K, len(candidates)) and set(mine) <= set(candidates)
-        np.testing.assert_allclose(-np.sort(-S[i, mine]), -np.sort(-S[i, candidates])[:K], atol=2e-6)
-        is_new = (keys[i] & nb.NEW != 0)[found[i] >= 0]
-        assert set(mine[is_new]) == set(mine) - old
-    # nothing is new any more after enough rounds, and nothing changes then
-    for _ in range(n):
-        nb.join_queries(nb.to_bfloat16(q), nb.to_bfloat16(x), graph, keys)
-    last = keys.copy()
-    nb.join_queries(nb.to_bfloat16(q), nb.to_bfloat16(x), graph, keys)
-    assert not (keys & nb.NEW).any() and np.array_equal(np.sort(last), np.sort(keys))
-
-
-def test_join_queries_refuses_numbers_out_of_range():
-    X = nb.to_bfloat16(unit_vectors(4, 32))
-    good, bad = nb.make_keys(np.zeros((4, 1)), np.arange(4)[:, None]), nb.make_keys(np.zeros((4, 1)), np.full((4, 1), 4))
-    for graph, keys in ((good, bad), (bad, good)):
-        with pytest.raises(ValueError, match="out of range"):
-            nb.join_queries(X, X, graph, keys | nb.NEW)
-
-
 def test_exact_products_in_two_parts_with_scales_and_numbers():
     rs = np.random.RandomState(0)
     q, x = rs.randn(9, 45).astype("f4"), rs.randn(30, 45).astype("f4")
