@@ -194,6 +194,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         unsure = np.flatnonzero(~_certain(keys_new, found_D, new_lost, X_lost_most, new.longest, X.longest))
         if len(unsure):
             found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
+    X.release()
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
 
 
