@@ -188,7 +188,7 @@ def by_threads(batches, extract, workers):
             return features_of(batch, extract)
 
     ahead = 2 * workers
-    with concurrent.futures.ThreadPoolExecutor(ahead) as readers, \
+    with concurrent.futures.ThreadPoolExecutor(workers) as readers, \
             concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             running = collections.deque()
