@@ -36,7 +36,7 @@ def rows(args, ddir, nbg):
     graph = ddir.log("build_graph", f"ndis{nbg}_k32.json")
     completed = ddir.path("knngraph", f"completed_test_ndis{nbg}_k{args.k}_d256")
     if not args.keep:
-        for path in glob.glob(ddir.path("knngraph", f"ndis{nbg}*")):
+        for path in glob.glob(ddir.path("knngraph", f"ndis{nbg}[._]*")):
             os.unlink(path)
         shutil.rmtree(completed, ignore_errors=True)
     if args.keep and os.path.exists(graph):

@@ -29,7 +29,11 @@ def data(tmp_path_factory):
 
 
 def test_scale(data, tmp_path):
+    larger = data / "knngraph" / "ndis10000.index"
+    larger.touch()                      # the name of another size begins with that of one of these
     benchmark("scale.py", "--nbg", 1000, NBG, "--niter", 2, "--out", tmp_path / "scale.md", ddir=data)
+    assert larger.exists()
+    larger.unlink()
     lines = (tmp_path / "scale.md").read_text().splitlines()
     assert sum(line.startswith("| 1,000 |") for line in lines) == sum(line.startswith("| 3,000 |") for line in lines) == 3
     assert os.path.exists(data / "knngraph" / f"ndis{NBG}_k32_I_11.int32")
