@@ -114,19 +114,18 @@ def panels(is_novel, width):
 def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     """Peak memory of this process in bytes: the largest of its steps.
 
-    Pages of the background's file that are in use count as well: a neighbour's vector maps 64 KB around it.
+    Pages of the background's file that are in use count as well: a candidate's vector maps up to 150 KB around it.
     """
     nbg = n - nbase - nnovel
     vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + 34))
     lists = 8 * k * (n + nt)                    # I and D
+    mapped = min(4 * dim * nbg, 4096 * 150_000) # by the candidates that are looked up at a time
     entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
-    steps = {"add novel images": vectors + lists + min(4 * dim * nbg, nnovel * (k + 34) * 65536),
+    steps = {"add novel images": vectors + lists + mapped,
              "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
     if not stored and n - nnovel >= 100_000:    # cells in bfloat16, candidate lists and their reverse; then similarities
-        candidates = 64 * 600 * 65536           # of some images of the sample
-        steps["complete"] = vectors + lists + 24 * n + max(2 * dim * n + max(16 * k * n, min(4 * dim * nbg, candidates)),
-                                                           4 * dim * nbg + 4 * k * n)
+        steps["complete"] = vectors + lists + 24 * n + max(2 * dim * n + max(16 * k * n, mapped), 4 * dim * nbg + 4 * k * n)
     return int(90e6 + max(steps.values()))
 
 

@@ -27,7 +27,8 @@ from lowshot.script import Progress
 
 EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
-SAMPLE_SPARE = 16 * SPARE   # the same for the sample that recall is measured on
+SAMPLE_SPARE = 16 * SPARE   # the same for the sample that recall is measured on, and for new nodes among many
+MAPPED = 4096               # candidates that are looked up at a time where each maps pages of a file around it
 SPARE_LISTED = 4            # the same in lists that are not proven
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
 MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
@@ -120,6 +121,17 @@ def _certain(keys, D, lost, lost_most, q_longest, x_longest):
     return D[:, -1] >= worst + error
 
 
+def _products_in_parts(keys, queries, q_scale, X, k, x_number=None):
+    """nb.exact_products() for candidates all over the file of X, a part after the other so that little of it is mapped."""
+    D, I = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int32)
+    step = max(1, MAPPED // keys.shape[1])
+    for i in range(0, len(keys), step):
+        rows = np.arange(i, min(i + step, len(keys)), dtype=np.int32)
+        nb.exact_products(np.ascontiguousarray(keys[rows]), queries, X.arrays, k, rows, x_number, q_scale, X.scale, False, D, I)
+        X.release()
+    return D, I
+
+
 def _float32_knn(xq, X, k):
     """Exact search in float32 throughout."""
     D, I = np.full((len(xq), k), -np.inf, np.float32), np.full((len(xq), k), -1, np.int32)
@@ -161,7 +173,8 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     new_bf = np.concatenate([new.bfloat16(i, j, new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
     columns = I.shape[1]
-    keys_new = np.zeros((m, min(k + SPARE, X.n)), np.int64)
+    # what stays in doubt is compared with all of X in float32, which is slow where X is large
+    keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else SAMPLE_SPARE), X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
         lost = np.empty(j - i, np.float32)
@@ -189,12 +202,11 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
             D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
             X.release()             # single rows of a file map many pages around them
         progress("nodes compared with new ones", j, X.n)
-    found_D, found_I = nb.exact_products(keys_new, new.arrays, X.arrays, k, q_scale=new.scale, x_scale=X.scale)
+    found_D, found_I = _products_in_parts(keys_new, new.arrays, new.scale, X, k)
     if keys_new.shape[1] < X.n:
         unsure = np.flatnonzero(~_certain(keys_new, found_D, new_lost, X_lost_most, new.longest, X.longest))
         if len(unsure):
             found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
-    X.release()
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
 
 
@@ -219,7 +231,7 @@ class Sample:
         queries = nb.to_bfloat16(self.x, residual=lost)
         # many more than k: in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
         keys = nb.search_all(queries, cells.X, min(self.k + SAMPLE_SPARE, X.n))
-        D, I = self._products(keys, cells)
+        D, I = _products_in_parts(keys, self.x, None, X, self.k, cells.order)
         if keys.shape[1] < X.n:
             unsure = np.flatnonzero(~_certain(keys, D, lost, cells.residual, 1.0, X.longest))
             if len(unsure):
@@ -242,20 +254,9 @@ class Sample:
         counts = np.bincount(rank[have & ~already & (True if sought is None else sought)], minlength=nlist)
         return (already.sum() + np.cumsum(counts)) / max(1, have.sum())
 
-    def _products(self, keys, cells, block=64):
-        """(D, I) of the k best of each list of candidates, which are all over the file: a few queries at a time, so that
-        not all of it is mapped."""
-        D, I = np.empty((len(keys), self.k), np.float32), np.empty((len(keys), self.k), np.int32)
-        for i in range(0, len(keys), block):
-            rows = slice(i, i + block)
-            D[rows], I[rows] = nb.exact_products(np.ascontiguousarray(keys[rows]), self.x[rows], cells.vectors.arrays, self.k,
-                                                 x_number=cells.order, x_scale=cells.vectors.scale)
-            cells.vectors.release()
-        return D, I
-
     def recall_of_keys(self, keys, cells):
         """recall() of the best of candidates, int64 (m, K)."""
-        return self.recall(self._products(keys, cells)[0])
+        return self.recall(_products_in_parts(keys, self.x, None, cells.vectors, self.k, cells.order)[0])
 
     def recall(self, D):
         """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
