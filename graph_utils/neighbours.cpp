@@ -29,10 +29,10 @@ constexpr int64_t kGroup = 1024;                // queries whose panels (512 KB 
 // The ways to multiply that this machine has, fastest first.
 std::vector<std::string> available_products() {
     std::vector<std::string> names{"float32"};
-#ifdef TILES_BF16
-    names.insert(names.begin(), "bf16");
+#if defined(TILES_BF16) || defined(TILES_VNNI)
+    names.insert(names.begin(), "avx512");
 #endif
-    if (tiles::Amx::available()) names.insert(names.begin(), "amx");
+    if (tiles::amx_available()) names.insert(names.begin(), "amx");
     return names;
 }
 
@@ -94,6 +94,8 @@ inline float product_of(uint64_t key) {
 }
 
 inline uint32_t number_of(uint64_t key) { return kNumber - ((uint32_t)key >> 1); }
+
+inline bool names_none(uint64_t key) { return number_of(key) == kNumber; }
 
 // Memory aligned for whole vectors.
 template <class T>
@@ -222,8 +224,8 @@ class Inserter {
     std::vector<std::atomic_flag> locks_;
 };
 
-// Products of gathered queries with stretches of base vectors. The queries are what is packed in panels: AMX reads the
-// base vectors where they are, as there may be few queries for a long stretch.
+// Products of gathered queries with stretches of base vectors. The queries are what is packed in panels, as there may be
+// few of them for a long stretch, and rows are quickly laid out.
 template <class Kernel>
 class Scanner {
   public:
@@ -234,14 +236,14 @@ class Scanner {
     template <class Query, class ListOf>
     void queries(int64_t m, int64_t np, Query query, ListOf list_of) {
         const int64_t padded = (m + kTile - 1) / kTile * kTile;
-        bytes_ = Kernel::bytes(np);
-        panels_.reserve(padded * bytes_);
-        rows_.reserve(kTile * bytes_);
+        bytes_ = Kernel::tile_bytes(np);
+        panels_.reserve(padded / kTile * bytes_);
+        rows_.reserve(bytes_);
         list_.resize(padded);
         const uint32_t* source[kTile];
         for (int64_t i = 0; i < m; i += kTile) {
             for (int64_t c = 0; c < kTile; c++) source[c] = query(std::min(i + c, m - 1));
-            Kernel::panel(source, np, panels_.get() + i * bytes_);
+            Kernel::panel(source, np, panels_.get() + i / kTile * bytes_);
         }
         for (int64_t i = 0; i < m; i++) list_[i] = (int32_t)list_of(i);
         m_ = m;
@@ -255,11 +257,12 @@ class Scanner {
         worst_.resize(list_.size());
         for (int64_t i = 0; i < m_; i++) worst_[i] = lists.worst[list_[i]];
         for (size_t i = m_; i < list_.size(); i++) worst_[i] = std::numeric_limits<float>::infinity();
+        const int64_t stride = Kernel::Format::stride(np_);
         for (int64_t j = first; j < last; j += kTile) {
             const int nr = (int)std::min<int64_t>(kTile, last - j);
-            const void* rows = Kernel::rows(X + j * np_, nr, np_, rows_.get());
+            for (int r = 0; r < nr; r++) Kernel::row(X + (j + r) * stride, np_, rows_.get(), r);
             for (int64_t i = 0; i < m_; i += kTile) {
-                Kernel::tile(rows, panels_.get() + i * bytes_, np_, products_);
+                Kernel::tile(rows_.get(), nr, panels_.get() + i / kTile * bytes_, np_, products_);
                 float* worst = worst_.data() + i;
                 for (int r = 0; r < nr; r++) {
                     const float* s = products_ + r * kTile;
@@ -295,7 +298,7 @@ class Scanner {
 };
 
 void check_width(int64_t np) {
-    if (np <= 0 || np % 16) throw std::invalid_argument("bfloat16 vectors are padded to a multiple of 32 elements");
+    if (np <= 0 || np % 16) throw std::invalid_argument("vectors are padded to a multiple of 16 words");
 }
 
 void check_numbers(int64_t n) {
@@ -305,13 +308,14 @@ void check_numbers(int64_t n) {
 template <class Kernel>
 void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* X, int64_t np, int64_t first,
                      int64_t K, const float* bound, int64_t* keys) {
+    const int64_t stride = Kernel::Format::stride(np);
     // few queries are divided among the threads; many go in groups whose lists stay in cache
     const int64_t share = (nq / omp_get_max_threads() + kTile) / kTile * kTile;
     parallel_blocks<Scanner<Kernel>>(nq, std::min(kGroup, share), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
         scanner.lists.start(i1 - i0, K);
         if (bound) std::copy(bound + i0, bound + i1, scanner.lists.worst.begin());
         for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);
-        scanner.queries(i1 - i0, np, [&](int64_t i) { return Q + (i0 + i) * np; }, [](int64_t i) { return i; });
+        scanner.queries(i1 - i0, np, [&](int64_t i) { return Q + (i0 + i) * stride; }, [](int64_t i) { return i; });
         scanner.scan(X, 0, nb, first, scanner.lists);
         for (int64_t i = i0; i < i1; i++) scanner.lists.store(i - i0, keys + i * K);
     });
@@ -331,11 +335,10 @@ struct CellScratch {
 template <class Kernel>
 void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const uint32_t* centroids, int64_t nprobe,
                 int64_t enough, const int64_t* begin, const int64_t* end, CellScratch<Kernel>& t) {
+    const int64_t stride = Kernel::Format::stride(np);
     t.order.clear();
     for (int64_t c = 0; c < nlist; c++) {
-        float s = 0;
-        for (int64_t i = 0; i < np; i++)
-            s += tiles::lower(x[i]) * tiles::lower(centroids[c * np + i]) + tiles::upper(x[i]) * tiles::upper(centroids[c * np + i]);
+        const float s = tiles::inner_product<typename Kernel::Format>(x, centroids + c * stride, np);
         t.order.emplace_back(-s, (int32_t)c);
     }
     std::sort(t.order.begin(), t.order.end());
@@ -352,18 +355,19 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                        int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const uint32_t* X,
                        int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers, uint64_t* x_keys,
                        float* x_worst) {
+    const int64_t stride = Kernel::Format::stride(np);
     std::unique_ptr<Inserter> inserter;
     if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
     // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles
     const int64_t size = std::clamp(nq / (8 * omp_get_max_threads()) / kGroup, (int64_t)1, (int64_t)8) * kGroup;
     parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
         const int64_t m = i1 - i0;
-        const uint32_t* group = Q + i0 * np;
+        const uint32_t* group = Q + i0 * stride;
         t.visits.clear();
         for (int64_t j0 = 0; j0 < m; j0 += kGroup) {
             const int64_t mj = std::min(kGroup, m - j0);
             t.coarse.lists.start(mj, nprobe);
-            t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * np; }, [](int64_t i) { return i; });
+            t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * stride; }, [](int64_t i) { return i; });
             t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists);
             for (int64_t i = 0; i < mj; i++) {
                 const uint64_t* best = t.coarse.lists.best(i);
@@ -376,7 +380,7 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                 }
                 if (have < enough && nprobe < nlist) {
                     t.visits.resize(before);
-                    more_cells((int32_t)(j0 + i), group + (j0 + i) * np, np, nlist, centroids, nprobe, enough, begin,
+                    more_cells((int32_t)(j0 + i), group + (j0 + i) * stride, np, nlist, centroids, nprobe, enough, begin,
                                end, t);
                 }
             }
@@ -404,7 +408,7 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
             for (int64_t e = t.first[c]; e < t.first[c + 1]; e += kGroup) {
                 const int32_t* members = t.members.data() + e;
                 t.fine.queries(std::min(kGroup, t.first[c + 1] - e), np,
-                               [&](int64_t i) { return group + members[i] * np; }, [&](int64_t i) { return members[i]; });
+                               [&](int64_t i) { return group + members[i] * stride; }, [&](int64_t i) { return members[i]; });
                 t.fine.scan(X, begin[c], end[c], 0, lists, inserter.get(), inserter ? middle[c] : 0,
                             inserter ? numbers + i0 : nullptr);
             }
@@ -468,21 +472,22 @@ struct JoinScratch {
 
 template <class Kernel>
 void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& inserter, JoinScratch<Kernel>& t) {
-    const int64_t m = (int64_t)set.nodes.size(), bytes = Kernel::bytes(np);
+    const int64_t m = (int64_t)set.nodes.size(), bytes = Kernel::tile_bytes(np), stride = Kernel::Format::stride(np);
     const int64_t padded = (m + kTile - 1) / kTile * kTile;
-    t.rows.reserve(padded * bytes);
-    t.panel.reserve(kTile * bytes);
+    t.rows.reserve(padded / kTile * bytes);
+    t.panel.reserve(bytes);
     t.worst.resize(padded);
     for (int64_t i = 0; i < m; i++) t.worst[i] = inserter.bound(set.nodes[i]);
-    for (int64_t i = 0; i < set.nnew; i++) Kernel::row(X + (int64_t)set.nodes[i] * np, np, t.rows.get() + i * bytes);
+    for (int64_t i = 0; i < set.nnew; i++)
+        Kernel::row(X + (int64_t)set.nodes[i] * stride, np, t.rows.get() + i / kTile * bytes, (int)(i % kTile));
     const uint32_t* source[kTile];
     for (int64_t j = 0; j < m; j += kTile) {
         const int nc = (int)std::min<int64_t>(kTile, m - j);
-        for (int c = 0; c < kTile; c++) source[c] = X + (int64_t)set.nodes[j + std::min(c, nc - 1)] * np;
+        for (int c = 0; c < kTile; c++) source[c] = X + (int64_t)set.nodes[j + std::min(c, nc - 1)] * stride;
         Kernel::panel(source, np, t.panel.get());
         for (int64_t i = 0; i < set.nnew && i < j + kTile; i += kTile) {
-            Kernel::tile(t.rows.get() + i * bytes, t.panel.get(), np, t.products);
             const int nr = (int)std::min<int64_t>(kTile, set.nnew - i);
+            Kernel::tile(t.rows.get() + i / kTile * bytes, nr, t.panel.get(), np, t.products);
             for (int r = 0; r < nr; r++) {
                 const float* s = t.products + r * kTile;
                 // each pair once: columns after the row
@@ -510,6 +515,7 @@ template <class Kernel>
 int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
                         const int32_t* reverse, int64_t R, uint32_t seed, int64_t first, int64_t last, uint64_t* keys,
                         float* worst) {
+    const int64_t stride = Kernel::Format::stride(np);
     std::atomic<int64_t> inserted{0};
     Inserter inserter(K, keys, worst);
     parallel_blocks<JoinScratch<Kernel>>(last - first, 256, [&](int64_t i0, int64_t i1, JoinScratch<Kernel>& t) {
@@ -518,7 +524,7 @@ int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t*
             set.gather(first + i, K, lists, offsets, reverse, R, seed, t.sampled);
             if (set.nnew)
                 for (const uint32_t u : set.nodes)
-                    for (int64_t w = 0; w < np; w += 16) __builtin_prefetch(X + (int64_t)u * np + w);
+                    for (int64_t w = 0; w < stride + 15; w += 16) __builtin_prefetch(X + (int64_t)u * stride + std::min(w, stride - 1));
         };
         gather(i0, t.now);
         for (int64_t i = i0; i < i1; i++) {
@@ -563,17 +569,23 @@ std::string products() { return chosen_products(); }
 void use_products(const std::string& name) { chosen_products() = checked_products(name); }
 
 #ifdef TILES_AMX
-#define IF_AMX(FUNCTION, ...) products() == "amx" ? FUNCTION<tiles::Amx>(__VA_ARGS__) :
+#define IF_AMX(FUNCTION, FORMAT, ...) products() == "amx" ? FUNCTION<tiles::Amx##FORMAT>(__VA_ARGS__) :
 #else
-#define IF_AMX(FUNCTION, ...)
+#define IF_AMX(FUNCTION, FORMAT, ...)
 #endif
 #ifdef TILES_BF16
-#define IF_BF16(FUNCTION, ...) products() == "bf16" ? FUNCTION<tiles::Bf16>(__VA_ARGS__) :
+#define IF_AVX512_Bfloat16(FUNCTION, ...) products() == "avx512" ? FUNCTION<tiles::Avx512Bfloat16>(__VA_ARGS__) :
 #else
-#define IF_BF16(FUNCTION, ...)
+#define IF_AVX512_Bfloat16(FUNCTION, ...)
 #endif
-#define DISPATCH(FUNCTION, ...) \
-    (IF_AMX(FUNCTION, __VA_ARGS__) IF_BF16(FUNCTION, __VA_ARGS__) FUNCTION<tiles::Float32>(__VA_ARGS__))
+#ifdef TILES_VNNI
+#define IF_AVX512_Bytes(FUNCTION, ...) products() == "avx512" ? FUNCTION<tiles::Avx512Bytes>(__VA_ARGS__) :
+#else
+#define IF_AVX512_Bytes(FUNCTION, ...)
+#endif
+#define DISPATCH(FUNCTION, FORMAT, ...)                                                 \
+    (IF_AMX(FUNCTION, FORMAT, __VA_ARGS__) IF_AVX512_##FORMAT(FUNCTION, __VA_ARGS__)    \
+         FUNCTION<tiles::Float32<tiles::FORMAT>>(__VA_ARGS__))
 
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
@@ -590,7 +602,7 @@ void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64
                 std::memcpy(&bits, &value, 4);
                 bits += 0x7fff + (bits >> 16 & 1);      // round to nearest, ties to even
                 o[j] = (uint16_t)(bits >> 16);
-                const float rest = value - tiles::lower(bits >> 16);
+                const float rest = value - tiles::Bfloat16::element(bits >> 16, 0);
                 lost += rest * rest;
             }
             std::fill(o + d, o + 2 * np, (uint16_t)0);
@@ -599,12 +611,40 @@ void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64
     });
 }
 
-void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int64_t first, int64_t K,
-                const float* bound, int64_t* keys) {
+void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out) {
+    check_width(np);
+    if (d > 4 * np) throw std::invalid_argument("to_bytes: more elements than fit");
+    parallel_blocks<Nothing>(n, 1024, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) {
+            const float* row = x + i * d;
+            float most = 0;
+            for (int64_t j = 0; j < d; j++) most = std::max(most, std::fabs(row[j]));
+            const float step = most / 127;
+            const float inverse = step >= std::numeric_limits<float>::min() ? 1 / step : 0;
+            uint8_t* o = (uint8_t*)(out + i * tiles::Bytes::stride(np));
+            for (int64_t j = 0; j < d; j++) {
+                // adding 1.5 2^23 rounds to a whole number, which then stands in the lowest bits
+                const float rounded = row[j] * inverse + (12582912.0f + 128.0f);
+                uint32_t bits;
+                std::memcpy(&bits, &rounded, 4);
+                o[j] = (uint8_t)bits;
+            }
+            std::fill(o + d, o + 4 * np, (uint8_t)128);
+            const float s = inverse ? step * (scale ? scale[i] : 1.0f) : 0;
+            std::memcpy(o + 4 * np, &s, 4);
+        }
+    });
+}
+
+void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, bool bytes, int64_t first,
+                int64_t K, const float* bound, int64_t* keys) {
     check_width(np);
     check_numbers(first + nb);
     if (K < 1) throw std::invalid_argument("search_all: K is less than 1");
-    DISPATCH(search_all_with, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
+    if (bytes)
+        DISPATCH(search_all_with, Bytes, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
+    else
+        DISPATCH(search_all_with, Bfloat16, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
@@ -614,7 +654,7 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const
     check_numbers(nlist);
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
-    DISPATCH(search_cells_with, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
+    DISPATCH(search_cells_with, Bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
              enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys, x_worst);
 }
 
@@ -625,7 +665,7 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
             uint64_t* list = (uint64_t*)keys + i * K;
             std::sort(list, list + K, std::greater<uint64_t>());
             for (int64_t j = 0; j < K; j++) {
-                lists[i * K + j] = list[j] ? (int32_t)(number_of(list[j]) | (list[j] & kNewKey ? kNew : 0)) : -1;
+                lists[i * K + j] = names_none(list[j]) ? -1 : (int32_t)(number_of(list[j]) | (list[j] & kNewKey ? kNew : 0));
                 list[j] &= ~kNewKey;
             }
             worst[i] = product_of(*std::min_element(list, list + K));
@@ -669,7 +709,7 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int
                    float* worst) {
     check_width(np);
     if (first < 0 || last > n) throw std::invalid_argument("join_range: nodes out of range");
-    return DISPATCH(join_range_with, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
+    return DISPATCH(join_range_with, Bytes, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
                     (uint64_t*)keys, worst);
 }
 
@@ -688,7 +728,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
             bool has_self = !self;
             for (int64_t j = 0; j < K; j++) {
                 const uint64_t key = (uint64_t)keys[i * K + j];
-                if (!key) continue;
+                if (names_none(key)) continue;
                 const int32_t number = x_number ? x_number[number_of(key)] : (int32_t)number_of(key);
                 has_self |= number == q;
                 t.list.emplace_back(0.0f, number);

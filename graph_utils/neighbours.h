@@ -1,14 +1,17 @@
 // K-nearest-neighbour search and graphs by inner product.
 //
-// Matrices are row major. Candidates are found with vectors in bfloat16, half the memory and, on CPUs with
-// products of it, two to many times the speed of float32; what is kept is computed again from the float32 vectors at the
-// end (exact_products).
-// bfloat16 vectors have d padded with zeros to a multiple of 32, and are passed as `np` = d / 2 words of two elements.
+// Matrices are row major. Candidates are found with vectors in bytes, a quarter of the memory of float32 and, on CPUs with
+// products of them, four to many times its speed, or in bfloat16, whose errors are small enough to prove that candidates
+// hold the best; what is kept is computed again from the float32 vectors at the end (exact_products).
+// Vectors in bfloat16 have d padded with zeros to a multiple of 32, and are np = d / 2 words of two elements. Vectors in
+// bytes have d padded to a multiple of 64, and are np = d / 4 words of four elements and one more, the scale: an element
+// is (byte - 128) scale, where 127 scale is the largest of the vector.
 //
 // A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower
 // half 2^31 - 1 minus the neighbour's number, and in the lowest bit whether the neighbour is new to a round of
 // neighbours-of-neighbours. So the greater key is the better neighbour, and of equal products the one with the lower
-// number. Key 0 is "none". Lists are in no order. At most 2^31 - 1 vectors. Results do not depend on the number of
+// number. Key 0 is "none"; any other that names 2^31 - 1 is none as well, and a bar that others have to pass. Lists are in no
+// order. At most 2^31 - 1 vectors. Results do not depend on the number of
 // threads.
 #pragma once
 
@@ -16,7 +19,7 @@
 #include <stdexcept>
 #include <string>
 
-// How products are computed: "amx" or "bf16" (AVX-512) where the CPU has it, or "float32"; the first of these by default.
+// How products are computed: "amx" or "avx512" where the CPU has products of bfloat16 or bytes, or "float32"; the first by default.
 // use_products takes one of them, the default for "", and throws std::invalid_argument where the machine has it not.
 std::string products();
 void use_products(const std::string& name);
@@ -26,17 +29,20 @@ void use_products(const std::string& name);
 // x n x d; scale n or null; out n x np words; residual n or null
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual);
 
+// out = x * scale in bytes, n x (np + 1) words
+void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out);
+
 // The K best of base vectors first .. first + nb - 1 for each query, joined with what keys held.
 //
-// Q nq x np, X nb x np, keys in/out nq x K (zeros to begin with)
+// Q nq x np, X nb x np words in bfloat16, or np + 1 in bytes; keys in/out nq x K (zeros to begin with)
 // bound      in  nq or null: products that are not greater are left out
-void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int64_t first, int64_t K,
-                const float* bound, int64_t* keys);
+void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, bool bytes, int64_t first,
+                int64_t K, const float* bound, int64_t* keys);
 
 // The K best of the base vectors in each query's nprobe nearest cells, joined with what keys held (and more cells, while
-// they hold fewer than K vectors). Quick if successive queries are near each other.
+// they hold fewer than K vectors). Quick if successive queries are near each other. All vectors in bytes.
 //
-// centroids  in  nlist x np
+// centroids  in  nlist x (np + 1)
 // begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
 // enough     in  cells are added to the nprobe nearest until they hold this many vectors
 //
@@ -52,7 +58,7 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const
 //
 // start_round copies the lists and marks all entries as old; reverse_lists makes the lists of who has a node as its
 // neighbour; join_range then compares, for each node of a range, all of its neighbours and up to R of its reverse
-// neighbours with each other, where at least one is new, and inserts in keys.
+// neighbours with each other, where at least one is new, and inserts in keys. Vectors in bytes.
 //
 // keys      in/out  n x K
 // lists     out     n x K: neighbour numbers, those of new entries with the top bit set; -1 for none

@@ -1,6 +1,7 @@
 """K-nearest-neighbour search and graphs by inner product: shapes, dtypes and allocation for neighbours.cpp.
 
-Vectors to search among are held in bfloat16, as int32 arrays (n, np) of two elements each (`to_bfloat16`). Candidate
+Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where candidates have to be proven
+the best, as int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Candidate
 lists are int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for
 none, in no order. `exact_products` turns them into float32 similarities and numbers.
 """
@@ -12,12 +13,14 @@ from graph_utils.product import aligned_zeros
 products = core.products
 use_products = core.use_products
 
+NONE = 0x7fffffff       # the number that no vector has
 NEW = np.int64(1)       # bit of a key: new to the next round of neighbours-of-neighbours
 
 
 def numbers(keys):
     """Neighbour numbers of keys, int64, -1 for none."""
-    return np.where(keys == 0, -1, 0x7fffffff - ((keys & 0xffffffff) >> 1))
+    low = (keys & 0xffffffff) >> 1
+    return np.where(low == 0, -1, NONE - low)
 
 
 def similarities(keys):
@@ -28,10 +31,10 @@ def similarities(keys):
 
 
 def make_keys(D, I):
-    """Keys, int64, of similarities D float32 and numbers I, -1 for none."""
+    """Keys, int64, of similarities D float32 and numbers I, -1 for none; NONE for a bar, which others have to pass."""
     bits = np.ascontiguousarray(D, np.float32).view(np.int32).astype(np.int64)
     bits = np.where(bits < 0, ~bits & 0xffffffff, bits | 0x80000000)
-    return np.where(I < 0, 0, (bits << 32) | ((0x7fffffff - I.astype(np.int64)) << 1))
+    return np.where(I < 0, 0, (bits << 32) | ((NONE - I.astype(np.int64)) << 1))
 
 
 def _check(array, dtype, shape, name):
@@ -47,6 +50,34 @@ def _check(array, dtype, shape, name):
 def words(d):
     """Words of a bfloat16 vector of d elements: padded to a multiple of 32 elements."""
     return max(1, -(-d // 32)) * 16
+
+
+def words_of_bytes(d):
+    """Words of a vector of d elements in bytes: padded to a multiple of 64 elements, and the scale."""
+    return max(1, -(-d // 64)) * 16 + 1
+
+
+def to_bytes(x, scale=None):
+    """x float32 (n, d), each row times scale (n,) if given, as int32 (n, words_of_bytes(d)).
+
+    A row has 255 levels, evenly spaced from its largest element to the opposite of it. Products err by about .0006 of the
+    norms where elements are alike in size.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    n, d = x.shape
+    out = np.empty((n, words_of_bytes(d)), np.int32)
+    if scale is not None:
+        _check(scale, np.float32, (n,), "scale")
+    core.to_bytes(n, d, x, scale, words_of_bytes(d) - 1, out)
+    return out
+
+
+def _in_bytes(X, name):
+    """The number of words without the scale; ValueError if X (n, words) are not vectors in bytes."""
+    _check(X, np.int32, (None, None), name)
+    if X.shape[1] % 16 != 1:
+        raise ValueError(f"{name}: vectors in bytes expected, found {X.shape[1]} words each")
+    return X.shape[1] - 1
 
 
 def to_bfloat16(x, scale=None, out=None, residual=None):
@@ -67,14 +98,16 @@ def to_bfloat16(x, scale=None, out=None, residual=None):
 
 
 def search_all(Q, X, K, keys=None, first=0, bound=None):
-    """The K best of X (nb, np) for each of Q (nq, np), numbered from `first`, joined with `keys`. Returns keys.
+    """The K best of X (nb, words) for each of Q (nq, words), numbered from `first`, joined with `keys`. Returns keys.
+
+    Both in bfloat16, or both in bytes.
 
     bound: float32 (nq,), products that are not greater are left out.
     """
-    nq, np_ = Q.shape
+    nq, width = Q.shape
     keys = np.zeros((nq, K), np.int64) if keys is None else _check(keys, np.int64, (nq, K), "keys")
-    core.search_all(nq, _check(Q, np.int32, (None, None), "Q"), len(X), _check(X, np.int32, (None, np_), "X"), np_,
-                    first, K, None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys)
+    core.search_all(nq, _check(Q, np.int32, (None, None), "Q"), len(X), _check(X, np.int32, (None, width), "X"),
+                    width - width % 16, width % 16 == 1, first, K, None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys)
     return keys
 
 
@@ -86,7 +119,7 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
     enter, under these numbers, the lists x_keys of the rows begin[c]..middle[c]-1 that they are compared with. x_worst
     are the worst products in x_keys, see worst_products; both are updated.
     """
-    nq, np_ = Q.shape
+    nq, np_ = len(Q), _in_bytes(Q, "Q")
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
     if insert:
@@ -94,10 +127,9 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
         _check(numbers, np.int32, (nq,), "numbers")
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
-    core.search_cells(nq, _check(Q, np.int32, (None, None), "Q"), np_, nlist,
-                      _check(centroids, np.int32, (None, np_), "centroids"), nprobe, K if enough is None else enough,
+    core.search_cells(nq, Q, np_, nlist, _check(centroids, np.int32, (None, np_ + 1), "centroids"), nprobe, K if enough is None else enough,
                       _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
-                      _check(X, np.int32, (None, np_), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
+                      _check(X, np.int32, (None, np_ + 1), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
                       x_keys, x_worst)
 
 
@@ -118,7 +150,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     Returns the number of insertions. Memory: 8 bytes per entry of keys besides.
     """
     n, K = keys.shape
-    _check(X, np.int32, (n, None), "X")
+    np_ = _in_bytes(_check(X, np.int32, (n, None), "X"), "X")
     _check(keys, np.int64, (n, K), "keys")
     lists = np.empty((n, K), np.int32)
     worst = np.empty(n, np.float32)
@@ -128,7 +160,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     core.reverse_lists(n, K, lists, offsets, reverse)
     inserted = 0
     for i in range(0, n, block):
-        inserted += core.join_range(n, X, X.shape[1], K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
+        inserted += core.join_range(n, X, np_, K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
                                     worst)
         if progress is not None:
             progress(min(i + block, n))

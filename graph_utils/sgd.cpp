@@ -106,8 +106,8 @@ struct Float32 {
 // words of high numbers, then of low ones.
 struct Split {
     static constexpr int64_t kLeast = kTile;
-    static void begin() { tiles::Amx::begin(); }
-    static void end() { tiles::Amx::end(); }
+    static void begin() { tiles::amx_begin(); }
+    static void end() { tiles::amx_end(); }
 
     static Words bits(Vector x) { return (Words)x; }
 
@@ -502,7 +502,7 @@ void check_sizes(bool right, const char* what) {
 
 bool sgd_has_tiles() {
 #ifdef SGD_TILES
-    return tiles::Amx::available();
+    return tiles::amx_available();
 #else
     return false;
 #endif

@@ -1,9 +1,13 @@
-// Inner products of 32 by 32 vectors in bfloat16: by AMX or AVX-512's bfloat16 products where the CPU has them, else by
-// float32 arithmetic.
+// Inner products of 32 by 32 vectors in bfloat16 or in bytes: by AMX or AVX-512's products where the CPU has them, else
+// by float32 arithmetic.
 //
-// Vectors are stored as `np` pairs: element 2i in the lower half of word i, element 2i + 1 in the upper half. np is a
-// multiple of 16. All ways add the products in the same order for (a, b) as for (b, a), so they are symmetric to the
-// last bit, and independent of where in a tile a vector stands.
+// Vectors are stored as np words of 32 bits, np a multiple of 16, element 0 in the lowest bits: two elements each in
+// bfloat16, four in bytes. A byte is an element plus 128, which is a multiple of the vector's scale, a float32 that
+// follows as one more word. All ways are symmetric to the last bit, and independent of where in a tile a vector stands:
+// they add the products in the same order for (a, b) as for (b, a), and products of bytes are whole numbers.
+//
+// A kernel multiplies a tile of up to 32 rows, put there one by one by row(), with a panel of 32 vectors: tile() writes
+// the first n of s[32][32], and perhaps more.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +16,7 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__linux__)
 #define TILES_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -55,20 +59,6 @@ inline void transpose16(const uint32_t* const* source, int64_t offset, uint32_t*
 }
 #pragma GCC diagnostic pop
 
-inline float lower(uint32_t word) {
-    word <<= 16;
-    float x;
-    std::memcpy(&x, &word, 4);
-    return x;
-}
-
-inline float upper(uint32_t word) {
-    word &= 0xffff0000u;
-    float x;
-    std::memcpy(&x, &word, 4);
-    return x;
-}
-
 // Bits c of the 32 numbers s[c] that are greater than bound.
 inline uint32_t above(const float* s, float bound) {
 #ifdef __AVX512F__
@@ -100,39 +90,67 @@ inline uint32_t above_each(const float* s, const float* bounds) {
 #endif
 }
 
-// ---- float32: a row is 2 np floats; a panel is 2 np rows of 32 floats
+// ---- how vectors are stored
 
+struct Bfloat16 {
+    static constexpr int kPerWord = 2;
+    static int64_t stride(int64_t np) { return np; }        // words from one vector to the next
+    static float element(uint32_t word, int i) {
+        word = i ? word & 0xffff0000u : word << 16;
+        float x;
+        std::memcpy(&x, &word, 4);
+        return x;
+    }
+    static float scale(const uint32_t*, int64_t) { return 1.0f; }
+};
+
+struct Bytes {
+    static constexpr int kPerWord = 4;
+    static int64_t stride(int64_t np) { return np + 1; }
+    static float element(uint32_t word, int i) { return (float)((int)(word >> 8 * i & 255) - 128); }
+    static float scale(const uint32_t* x, int64_t np) {
+        float s;
+        std::memcpy(&s, x + np, 4);
+        return s;
+    }
+};
+
+template <class Format>
+float inner_product(const uint32_t* x, const uint32_t* y, int64_t np) {
+    float s = 0;
+    for (int64_t w = 0; w < np; w++)
+        for (int i = 0; i < Format::kPerWord; i++) s += Format::element(x[w], i) * Format::element(y[w], i);
+    return s * (Format::scale(x, np) * Format::scale(y, np));
+}
+
+// ---- float32: a row is its elements; a panel holds 32 floats for each element; scales at the end of both
+
+template <class F>
 struct Float32 {
-    static int64_t bytes(int64_t np) { return 8 * np; }     // of one vector, in rows and panels
+    using Format = F;
+    static int64_t tile_bytes(int64_t np) { return 4 * kTile * (Format::kPerWord * np + 1); }
     static void begin() {}
     static void end() {}
 
-    static void row(const uint32_t* x, int64_t np, void* out) {
-        float* o = (float*)out;
-        for (int64_t i = 0; i < np; i++) {
-            o[2 * i] = lower(x[i]);
-            o[2 * i + 1] = upper(x[i]);
-        }
-    }
-
-    // n <= 32 vectors that follow each other, as rows for tile(); `space` has room for 32
-    static const void* rows(const uint32_t* x, int n, int64_t np, void* space) {
-        for (int r = 0; r < n; r++) row(x + r * np, np, (char*)space + r * bytes(np));
-        return space;
+    static void row(const uint32_t* x, int64_t np, void* rows, int r) {
+        const int64_t d = Format::kPerWord * np;
+        float* o = (float*)rows + r * d;
+        for (int64_t w = 0; w < np; w++)
+            for (int i = 0; i < Format::kPerWord; i++) o[Format::kPerWord * w + i] = Format::element(x[w], i);
+        ((float*)rows)[kTile * d + r] = Format::scale(x, np);
     }
 
     static void panel(const uint32_t* const* x, int64_t np, void* out) {
         alignas(64) uint32_t words[16 * kTile];
         float* o = (float*)out;
-        for (int64_t i = 0; i < np; i += 16) {
-            transpose16(x, i, words, kTile);
-            transpose16(x + 16, i, words + 16, kTile);
+        for (int64_t w = 0; w < np; w += 16) {
+            transpose16(x, w, words, kTile);
+            transpose16(x + 16, w, words + 16, kTile);
             for (int r = 0; r < 16; r++)
-                for (int c = 0; c < kTile; c++) {
-                    o[(2 * (i + r)) * kTile + c] = lower(words[r * kTile + c]);
-                    o[(2 * (i + r) + 1) * kTile + c] = upper(words[r * kTile + c]);
-                }
+                for (int i = 0; i < Format::kPerWord; i++, o += kTile)
+                    for (int c = 0; c < kTile; c++) o[c] = Format::element(words[r * kTile + c], i);
         }
+        for (int c = 0; c < kTile; c++) o[c] = Format::scale(x[c], np);
     }
 
 #if defined(__AVX512F__)
@@ -142,55 +160,93 @@ struct Float32 {
 #endif
     typedef float Vector __attribute__((vector_size(4 * kWidth)));
 
-    // s[32][32] = A B^T
-    static void tile(const void* rows, const void* panel, int64_t np, float* s) {
+    static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
         constexpr int NV = kTile / kWidth;
-        const int64_t d = 2 * np;
-        for (int r0 = 0; r0 < kTile; r0 += kRows) {
+        const int64_t d = Format::kPerWord * np;
+        const float* row_scales = (const float*)rows + kTile * d;
+        for (int r0 = 0; r0 < n; r0 += kRows) {
             Vector sums[kRows][NV] = {};
             const float* a = (const float*)rows + r0 * d;
             const Vector* b = (const Vector*)panel;
             for (int64_t i = 0; i < d; i++, b += NV)
                 for (int r = 0; r < kRows; r++)
                     for (int v = 0; v < NV; v++) sums[r][v] += a[r * d + i] * b[v];
+            for (int r = 0; r < kRows; r++)
+                for (int v = 0; v < NV; v++) sums[r][v] *= row_scales[r0 + r] * b[v];
             for (int r = 0; r < kRows; r++) std::memcpy(s + (r0 + r) * kTile, sums[r], sizeof(sums[r]));
         }
     }
 };
 
-// ---- bfloat16: a row is the np words as they are
+// ---- as they are stored: a row is its words; scales of bytes at the end
 
-struct Words {
-    static int64_t bytes(int64_t np) { return 4 * np; }
-
-    static void row(const uint32_t* x, int64_t np, void* out) { std::memcpy(out, x, 4 * np); }
-
-    static const void* rows(const uint32_t* x, int n, int64_t np, void* space) {
-        if (n == kTile) return x;
-        std::memcpy(space, x, 4 * n * np);
-        return space;
-    }
+struct Bfloat16Rows {
+    using Format = Bfloat16;
+    static int64_t tile_bytes(int64_t np) { return 4 * kTile * np; }
+    static void row(const uint32_t* x, int64_t np, void* rows, int r) { std::memcpy((uint32_t*)rows + r * np, x, 4 * np); }
 };
-
-// ---- AVX-512 BF16: a panel is np rows of 32 words
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define TILES_BF16
-struct Bf16 : Words {
-    static void begin() {}
-    static void end() {}
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define TILES_VNNI
+#endif
 
-    static void panel(const uint32_t* const* x, int64_t np, void* out) {
-        uint32_t* o = (uint32_t*)out;
-        for (int64_t i = 0; i < np; i += 16) {
-            transpose16(x, i, o + i * kTile, kTile);
-            transpose16(x + 16, i, o + i * kTile + 16, kTile);
-        }
+#if defined(TILES_VNNI) || defined(TILES_AMX)
+// 16 whole numbers times scales. (GCC 12 warns of its own _mm512_cvtepi32_ps.)
+inline __m512 scaled(__m512i sums, __m512 scales) {
+    typedef int32_t Numbers __attribute__((vector_size(64)));
+    typedef float Floats __attribute__((vector_size(64)));
+    return (__m512)__builtin_convertvector((Numbers)sums, Floats) * scales;
+}
+
+// Bytes are multiplied without sign (rows) by with sign (panels). A panel ends with scales, and with what takes the 128
+// of the rows' bytes out again: -128 times the sum of each vector.
+struct BytesRows {
+    using Format = Bytes;
+    static int64_t tile_bytes(int64_t np) { return 4 * kTile * (np + 2); }
+    static void row(const uint32_t* x, int64_t np, void* rows, int r) {
+        std::memcpy((uint32_t*)rows + r * np, x, 4 * np);
+        ((uint32_t*)rows)[kTile * np + r] = x[np];
     }
 
-    static void tile(const void* rows, const void* panel, int64_t np, float* s) {
+    static void finish_panel(const uint32_t* const* x, int64_t np, uint32_t* words) {
+        const __m512i bias = _mm512_set1_epi32((int)0x80808080u);
+        for (int64_t i = 0; i < kTile * np; i += 16)
+            _mm512_store_si512(words + i, _mm512_xor_si512(_mm512_load_si512(words + i), bias));
+        words += kTile * np;
+        for (int c = 0; c < kTile; c++) {
+            __m512i sums = _mm512_setzero_si512();
+            for (int64_t i = 0; i < np; i += 16)
+                sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(x[c] + i), _mm512_setzero_si512()));
+            int64_t sum = -512 * np;
+            for (int i = 0; i < 8; i++) sum += sums[i];
+            words[c] = x[c][np];
+            words[kTile + c] = (uint32_t)(-128 * sum);
+        }
+    }
+};
+#endif
+
+// ---- AVX-512: a panel is np rows of 32 words
+
+inline void panel_of_words(const uint32_t* const* x, int64_t np, uint32_t* out) {
+    for (int64_t i = 0; i < np; i += 16) {
+        transpose16(x, i, out + i * kTile, kTile);
+        transpose16(x + 16, i, out + i * kTile + 16, kTile);
+    }
+}
+
+#ifdef TILES_BF16
+struct Avx512Bfloat16 : Bfloat16Rows {
+    static void begin() {}
+    static void end() {}
+    static void panel(const uint32_t* const* x, int64_t np, void* out) { panel_of_words(x, np, (uint32_t*)out); }
+
+    static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
         constexpr int kRows = 8;        // 16 accumulators of the 32 registers
-        for (int r0 = 0; r0 < kTile; r0 += kRows) {
+        for (int r0 = 0; r0 < n; r0 += kRows) {
             const uint32_t* a = (const uint32_t*)rows + r0 * np;
             const uint32_t* b = (const uint32_t*)panel;
             __m512 left[kRows], right[kRows];
@@ -212,64 +268,137 @@ struct Bf16 : Words {
 };
 #endif
 
+#ifdef TILES_VNNI
+struct Avx512Bytes : BytesRows {
+    static void begin() {}
+    static void end() {}
+    static void panel(const uint32_t* const* x, int64_t np, void* out) {
+        panel_of_words(x, np, (uint32_t*)out);
+        finish_panel(x, np, (uint32_t*)out);
+    }
+
+    static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
+        constexpr int kRows = 8;        // as above
+        const uint32_t* ends = (const uint32_t*)panel + kTile * np;
+        const float* row_scales = (const float*)((const uint32_t*)rows + kTile * np);
+        const __m512 scale0 = _mm512_load_ps((const float*)ends), scale1 = _mm512_load_ps((const float*)ends + 16);
+        const __m512i start0 = _mm512_load_si512(ends + kTile), start1 = _mm512_load_si512(ends + kTile + 16);
+        for (int r0 = 0; r0 < n; r0 += kRows) {
+            const uint32_t* a = (const uint32_t*)rows + r0 * np;
+            const uint32_t* b = (const uint32_t*)panel;
+            __m512i left[kRows], right[kRows];
+            for (int r = 0; r < kRows; r++) {
+                left[r] = start0;
+                right[r] = start1;
+            }
+            for (int64_t i = 0; i < np; i++, b += kTile) {
+                const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16);
+                for (int r = 0; r < kRows; r++) {
+                    const __m512i word = _mm512_set1_epi32((int)a[r * np + i]);
+                    left[r] = _mm512_dpbusd_epi32(left[r], word, b0);
+                    right[r] = _mm512_dpbusd_epi32(right[r], word, b1);
+                }
+            }
+            for (int r = 0; r < kRows; r++) {
+                const __m512 scale = _mm512_set1_ps(row_scales[r0 + r]);
+                _mm512_storeu_ps(s + (r0 + r) * kTile, scaled(left[r], scale * scale0));
+                _mm512_storeu_ps(s + (r0 + r) * kTile + 16, scaled(right[r], scale * scale1));
+            }
+        }
+    }
+};
+#endif
+
 // ---- AMX: a panel is, for each half of its vectors, np rows of 16 words
 
-struct Amx : Words {
-    static bool available() {
+inline bool amx_available() {
 #ifdef TILES_AMX
-        // the kernel saves the tile registers of processes that asked for them only
-        static const bool granted = __builtin_cpu_supports("avx512f") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-        return granted;
+    // the kernel saves the tile registers of processes that asked for them only
+    static const bool granted = __builtin_cpu_supports("avx512f") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return granted;
 #else
-        return false;
+    return false;
 #endif
-    }
+}
 
 #ifdef TILES_AMX
-    static void begin() {
-        // palette 1; then from byte 16 the row lengths in bytes and from byte 48 the row counts of the eight tiles
-        alignas(64) static const uint8_t config[64] = {
-            1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
-            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
-        _tile_loadconfig(config);
-    }
-    static void end() { _tile_release(); }
+inline void amx_begin() {
+    // palette 1; then from byte 16 the row lengths in bytes and from byte 48 the row counts of the eight tiles
+    alignas(64) static const uint8_t config[64] = {
+        1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
+    _tile_loadconfig(config);
+}
 
-    static void panel(const uint32_t* const* x, int64_t np, void* out) {
-        uint32_t* o = (uint32_t*)out;
-        for (int64_t i = 0; i < np; i += 16) {
-            transpose16(x, i, o + i * 16, 16);
-            transpose16(x + 16, i, o + (np + i) * 16, 16);
-        }
-    }
+inline void amx_end() { _tile_release(); }
 
-    static void tile(const void* rows, const void* panel, int64_t np, float* s) {
-        const uint32_t* a = (const uint32_t*)rows;
-        const uint32_t* b = (const uint32_t*)panel;
-        const int64_t stride = 4 * np;
-        // the compiler does not know that tile instructions read and write memory
-        __asm__ volatile("" ::: "memory");
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t i = 0; i < np; i += 16) {
-            _tile_loadd(4, a + i, stride);
-            _tile_loadd(6, b + i * 16, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + (np + i) * 16, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + 16 * np + i, stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, s, 4 * kTile);
-        _tile_stored(1, s + 16, 4 * kTile);
-        _tile_stored(2, s + 16 * kTile, 4 * kTile);
-        _tile_stored(3, s + 16 * kTile + 16, 4 * kTile);
-        __asm__ volatile("" ::: "memory");
+inline void amx_panel(const uint32_t* const* x, int64_t np, uint32_t* out) {
+    for (int64_t i = 0; i < np; i += 16) {
+        transpose16(x, i, out + i * 16, 16);
+        transpose16(x + 16, i, out + (np + i) * 16, 16);
     }
-#endif
+}
+
+// s (32 x 32 words) = rows times panel; tile instructions take their registers as constants, so this is a macro
+#define AMX_TILE(MULTIPLY, rows, panel, np, s)                              \
+    do {                                                                    \
+        const uint32_t* a = (const uint32_t*)(rows);                        \
+        const uint32_t* b = (const uint32_t*)(panel);                       \
+        const int64_t stride = 4 * (np);                                    \
+        /* the compiler does not know that these read and write memory */   \
+        __asm__ volatile("" ::: "memory");                                  \
+        _tile_zero(0);                                                      \
+        _tile_zero(1);                                                      \
+        _tile_zero(2);                                                      \
+        _tile_zero(3);                                                      \
+        for (int64_t i = 0; i < (np); i += 16) {                            \
+            _tile_loadd(4, a + i, stride);                                  \
+            _tile_loadd(6, b + i * 16, 64);                                 \
+            MULTIPLY(0, 4, 6);                                              \
+            _tile_loadd(7, b + ((np) + i) * 16, 64);                        \
+            MULTIPLY(1, 4, 7);                                              \
+            _tile_loadd(5, a + 16 * (np) + i, stride);                      \
+            MULTIPLY(2, 5, 6);                                              \
+            MULTIPLY(3, 5, 7);                                              \
+        }                                                                   \
+        _tile_stored(0, (s), 4 * kTile);                                    \
+        _tile_stored(1, (s) + 16, 4 * kTile);                               \
+        _tile_stored(2, (s) + 16 * kTile, 4 * kTile);                       \
+        _tile_stored(3, (s) + 16 * kTile + 16, 4 * kTile);                  \
+        __asm__ volatile("" ::: "memory");                                  \
+    } while (0)
+
+struct AmxBfloat16 : Bfloat16Rows {
+    static void begin() { amx_begin(); }
+    static void end() { amx_end(); }
+    static void panel(const uint32_t* const* x, int64_t np, void* out) { amx_panel(x, np, (uint32_t*)out); }
+    static void tile(const void* rows, int, const void* panel, int64_t np, float* s) {
+        AMX_TILE(_tile_dpbf16ps, rows, panel, np, s);
+    }
 };
+
+struct AmxBytes : BytesRows {
+    static void begin() { amx_begin(); }
+    static void end() { amx_end(); }
+    static void panel(const uint32_t* const* x, int64_t np, void* out) {
+        amx_panel(x, np, (uint32_t*)out);
+        finish_panel(x, np, (uint32_t*)out);
+    }
+    static void tile(const void* rows, int, const void* panel, int64_t np, float* s) {
+        alignas(64) int32_t sums[kTile * kTile];
+        AMX_TILE(_tile_dpbusd, rows, panel, np, sums);
+        const uint32_t* ends = (const uint32_t*)panel + kTile * np;
+        const float* row_scales = (const float*)((const uint32_t*)rows + kTile * np);
+        for (int c = 0; c < kTile; c += 16) {
+            const __m512 scales = _mm512_load_ps((const float*)ends + c);
+            const __m512i start = _mm512_load_si512(ends + kTile + c);
+            for (int r = 0; r < kTile; r++) {
+                const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * kTile + c), start);
+                _mm512_storeu_ps(s + r * kTile + c, scaled(sum, _mm512_set1_ps(row_scales[r]) * scales));
+            }
+        }
+    }
+};
+#endif
 
 }  // namespace tiles

@@ -93,6 +93,10 @@ class Vectors:
         scale = None if self.scale is None else self.scale[start:stop]
         return nb.to_bfloat16(self.stretch(start, stop), scale, residual=residual)
 
+    def bytes(self, start, stop):
+        """The same in bytes (graph_utils.neighbours.to_bytes)."""
+        return nb.to_bytes(self.stretch(start, stop), None if self.scale is None else self.scale[start:stop])
+
 
 def default_nlist(n):
     """Cells of an index of n vectors (paper, section 3.2: 4 sqrt(n))."""
@@ -105,7 +109,7 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     m = min(vectors.n, TRAINING_PER_CELL * nlist)
     sample = np.sort(rs.choice(vectors.n, m, replace=False)) if m < vectors.n else np.arange(m)
     x = vectors.scaled_rows(sample)
-    X = nb.to_bfloat16(x)
+    X = nb.to_bytes(x)
     centroids = np.ascontiguousarray(x[rs.choice(m, nlist, replace=m < nlist)])
     for iteration in range(iterations):
         cell = nearest_cell(X, centroids)
@@ -124,8 +128,8 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
 
 
 def nearest_cell(X, centroids):
-    """The most similar centroid of each bfloat16 vector, int64 (len(X),)."""
-    return nb.numbers(nb.search_all(X, nb.to_bfloat16(centroids), 1)[:, 0])
+    """The most similar centroid of each vector in bytes, int64 (len(X),)."""
+    return nb.numbers(nb.search_all(X, nb.to_bytes(centroids), 1)[:, 0])
 
 
 def assign(vectors, centroids, progress=None, first=0):
@@ -133,7 +137,7 @@ def assign(vectors, centroids, progress=None, first=0):
     cell = np.empty(vectors.n - first, np.int32)
     for i in range(first, vectors.n, BLOCK):
         j = min(i + BLOCK, vectors.n)
-        cell[i - first:j - first] = nearest_cell(vectors.bfloat16(i, j), centroids)
+        cell[i - first:j - first] = nearest_cell(vectors.bytes(i, j), centroids)
         if progress is not None:
             progress(j)
     return cell
@@ -154,14 +158,13 @@ def chained(centroids):
 
 
 class Cells:
-    """Vectors in bfloat16, sorted by cell, cells chained by similarity, within a cell in the order of their numbers.
+    """Vectors in bytes, sorted by cell, cells chained by similarity, within a cell in the order of their numbers.
 
     X          int32 (n, words): the vectors; row p is number order[p]
     order      int32 (n,)
     begin, end int64 (nlist,): rows of each cell
-    centroids  float32 (nlist, d), in the order of the chain; C: the same in bfloat16
-    residual   the largest norm of what rounding to bfloat16 took from a vector
-    Memory: 2 bytes per element and 8 per vector.
+    centroids  float32 (nlist, d), in the order of the chain; C: the same in bytes
+    Memory: 1 byte per element and 12 per vector.
     """
 
     def __init__(self, vectors, centroids, cell, progress=None):
@@ -171,19 +174,16 @@ class Cells:
         self.vectors = vectors
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
-        self.C = nb.to_bfloat16(self.centroids)
+        self.C = nb.to_bytes(self.centroids)
         self.chain = chain
         self.order = np.argsort(rank[cell], kind="stable").astype(np.int32)
         sizes = np.bincount(cell, minlength=len(chain))[chain]
         self.end = np.cumsum(sizes)
         self.begin = self.end - sizes
-        self.X = nb.aligned_zeros((self.n, nb.words(vectors.d)), np.int32)
-        self.residual = 0.0
+        self.X = nb.aligned_zeros((self.n, nb.words_of_bytes(vectors.d)), np.int32)
         position = self.position()
         for i, j in vectors.blocks():
-            residual = np.empty(j - i, np.float32)
-            self.X[position[i:j]] = vectors.bfloat16(i, j, residual)
-            self.residual = max(self.residual, float(residual.max()))
+            self.X[position[i:j]] = vectors.bytes(i, j)
             if progress is not None:
                 progress(j)
 

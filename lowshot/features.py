@@ -1,9 +1,12 @@
 """Feature files: the HDF5 blocks that save_features.py writes, and the headerless matrices made from them."""
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 SLAB_BYTES = 64 << 20
+READERS = 4                 # threads that read parts of a slab: one alone waits for the disk, or for pages of memory
+READ_AT_ONCE = 8 << 20      # bytes that are not worth a thread of their own
 
 
 def spread_rows(n, m):
@@ -123,8 +126,12 @@ class FeatureFile:
             # plain reads, not a memory map: mapped pages count as this process's memory
             starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]]) if len(rows) else [0]
             width = 4 * self.d
-            for start, stop in zip(starts[:-1], starts[1:]):
-                read_into(self._fd, out[start:stop], self._offset + int(rows[start]) * width, self.path)
+            def read(stretches):
+                for start, stop in stretches:
+                    read_into(self._fd, out[start:stop], self._offset + int(rows[start]) * width, self.path)
+
+            stretches = list(zip(starts[:-1], starts[1:]))
+            at_once(read, [stretches[i::READERS] for i in range(READERS)])
             return out
         # read whole stretches and pick: h5py takes index lists one row at a time
         step = max(1, SLAB_BYTES // (4 * self.d))
@@ -160,15 +167,29 @@ class FeatureFile:
         self.close()
 
 
+def at_once(function, arguments):
+    """function(argument) for each, in threads; the first exception is raised."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        list(pool.map(function, arguments))
+
+
 def read_into(fd, array, position, path):
     """Fill a C-contiguous array with the bytes of an open file from `position` on."""
     buffer = memoryview(array.reshape(-1)).cast("B")
-    done = 0
-    while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:done + (1 << 30)]], position + done)
-        if got <= 0:
-            raise ValueError(f"{path} is truncated: it ends before byte {position + len(buffer)}")
-        done += got
+
+    def read(start):
+        stop = min(start + part, len(buffer))
+        while start < stop:
+            got = os.preadv(fd, [buffer[start:min(stop, start + (1 << 30))]], position + start)
+            if got <= 0:
+                raise ValueError(f"{path} is truncated: it ends before byte {position + len(buffer)}")
+            start += got
+
+    part = max(-(-len(buffer) // READERS), READ_AT_ONCE)
+    if len(buffer) <= part:
+        read(0)
+    else:
+        at_once(read, range(0, len(buffer), part))
 
 
 def matrix_rows(path, dtype, columns, rows=None, maker=None):

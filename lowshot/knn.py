@@ -27,9 +27,11 @@ from lowshot.script import Progress
 
 EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
-SAMPLE_SPARE = 16 * SPARE   # the same for the sample that recall is measured on, and for new nodes among many
+MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
 MAPPED = 4096               # candidates that are looked up at a time where each maps pages of a file around it
-SPARE_LISTED = 4            # the same in lists that are not proven
+SPARE_LISTED = 8            # the same in lists that are not proven: bytes put .998 of the 32 best among the 40 best
+BYTES_ERR = .003            # five standard errors of products in bytes, where elements are alike in size
+BYTES_LOSE = .004           # recall that the errors of bytes cost at most
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
 MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
@@ -77,12 +79,13 @@ def _vectors(x):
 
 # ---- exact search
 
-def exact_knn(xq, x, k, progress=None, self=False):
+def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
     Candidates come from products in bfloat16; they are compared in float32, and where the errors of bfloat16 could
     hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in its own
-    list. Memory: x is read in blocks. Returns D float32 (nq, k), I int32 (nq, k).
+    list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks.
+    Returns D float32 (nq, k), I int32 (nq, k).
     """
     Q, X = _vectors(xq), _vectors(x)
     if Q.d != X.d:
@@ -94,16 +97,19 @@ def exact_knn(xq, x, k, progress=None, self=False):
     progress = progress or _silent
     lost = np.empty(Q.n, np.float32)
     queries = np.concatenate([Q.bfloat16(i, j, lost[i:j]) for i, j in Q.blocks()])
-    keys = np.zeros((Q.n, min(k + SPARE, X.n)), np.int64)
+    keys = np.zeros((Q.n, min(k + spare, X.n)), np.int64)
     lost_most = 0.0
     for i, j in X.blocks():
         residual = np.empty(j - i, np.float32)
         nb.search_all(queries, X.bfloat16(i, j, residual), keys.shape[1], keys, i)
         lost_most = max(lost_most, float(residual.max()))
         progress("vectors compared with all queries", j, X.n)
-    nb.exact_products(keys, Q.arrays, X.arrays, k, q_scale=Q.scale, x_scale=X.scale, self=self, D=D, I=I)
+    error = _error(lost, lost_most, Q.longest, X.longest)
+    worst = nb.worst_products(keys)
+    _leave_possible(keys, k, error)
+    _products_in_parts(keys, Q, X, k, self, D, I)
     if keys.shape[1] < X.n:
-        unsure = np.flatnonzero(~_certain(keys, D, lost, lost_most, Q.longest, X.longest))
+        unsure = np.flatnonzero(D[:, -1] < worst + error)
         for i in range(0, len(unsure), 4096):
             rows = unsure[i:i + 4096]
             D[rows], I[rows] = _float32_knn(Q.scaled_rows(rows), X, k)
@@ -113,21 +119,32 @@ def exact_knn(xq, x, k, progress=None, self=False):
     return D, I
 
 
-def _certain(keys, D, lost, lost_most, q_longest, x_longest):
-    """Whether each list's k best are proven: what was left out has a product of at most the worst candidate's in
-    bfloat16 plus its error, |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
-    worst = nb.worst_products(keys)
-    error = lost * (x_longest + lost_most) + q_longest * lost_most + 4e-5 * q_longest * x_longest
-    return D[:, -1] >= worst + error
+def _error(lost, lost_most, q_longest, x_longest):
+    """Bounds of the errors of products in bfloat16, for each of the first vectors:
+    |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
+    return lost * (x_longest + lost_most) + q_longest * lost_most + np.float32(4e-5) * q_longest * x_longest
 
 
-def _products_in_parts(keys, queries, q_scale, X, k, x_number=None):
+def _leave_possible(keys, k, error):
+    """Take out of each list of candidates, in place, what cannot be among its k best: k others are better even if all
+    products err by `error` (n,) to their disfavour."""
+    if keys.shape[1] <= k:
+        return
+    for i in range(0, len(keys), BLOCK):
+        part, e = keys[i:i + BLOCK], error[i:i + BLOCK]
+        least = np.partition(part.view(np.uint64), -k, axis=1)[:, -k].view(np.int64)
+        least = nb.make_keys(nb.similarities(least) - 2 * e, np.where(least == 0, -1, nb.NONE))
+        part[part.view(np.uint64) < least.view(np.uint64)[:, None]] = 0
+
+
+def _products_in_parts(keys, Q, X, k, self=False, D=None, I=None, x_number=None):
     """nb.exact_products() for candidates all over the file of X, a part after the other so that little of it is mapped."""
-    D, I = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int32)
-    step = max(1, MAPPED // keys.shape[1])
-    for i in range(0, len(keys), step):
+    if D is None:
+        D, I = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int32)
+    step = len(keys) if all(isinstance(m, np.ndarray) for m in X.sources) else max(1, MAPPED // keys.shape[1])
+    for i in range(0, len(keys), max(1, step)):
         rows = np.arange(i, min(i + step, len(keys)), dtype=np.int32)
-        nb.exact_products(np.ascontiguousarray(keys[rows]), queries, X.arrays, k, rows, x_number, q_scale, X.scale, False, D, I)
+        nb.exact_products(keys[i:i + step], Q.arrays, X.arrays, k, rows, x_number, Q.scale, X.scale, self, D, I)
         X.release()
     return D, I
 
@@ -174,7 +191,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     lost_most = float(new_lost.max())
     columns = I.shape[1]
     # what stays in doubt is compared with all of X in float32, which is slow where X is large
-    keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else SAMPLE_SPARE), X.n)), np.int64)
+    keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else MANY_SPARE), X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
         lost = np.empty(j - i, np.float32)
@@ -182,7 +199,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         X_lost_most = max(X_lost_most, float(lost.max()))
         nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i)
         # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
-        error = lost * (new.longest + lost_most) + X.longest * lost_most + np.float32(4e-5) * X.longest * new.longest
+        error = _error(lost, lost_most, X.longest, new.longest)
         bound = D[i:j, -1] - error
         bound[I[i:j, -1] < 0] = -np.inf
         keys = nb.search_all(block, new_bf, min(columns + SPARE, m), bound=bound.astype(np.float32))
@@ -195,16 +212,18 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
                 keys, np.ascontiguousarray(X.rows(numbers)), new.arrays, columns, q_number=at,
                 q_scale=None if X.scale is None else X.scale[numbers], x_scale=new.scale)
             full = (keys != 0).all(axis=1) & (keys.shape[1] < m)
-            unsure = np.flatnonzero(full & ~_certain(keys, found_D, lost[rows], lost_most, X.longest, new.longest))
+            unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
             if len(unsure):
                 found_D[unsure], found_I[unsure] = _float32_knn(X.scaled_rows(numbers[unsure]), new, columns)
             found_I[found_I >= 0] += first_new_number
             D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
             X.release()             # single rows of a file map many pages around them
         progress("nodes compared with new ones", j, X.n)
-    found_D, found_I = _products_in_parts(keys_new, new.arrays, new.scale, X, k)
+    error, worst = _error(new_lost, X_lost_most, new.longest, X.longest), nb.worst_products(keys_new)
+    _leave_possible(keys_new, k, error)
+    found_D, found_I = _products_in_parts(keys_new, new, X, k)
     if keys_new.shape[1] < X.n:
-        unsure = np.flatnonzero(~_certain(keys_new, found_D, new_lost, X_lost_most, new.longest, X.longest))
+        unsure = np.flatnonzero(found_D[:, -1] < worst + error)
         if len(unsure):
             found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
@@ -213,30 +232,18 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
 # ---- recall
 
 class Sample:
-    """Some nodes or queries and their true neighbours.
+    """Some of `vectors` and their true neighbours among the Vectors X.
 
     number int32 (m,); D, I: their k nearest by exact search.
     """
 
-    def __init__(self, vectors, cells, k, seed, size=SAMPLE):
+    def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE):
         rs = np.random.RandomState(seed)
         self.number = np.sort(rs.choice(vectors.n, min(size, vectors.n), replace=False)).astype(np.int32)
         self.k = k
         self.x = vectors.scaled_rows(self.number)
-        self.D, self.I = self._exact(cells)
-
-    def _exact(self, cells):
-        X = cells.vectors
-        lost = np.empty(len(self.x), np.float32)
-        queries = nb.to_bfloat16(self.x, residual=lost)
-        # many more than k: in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
-        keys = nb.search_all(queries, cells.X, min(self.k + SAMPLE_SPARE, X.n))
-        D, I = _products_in_parts(keys, self.x, None, X, self.k, cells.order)
-        if keys.shape[1] < X.n:
-            unsure = np.flatnonzero(~_certain(keys, D, lost, cells.residual, 1.0, X.longest))
-            if len(unsure):
-                D[unsure], I[unsure] = _float32_knn(self.x[unsure], X, self.k)
-        return D, I
+        # in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
+        self.D, self.I = exact_knn(self.x, X, k, progress, spare=MANY_SPARE)
 
     def recall_by_nprobe(self, cells, position, found=None, sought=None):
         """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ...
@@ -256,7 +263,7 @@ class Sample:
 
     def recall_of_keys(self, keys, cells):
         """recall() of the best of candidates, int64 (m, K)."""
-        return self.recall(_products_in_parts(keys, self.x, None, cells.vectors, self.k, cells.order)[0])
+        return self.recall(_products_in_parts(keys, _vectors(self.x), cells.vectors, self.k, x_number=cells.order)[0])
 
     def recall(self, D):
         """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
@@ -299,18 +306,19 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     if cells is None:
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
-    sample = Sample(vectors, cells, min(k, n), seed)
+    sample = Sample(vectors, vectors, min(k, n), seed, progress)
     wanted, reverse = min(recall + MARGIN, 1.0), REVERSE
     if initial is not None and len(initial[0]):
-        lists = Lists(cells, position, max(k, initial[0].shape[1]), initial, checkpoint)
+        lists = Lists(cells, position, max(k, initial[0].shape[1]) + SPARE_LISTED, initial, checkpoint)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells
         new = (sample.number >= lists.n0)[:, None] | (sample.I >= lists.n0)
         curve = sample.recall_by_nprobe(cells, position, lists.found(sample), new)
-        p = nprobe or min(cells_reaching(curve, wanted), max(1, len(curve) // 16))
+        # to the wanted recall and a little further, as bytes err: a round takes longer than that
+        p = nprobe or min(cells_reaching(curve, wanted + BYTES_LOSE), max(1, len(curve) // 16))
     else:
         # from here on neighbours of neighbours are the quicker way
         curve = sample.recall_by_nprobe(cells, position)
-        p, K = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5)), k
+        p, K = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5)), k + SPARE_LISTED
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             p, K, reverse = cells_reaching(curve, WIDE_START), longest_list(k), 2 * REVERSE
         lists = Lists(cells, position, K, None, checkpoint)
@@ -378,7 +386,10 @@ class Lists:
             old = np.flatnonzero(rows < self.n0)
             if len(old):
                 D, I = (a[rows[old]] for a in self.initial)
-                self.keys[i + old, :I.shape[1]] = nb.make_keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
+                k = I.shape[1]
+                self.keys[i + old, :k] = nb.make_keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
+                # further places are for what may be among the k best, not for whatever comes first
+                self.keys[i + old, k:] = nb.make_keys(D[:, -1:] - BYTES_ERR, np.where(I[:, -1:] < 0, -1, nb.NONE))
 
     def search(self, nprobe, progress):
         """Join the best of each node's nprobe nearest cells."""
@@ -415,9 +426,10 @@ class Lists:
         """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
         for i in range(0, self.cells.n, BLOCK):
             keys = self.keys[i:i + BLOCK]
-            new = keys != 0
+            number = nb.numbers(keys)
+            new = number >= 0
             if self.n0 and not self.rounds:
-                number = np.maximum(nb.numbers(keys), 0)
+                number = np.maximum(number, 0)
                 new &= (self.cells.order[number] >= self.n0) | (self.cells.order[i:i + BLOCK, None] >= self.n0)
             keys[new] |= nb.NEW
 
@@ -433,7 +445,7 @@ class Lists:
         return np.stack([np.isin(true, mine) for true, mine in zip(sample.I, numbers)])
 
     def best(self, rows, k):
-        """The keys of some nodes, int64 (., K): the best of longer lists, with a few more than k as bfloat16 errs."""
+        """The keys of some nodes, int64 (., K): the best of longer lists, with a few more than k as bytes err."""
         keys, most = self.keys[rows], k + SPARE_LISTED
         if self.K <= most:
             return np.ascontiguousarray(keys)
@@ -472,13 +484,13 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW:
         found = *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
-    sample = Sample(Q, cells, k, seed)
+    sample = Sample(Q, X, k, seed, progress)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, min(recall + MARGIN, 1.0))
-    queries = np.concatenate([Q.bfloat16(i, j) for i, j in Q.blocks()])
+    queries = np.concatenate([Q.bytes(i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)
-    keys = np.zeros((Q.n, k + 2), np.int64)
+    keys = np.zeros((Q.n, k + SPARE_LISTED), np.int64)
     for i in range(0, Q.n, SEARCH_BLOCK):
         rows = slice(i, i + SEARCH_BLOCK)
         nb.search_cells(queries[order[rows]], cells.C, p, cells.begin, cells.end, cells.X, keys[rows])

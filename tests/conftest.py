@@ -1,7 +1,7 @@
 import pytest
 
 
-@pytest.fixture(params=["amx", "bf16", "float32"])
+@pytest.fixture(params=["amx", "avx512", "float32"])
 def products(request):
     """Every way to multiply that this CPU has."""
     from graph_utils import neighbours as nb

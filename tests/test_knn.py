@@ -164,7 +164,7 @@ def test_best_of_longer_lists():
 def test_the_curve_predicts_what_a_number_of_cells_finds():
     x = clustered(3000, spread=1.)
     cells = Cells.train(Vectors(x), 60)
-    sample = knn.Sample(cells.vectors, cells, 10, 0)
+    sample = knn.Sample(cells.vectors, cells.vectors, 10, 0)
     curve = sample.recall_by_nprobe(cells, cells.position())
     assert len(curve) == 60 and abs(curve[-1] - 1) < 1e-9 and (np.diff(curve) >= 0).all()
     for nprobe in (1, 4, 16):
@@ -219,7 +219,7 @@ def test_cells_hold_each_vector_once_near_its_centroid():
         rows = cells.order[cells.begin[c]:cells.end[c]]
         assert (np.diff(rows) > 0).all()
         assert (S[rows, c] >= S[rows].max(axis=1) - 5e-3).all()
-    assert np.array_equal(cells.X, nb.to_bfloat16(x)[cells.order])
+    assert np.array_equal(cells.X, nb.to_bytes(x)[cells.order])
 
 
 def test_chain_visits_each_centroid_once_nearest_next():
