@@ -93,6 +93,17 @@ inline float product_of(uint64_t key) {
     return s;
 }
 
+// The next lower number (std::nextafter is a call); of -inf itself.
+inline float just_below(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x == 0) bits = (int32_t)0x80000001u;
+    else if (x > 0) bits--;
+    else if (x > kNone) bits++;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
 inline uint32_t number_of(uint64_t key) { return kNumber - ((uint32_t)key >> 1); }
 
 inline bool names_none(uint64_t key) { return number_of(key) == kNumber; }
@@ -184,7 +195,7 @@ class Inserter {
     }
 
     // What an offer to a has to exceed: just below its worst, as one as good may have the lower number.
-    float bound(uint32_t a) const { return std::nextafter(worst(a), kNone); }
+    float bound(uint32_t a) const { return just_below(worst(a)); }
 
     // Node b enters the list of a if it belongs there. The list is the best K of all that was offered, in any order.
     bool offer(uint32_t a, uint32_t b, float s) {
@@ -617,20 +628,21 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
     parallel_blocks<Nothing>(n, 1024, [&](int64_t i0, int64_t i1, Nothing&) {
         for (int64_t i = i0; i < i1; i++) {
             const float* row = x + i * d;
+            const float factor = scale ? scale[i] : 1.0f;
             float most = 0;
-            for (int64_t j = 0; j < d; j++) most = std::max(most, std::fabs(row[j]));
+            for (int64_t j = 0; j < d; j++) most = std::max(most, std::fabs(row[j] * factor));
             const float step = most / 127;
             const float inverse = step >= std::numeric_limits<float>::min() ? 1 / step : 0;
             uint8_t* o = (uint8_t*)(out + i * tiles::Bytes::stride(np));
             for (int64_t j = 0; j < d; j++) {
                 // adding 1.5 2^23 rounds to a whole number, which then stands in the lowest bits
-                const float rounded = row[j] * inverse + (12582912.0f + 128.0f);
+                const float rounded = row[j] * factor * inverse + (12582912.0f + 128.0f);
                 uint32_t bits;
                 std::memcpy(&bits, &rounded, 4);
                 o[j] = (uint8_t)bits;
             }
             std::fill(o + d, o + 4 * np, (uint8_t)128);
-            const float s = inverse ? step * (scale ? scale[i] : 1.0f) : 0;
+            const float s = inverse ? step : 0;
             std::memcpy(o + 4 * np, &s, 4);
         }
     });

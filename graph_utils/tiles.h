@@ -26,6 +26,13 @@ namespace tiles {
 
 constexpr int kTile = 32;
 
+// Inlined into a larger function, the accumulators would not stay in registers.
+#ifdef __GNUC__
+#define TILES_APART __attribute__((noinline))
+#else
+#define TILES_APART
+#endif
+
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"      // false alarms of GCC 12 in its own headers
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -160,7 +167,7 @@ struct Float32 {
 #endif
     typedef float Vector __attribute__((vector_size(4 * kWidth)));
 
-    static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
+    TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
         constexpr int NV = kTile / kWidth;
         const int64_t d = Format::kPerWord * np;
         const float* row_scales = (const float*)rows + kTile * d;
@@ -244,7 +251,7 @@ struct Avx512Bfloat16 : Bfloat16Rows {
     static void end() {}
     static void panel(const uint32_t* const* x, int64_t np, void* out) { panel_of_words(x, np, (uint32_t*)out); }
 
-    static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
+    TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
         constexpr int kRows = 8;        // 16 accumulators of the 32 registers
         for (int r0 = 0; r0 < n; r0 += kRows) {
             const uint32_t* a = (const uint32_t*)rows + r0 * np;
@@ -277,7 +284,7 @@ struct Avx512Bytes : BytesRows {
         finish_panel(x, np, (uint32_t*)out);
     }
 
-    static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
+    TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
         constexpr int kRows = 8;        // as above
         const uint32_t* ends = (const uint32_t*)panel + kTile * np;
         const float* row_scales = (const float*)((const uint32_t*)rows + kTile * np);
@@ -287,22 +294,20 @@ struct Avx512Bytes : BytesRows {
             const uint32_t* a = (const uint32_t*)rows + r0 * np;
             const uint32_t* b = (const uint32_t*)panel;
             __m512i left[kRows], right[kRows];
-            for (int r = 0; r < kRows; r++) {
-                left[r] = start0;
-                right[r] = start1;
-            }
+            for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_si512();
             for (int64_t i = 0; i < np; i++, b += kTile) {
                 const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16);
                 for (int r = 0; r < kRows; r++) {
                     const __m512i word = _mm512_set1_epi32((int)a[r * np + i]);
-                    left[r] = _mm512_dpbusd_epi32(left[r], word, b0);
-                    right[r] = _mm512_dpbusd_epi32(right[r], word, b1);
+                    // not the intrinsic: GCC 12 copies its accumulators to other registers and back, a tenth of the time
+                    __asm__("vpdpbusd %2, %1, %0" : "+v"(left[r]) : "v"(word), "v"(b0));
+                    __asm__("vpdpbusd %2, %1, %0" : "+v"(right[r]) : "v"(word), "v"(b1));
                 }
             }
             for (int r = 0; r < kRows; r++) {
                 const __m512 scale = _mm512_set1_ps(row_scales[r0 + r]);
-                _mm512_storeu_ps(s + (r0 + r) * kTile, scaled(left[r], scale * scale0));
-                _mm512_storeu_ps(s + (r0 + r) * kTile + 16, scaled(right[r], scale * scale1));
+                _mm512_storeu_ps(s + (r0 + r) * kTile, scaled(_mm512_add_epi32(left[r], start0), scale * scale0));
+                _mm512_storeu_ps(s + (r0 + r) * kTile + 16, scaled(_mm512_add_epi32(right[r], start1), scale * scale1));
             }
         }
     }

@@ -107,9 +107,10 @@ class FeatureFile:
         order = np.argsort(rows, kind="stable")
         out = None
         step = max(1, SLAB_BYTES // (4 * self.d))
+        buffer = np.empty((min(step, len(rows)), self.d), np.float32)      # once: fresh memory costs as much as the reading
         for i in range(0, len(rows), step):
             part = order[i:i + step]
-            x = self._checked(self._pick(rows[part]), rows[part])
+            x = self._checked(self._pick(rows[part], buffer[:len(part)]), rows[part])
             if transform is not None:
                 x = transform(x)
             if out is None:
@@ -119,9 +120,8 @@ class FeatureFile:
                 progress(i + len(part))
         return np.empty((0, self.d), np.float32) if out is None else out
 
-    def _pick(self, rows):
-        """Rows in increasing order, (len(rows), d)."""
-        out = np.empty((len(rows), self.d), np.float32)
+    def _pick(self, rows, out):
+        """Read rows, given in increasing order, into out (len(rows), d). Returns out."""
         if self._fd is not None:
             # plain reads, not a memory map: mapped pages count as this process's memory
             starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]]) if len(rows) else [0]

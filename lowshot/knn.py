@@ -33,7 +33,6 @@ SPARE_LISTED = 8            # the same in lists that are not proven: bytes put .
 BYTES_ERR = .003            # five standard errors of products in bytes, where elements are alike in size
 BYTES_LOSE = .004           # recall that the errors of bytes cost at most
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
-MARGIN = .005               # what the measured recall has to exceed the wanted one by, for the same reason
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
                             # where lists are longer
@@ -273,6 +272,11 @@ class Sample:
         return float(found.sum() / max(1, have.sum()))
 
 
+def with_margin(recall):
+    """What is to be measured on a sample for that recall: a little more, as samples err, less so near 1."""
+    return recall + min(.005, (1 - recall) / 4)
+
+
 def cells_reaching(curve, wanted):
     """The smallest p with curve[p - 1] >= wanted, or the number of cells."""
     reached = np.flatnonzero(curve >= wanted)
@@ -307,7 +311,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
     sample = Sample(vectors, vectors, min(k, n), seed, progress)
-    wanted, reverse = min(recall + MARGIN, 1.0), REVERSE
+    wanted, reverse = with_margin(recall), REVERSE
     if initial is not None and len(initial[0]):
         lists = Lists(cells, position, max(k, initial[0].shape[1]) + SPARE_LISTED, initial, checkpoint)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells
@@ -486,7 +490,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
         return lambda: found
     sample = Sample(Q, X, k, seed, progress)
     curve = sample.recall_by_nprobe(cells, cells.position())
-    p = nprobe or cells_reaching(curve, min(recall + MARGIN, 1.0))
+    p = nprobe or cells_reaching(curve, with_margin(recall))
     queries = np.concatenate([Q.bytes(i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)

@@ -66,6 +66,21 @@ def test_exact_for_vectors_that_are_not_normalised():
     np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :5], rtol=1e-5)
 
 
+def test_candidates_that_cannot_be_among_the_best_are_taken_out():
+    rs = np.random.RandomState(0)
+    S, error = rs.rand(50, 20).astype("f4"), rs.uniform(0, .2, 50).astype("f4")
+    numbers = np.tile(np.arange(20), (50, 1))
+    numbers[7, 3:] = -1
+    keys = nb.make_keys(S, numbers)
+    knn._leave_possible(keys, 5, error)
+    least = -np.sort(-S, axis=1)[:, 4] - 2 * error
+    left = nb.numbers(keys)
+    for i in range(50):
+        want = numbers[i, :3] if i == 7 else np.flatnonzero(S[i] >= least[i] - 1e-6)
+        assert set(left[i][left[i] >= 0]) == set(want)
+    assert knn._leave_possible(nb.make_keys(S, numbers), 20, error) is None
+
+
 def test_files_are_normalised_as_they_are_read(tmp_path):
     x, more = 7 * clustered(300, seed=1), clustered(50, seed=2)
     x[17] = 0
@@ -184,6 +199,24 @@ def test_completion_of_a_known_graph(n0, n1):
     assert info["recall"] >= .98 and recall(I, x, x, 12) > .975
     S = np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1)
     np.testing.assert_allclose(D, S, atol=1e-6)
+
+
+def test_known_lists_have_bars_behind_them():
+    x = clustered(900)
+    D0, I0 = knn.exact_knn(x[:500].copy(), x[:500].copy(), 8)
+    I0[3, 5:], D0[3, 5:] = -1, -np.inf
+    cells = Cells.train(Vectors(x), 20)
+    lists = knn.Lists(cells, cells.position(), 8 + knn.SPARE_LISTED, (D0, I0))
+    at = cells.position()
+    keys = lists.keys[at[:500]]
+    numbers = nb.numbers(keys)
+    np.testing.assert_array_equal(numbers[:, :8], np.where(I0 < 0, -1, at[I0]))
+    assert (numbers[:, 8:] == -1).all() and not lists.keys[at[500:]].any()
+    full = np.arange(500) != 3
+    np.testing.assert_allclose(nb.similarities(keys)[full, 8:], np.repeat(D0[full, -1:] - knn.BYTES_ERR, knn.SPARE_LISTED, 1))
+    assert not keys[3, 5:].any()
+    lists._mark_new()
+    assert not (lists.keys[at[:500]] & nb.NEW).any()
 
 
 def test_search_among_cells(monkeypatch):

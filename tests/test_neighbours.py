@@ -28,6 +28,15 @@ def rounded(x):
     return (bits >> 16 << 16).astype(np.uint32).view(np.float32)
 
 
+def in_levels(x):
+    """x as bytes hold it: each row in 255 levels, by its definition, float64."""
+    step = (np.abs(x).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float64)
+    return np.rint(x / np.where(step == 0, 1, step)) * step
+
+
+FORMATS = {"bfloat16": (nb.to_bfloat16, rounded), "bytes": (nb.to_bytes, in_levels)}
+
+
 def unpacked(words, d):
     """float32 of what to_bfloat16 returns."""
     return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[:, :d]
@@ -52,10 +61,32 @@ def test_bfloat16(n, d):
     np.testing.assert_allclose(residual, np.linalg.norm(x * scale[:, None] - want, axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("n,d", [(1, 1), (7, 64), (33, 100), (2050, 256)])
+def test_bytes(n, d):
+    rs = np.random.RandomState(n)
+    x = rs.randn(n, d).astype(np.float32) * 10 ** rs.uniform(-9, 9, (n, 1)).astype("f4")
+    scale = rs.uniform(.1, 3, n).astype(np.float32)
+    x[n // 2] = 0
+    if n > 1:
+        x[0] = 1e-44                        # less than what has a step: zero
+        x[1], scale[1] = x[1] * 1e-30, 1e30
+    words = nb.to_bytes(x, scale)
+    assert words.shape == (n, -(-d // 64) * 16 + 1) and nb.words_of_bytes(d) == words.shape[1]
+    step = words[:, -1:].copy().view(np.float32)
+    levels = words[:, :-1].copy().view(np.uint8).astype(np.float64) - 128
+    assert not levels[:, d:].any() and np.abs(levels).max() <= 127 and not step[n // 2]
+    got = levels[:, :d] * step
+    largest = np.abs(x).max(axis=1, keepdims=True) * scale[:, None]
+    assert (np.abs(got - x * scale[:, None]) <= largest * (.5 / 127 + 1e-6) + 1e-36).all()
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("nq,n,d,K", SIZES)
-def test_search_all_finds_the_best_products_of_rounded_vectors(nq, n, d, K):
+def test_search_all_finds_the_best_products_of_rounded_vectors(nq, n, d, K, stored):
     q, x = unit_vectors(nq, d, 1), unit_vectors(n, d, 2)
-    keys = nb.search_all(nb.to_bfloat16(q), nb.to_bfloat16(x), K)
+    convert, rounded = FORMATS[stored]
+    keys = nb.search_all(convert(q), convert(x), K)
     S = rounded(q).astype(np.float64) @ rounded(x).T.astype(np.float64)
     found = nb.numbers(keys)
     kk = min(K, n)
@@ -106,9 +137,9 @@ def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, n
     end = np.cumsum(sizes)
     begin = end - sizes
     keys = np.zeros((nq, K), np.int64)
-    nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), nprobe, begin, end, nb.to_bfloat16(x), keys, enough=0)
-    S = rounded(q).astype(np.float64) @ rounded(x).T
-    coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
+    nb.search_cells(nb.to_bytes(q), nb.to_bytes(centroids), nprobe, begin, end, nb.to_bytes(x), keys, enough=0)
+    S = in_levels(q).astype(np.float64) @ in_levels(x).T
+    coarse = in_levels(q).astype(np.float64) @ in_levels(centroids).T
     found = nb.numbers(keys)
     for i in range(nq):
         cells = np.argsort(-coarse[i])[:nprobe]
@@ -127,7 +158,7 @@ def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nl
     begin = np.concatenate([[0], end[:-1]])
     middle = begin + (end - begin) // 2
     numbers = (n + np.arange(nq)).astype(np.int32)
-    S = rounded(x).astype(np.float64) @ rounded(x).T
+    S = in_levels(x).astype(np.float64) @ in_levels(x).T
     known = np.argsort(-S, axis=1)[:, :K]
     known[::3, 1:] = -1
     x_keys = nb.make_keys(np.take_along_axis(S, np.maximum(known, 0), 1), known)
@@ -137,15 +168,15 @@ def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nl
     old = core.get_num_threads()
     core.set_num_threads(threads)
     try:
-        nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), nprobe, begin, end, nb.to_bfloat16(x), keys, 0,
+        nb.search_cells(nb.to_bytes(q), nb.to_bytes(centroids), nprobe, begin, end, nb.to_bytes(x), keys, 0,
                         insert=(middle, numbers, x_keys, worst))
     finally:
         core.set_num_threads(old)
     alone = np.zeros((nq, K), np.int64)
-    nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), nprobe, begin, end, nb.to_bfloat16(x), alone, 0)
+    nb.search_cells(nb.to_bytes(q), nb.to_bytes(centroids), nprobe, begin, end, nb.to_bytes(x), alone, 0)
     np.testing.assert_array_equal(np.sort(keys), np.sort(alone))
-    cells = np.argsort(-(rounded(q).astype(np.float64) @ rounded(centroids).T), axis=1)[:, :nprobe]
-    Sq = rounded(x).astype(np.float64) @ rounded(q).T
+    cells = np.argsort(-(in_levels(q).astype(np.float64) @ in_levels(centroids).T), axis=1)[:, :nprobe]
+    Sq = in_levels(x).astype(np.float64) @ in_levels(q).T
     found = nb.numbers(x_keys)
     for c in range(nlist):
         near = np.flatnonzero((cells == c).any(axis=1))
@@ -167,7 +198,7 @@ def test_cells_are_added_until_they_hold_enough():
     x = unit_vectors(100, 32, 2)
     begin = np.arange(0, 100, 2)
     keys = np.zeros((100, 9), np.int64)
-    nb.search_cells(nb.to_bfloat16(x), nb.to_bfloat16(x[::2].copy()), 1, begin, begin + 2, nb.to_bfloat16(x), keys)
+    nb.search_cells(nb.to_bytes(x), nb.to_bytes(x[::2].copy()), 1, begin, begin + 2, nb.to_bytes(x), keys)
     assert (keys != 0).all()
 
 
@@ -175,10 +206,10 @@ def test_cells_are_added_until_they_hold_enough():
 def test_a_round_compares_all_neighbours_of_a_node(n, d, K, R):
     """Against sets: with room for all reverse neighbours, the lists become the best of all pairs that share a node."""
     x = clustered(n, d, 10, 1)
-    X = nb.to_bfloat16(x)
+    X = nb.to_bytes(x)
     rs = np.random.RandomState(0)
     start = np.stack([rs.choice(n, K, replace=False) for _ in range(n)])
-    S = (rounded(x).astype(np.float64) @ rounded(x).T).astype(np.float32)
+    S = (in_levels(x).astype(np.float64) @ in_levels(x).T).astype(np.float32)
     keys = nb.make_keys(S[np.arange(n)[:, None], start], start) | nb.NEW
     nb.descent_round(X, keys, R=n)
     offered = [set(row) for row in start]
@@ -197,7 +228,7 @@ def test_a_round_compares_all_neighbours_of_a_node(n, d, K, R):
 
 def test_rounds_lead_to_the_true_graph_and_stop():
     x = clustered(1500, 32, 20)
-    X = nb.to_bfloat16(x)
+    X = nb.to_bytes(x)
     rs = np.random.RandomState(1)
     start = np.stack([rs.choice(1500, 15, replace=False) for _ in range(1500)])
     keys = nb.make_keys((x @ x.T)[np.arange(1500)[:, None], start], start) | nb.NEW
@@ -214,7 +245,28 @@ def test_rounds_skip_what_is_old():
     start = np.random.RandomState(1).randint(0, 500, (500, 1))
     keys = nb.make_keys((x @ x.T)[np.arange(500)[:, None], start], start)
     before = keys.copy()
-    assert nb.descent_round(nb.to_bfloat16(x), keys) == 0 and np.array_equal(keys, before)
+    assert nb.descent_round(nb.to_bytes(x), keys) == 0 and np.array_equal(keys, before)
+
+
+def test_bars_are_none_and_keep_the_worse_out():
+    """Entries that name nobody: their products are what others have to pass, in searches and in rounds."""
+    x = clustered(400, 64, 5)
+    X, S = nb.to_bytes(x), in_levels(x) @ in_levels(x).T
+    bars = np.quantile(S, .99, axis=1).astype(np.float32)
+    keys = np.full((400, 20), 0, np.int64)
+    keys[:, :] = nb.make_keys(bars[:, None], np.full((400, 1), nb.NONE))
+    assert (nb.numbers(keys) == -1).all()
+    np.testing.assert_array_equal(nb.worst_products(keys), bars)
+    whole, begin = np.array([400]), np.array([0])
+    nb.search_cells(X, X[:1].copy(), 1, begin, whole, X, keys, 0)
+    for row, bar, found in zip(S, bars, nb.numbers(keys)):
+        assert set(found[found >= 0]) == set(np.flatnonzero(row > bar)) and len(set(found[found >= 0])) <= 5
+    keys[keys != 0] |= nb.NEW
+    before = nb.numbers(keys)
+    nb.descent_round(X, keys)
+    assert np.array_equal(np.sort(nb.numbers(keys)), np.sort(before))
+    D, I = nb.exact_products(keys, x, x, 20)
+    assert np.array_equal((I >= 0).sum(axis=1), (before >= 0).sum(axis=1)) and (D[I < 0] == -np.inf).all()
 
 
 def test_results_do_not_depend_on_threads():
@@ -222,7 +274,7 @@ def test_results_do_not_depend_on_threads():
     x = clustered(900, 32, 12)
     x[300:400] = x[7]
     x[800:] = 0
-    X = nb.to_bfloat16(x)
+    X = nb.to_bytes(x)
     results = []
     for threads in (1, 4, 3, 8, 2, 4):
         core.set_num_threads(threads)
@@ -295,6 +347,9 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_all(x, x[:, :16].copy(), 3), "X: contiguous int32"),
     (lambda x: nb.search_all(x, x, 0), "K is less than 1"),
     (lambda x: nb.search_all(x, x[::2], 3), "X: contiguous int32"),
+    (lambda x: nb.search_all(nb.to_bfloat16(np.ones((2, 64))), x, 3), "X: contiguous int32"),
+    (lambda x: nb.search_cells(nb.to_bfloat16(np.ones((2, 64))), x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x,
+                               np.zeros((2, 2), "i8")), "Q: vectors in bytes expected, found 32 words"),
     (lambda x: nb.search_cells(x, x, 0, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8")), "nprobe"),
     (lambda x: nb.descent_round(x, np.zeros((8, 3))), "keys: contiguous int64"),
     (lambda x: nb.descent_round(x, nb.make_keys(np.ones((8, 1)), np.full((8, 1), 8))), "out of range"),
@@ -302,7 +357,7 @@ def test_no_queries_and_no_vectors():
 ])
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
-        call(nb.to_bfloat16(unit_vectors(8, 64)))
+        call(nb.to_bytes(unit_vectors(8, 64)))
 
 
 def test_library_loads_alone():
