@@ -107,13 +107,13 @@ def main():
 def predicted_memory(n, d, k):
     """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them."""
     from lowshot import knn
-    from graph_utils.neighbours import words
-    vectors, half = 4 * n * d, 4 * n * words(d)
+    from graph_utils.neighbours import words, words_of_bytes
+    vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
     base = 60e6 + 2440 * min(n, 65536)       # the libraries, and blocks of vectors
     if n < knn.EXACT_BELOW:
-        return int(base + vectors + half + 8 * n * k + 16 * n * (k + knn.SPARE))
-    making_index = vectors + half + 24 * n
-    rounds = half + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
+        return int(base + vectors + 4 * n * words(d) + 8 * n * k + 16 * n * (k + knn.SPARE))
+    making_index = vectors + in_bytes + 24 * n
+    rounds = in_bytes + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
     similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
     return int(base + max(making_index, rounds, similarities))
 

@@ -124,8 +124,10 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     steps = {"add novel images": vectors + lists + mapped,
              "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
-    if not stored and n - nnovel >= 100_000:    # cells in bfloat16, candidate lists and their reverse; then similarities
-        steps["complete"] = vectors + lists + 24 * n + max(2 * dim * n + max(16 * k * n, mapped), 4 * dim * nbg + 4 * k * n)
+    if not stored and n - nnovel >= 100_000:    # cells in bytes, candidate lists and their reverse; then similarities
+        listed = k + 8
+        steps["complete"] = vectors + lists + 24 * n + max(dim * n + max(16 * listed * n, mapped),
+                                                           4 * dim * nbg + 4 * listed * n)
     return int(90e6 + max(steps.values()))
 
 
