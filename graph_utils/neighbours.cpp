@@ -128,13 +128,14 @@ class Buffer {
     size_t size_ = 0;
 };
 
-// The best K keys of each of a group of queries, as they come. A list is cut back to K when it is full, so that a
-// candidate costs a comparison, and one that passes a few operations more.
+// The best K keys of each of a group of queries, as they come. A list is cut back to not many more than K when it is full,
+// so that a candidate costs a comparison, and one that passes a few operations more. What is kept does not depend on the
+// order of candidates: those as good as the worst pass too, and keys tell.
 class Lists {
   public:
     void start(int64_t n, int64_t K) {
         K_ = K;
-        room_ = K == 1 ? 1 : K + std::max<int64_t>(K, 16);
+        room_ = K == 1 ? 1 : K + std::max<int64_t>(K + K / 2, 16);
         keys_.reserve(n * room_);
         count.assign(n, 0);
         worst.assign(n, kNone);
@@ -153,13 +154,13 @@ class Lists {
     }
     // The K best, or all; in no order.
     uint64_t* best(int64_t i) {
-        if (count[i] > K_) cut(i);
+        if (count[i] > K_) cut_exactly(i);
         return keys_.get() + i * room_;
     }
     void load(int64_t i, const int64_t* keys) {
         for (int64_t j = 0; j < K_; j++)
             if (keys[j]) add(i, (uint64_t)keys[j]);
-        if (K_ > 1 && count[i] == K_) cut(i);
+        if (K_ > 1 && count[i] == K_) cut_exactly(i);
     }
     void store(int64_t i, int64_t* keys) {
         const uint64_t* list = best(i);
@@ -170,11 +171,41 @@ class Lists {
     std::vector<float> worst;
 
   private:
+    // Keeps all keys from some value on that leaves K or a few more: found by halving, quicker than the K-th best.
     void cut(int64_t i) {
+        uint64_t* list = keys_.get() + i * room_;
+        const int64_t n = count[i], most = K_ + K_ / 4;
+        uint64_t low = ~0ull, high = 0;
+        for (int64_t j = 0; j < n; j++) {
+            low = std::min(low, list[j]);
+            high = std::max(high, list[j]);
+        }
+        int64_t kept = n;
+        for (int step = 0; step < 16 && kept > most; step++) {
+            const uint64_t middle = low + (high - low) / 2;
+            int64_t above = 0;
+            for (int64_t j = 0; j < n; j++) above += list[j] >= middle;
+            if (above >= K_) {
+                low = middle;
+                kept = above;
+            } else {
+                high = middle;
+            }
+        }
+        if (kept > most) return cut_exactly(i);
+        int64_t at = 0;
+        for (int64_t j = 0; j < n; j++) {
+            list[at] = list[j];
+            at += list[j] >= low;
+        }
+        count[i] = (int32_t)at;
+        worst[i] = just_below(product_of(low));
+    }
+    void cut_exactly(int64_t i) {
         uint64_t* list = keys_.get() + i * room_;
         std::nth_element(list, list + K_ - 1, list + count[i], std::greater<uint64_t>());
         count[i] = (int32_t)K_;
-        worst[i] = product_of(list[K_ - 1]);
+        worst[i] = just_below(product_of(list[K_ - 1]));
     }
 
     int64_t K_ = 0, room_ = 0;

@@ -322,7 +322,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     else:
         # from here on neighbours of neighbours are the quicker way
         curve = sample.recall_by_nprobe(cells, position)
-        p, K = nprobe or cells_reaching(curve, max(1 - 2 * (1 - wanted), .5)), k + SPARE_LISTED
+        p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), k + SPARE_LISTED
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             p, K, reverse = cells_reaching(curve, WIDE_START), longest_list(k), 2 * REVERSE
         lists = Lists(cells, position, K, None, checkpoint)
