@@ -565,8 +565,11 @@ int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t*
         auto gather = [&](int64_t i, Neighbourhood& set) {
             set.gather(first + i, K, lists, offsets, reverse, R, seed, t.sampled);
             if (set.nnew)
-                for (const uint32_t u : set.nodes)
-                    for (int64_t w = 0; w < stride + 15; w += 16) __builtin_prefetch(X + (int64_t)u * stride + std::min(w, stride - 1));
+                for (const uint32_t u : set.nodes) {
+                    const uint32_t* x = X + (int64_t)u * stride;
+                    for (int64_t w = 0; w < stride; w += 16) __builtin_prefetch(x + w);
+                    __builtin_prefetch(x + stride - 1);
+                }
         };
         gather(i0, t.now);
         for (int64_t i = i0; i < i1; i++) {
@@ -625,9 +628,11 @@ void use_products(const std::string& name) { chosen_products() = checked_product
 #else
 #define IF_AVX512_Bytes(FUNCTION, ...)
 #endif
-#define DISPATCH(FUNCTION, FORMAT, ...)                                                 \
+#define DISPATCH_FORMAT(FUNCTION, FORMAT, ...)                                          \
     (IF_AMX(FUNCTION, FORMAT, __VA_ARGS__) IF_AVX512_##FORMAT(FUNCTION, __VA_ARGS__)    \
          FUNCTION<tiles::Float32<tiles::FORMAT>>(__VA_ARGS__))
+#define DISPATCH(FUNCTION, bytes, ...) \
+    (bytes ? DISPATCH_FORMAT(FUNCTION, Bytes, __VA_ARGS__) : DISPATCH_FORMAT(FUNCTION, Bfloat16, __VA_ARGS__))
 
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
@@ -684,20 +689,17 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
     check_width(np);
     check_numbers(first + nb);
     if (K < 1) throw std::invalid_argument("search_all: K is less than 1");
-    if (bytes)
-        DISPATCH(search_all_with, Bytes, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
-    else
-        DISPATCH(search_all_with, Bfloat16, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
+    DISPATCH(search_all_with, bytes, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
 }
 
-void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids, int64_t nprobe,
                   int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys,
                   const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
-    DISPATCH(search_cells_with, Bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
+    DISPATCH(search_cells_with, bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
              enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys, x_worst);
 }
 
@@ -747,12 +749,12 @@ void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* of
         }
 }
 
-int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t K, const int32_t* lists, const int64_t* offsets,
                    const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
                    float* worst) {
     check_width(np);
     if (first < 0 || last > n) throw std::invalid_argument("join_range: nodes out of range");
-    return DISPATCH(join_range_with, Bytes, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
+    return DISPATCH(join_range_with, bytes, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
                     (uint64_t*)keys, worst);
 }
 

@@ -1,8 +1,8 @@
 // K-nearest-neighbour search and graphs by inner product.
 //
 // Matrices are row major. Candidates are found with vectors in bytes, a quarter of the memory of float32 and, on CPUs with
-// products of them, four to many times its speed, or in bfloat16, whose errors are small enough to prove that candidates
-// hold the best; what is kept is computed again from the float32 vectors at the end (exact_products).
+// products of them, four to many times its speed, or in bfloat16, whose errors are four times smaller, and small enough to
+// prove that candidates hold the best; what is kept is computed again from the float32 vectors at the end (exact_products).
 // Vectors in bfloat16 have d padded with zeros to a multiple of 32, and are np = d / 2 words of two elements. Vectors in
 // bytes have d padded to a multiple of 64, and are np = d / 4 words of four elements and one more, the scale: an element
 // is (byte - 128) scale, where 127 scale is the largest of the vector.
@@ -40,9 +40,9 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
                 int64_t K, const float* bound, int64_t* keys);
 
 // The K best of the base vectors in each query's nprobe nearest cells, joined with what keys held (and more cells, while
-// they hold fewer than K vectors). Quick if successive queries are near each other. All vectors in bytes.
+// they hold fewer than K vectors). Quick if successive queries are near each other.
 //
-// centroids  in  nlist x (np + 1)
+// centroids  in  nlist x np words, or np + 1 in bytes; Q and X alike
 // begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
 // enough     in  cells are added to the nprobe nearest until they hold this many vectors
 //
@@ -50,7 +50,7 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
 //                    compared with, of each cell the rows begin .. middle - 1, and are marked as new there
 // middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
 // x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
-void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const int32_t* centroids, int64_t nprobe,
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids, int64_t nprobe,
                   int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys,
                   const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst);
 
@@ -58,7 +58,7 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int64_t nlist, const
 //
 // start_round copies the lists and marks all entries as old; reverse_lists makes the lists of who has a node as its
 // neighbour; join_range then compares, for each node of a range, all of its neighbours and up to R of its reverse
-// neighbours with each other, where at least one is new, and inserts in keys. Vectors in bytes.
+// neighbours with each other, where at least one is new, and inserts in keys.
 //
 // keys      in/out  n x K
 // lists     out     n x K: neighbour numbers, those of new entries with the top bit set; -1 for none
@@ -68,7 +68,7 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
 int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse);
 // Returns the number of insertions.
-int64_t join_range(int64_t n, const int32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t K, const int32_t* lists, const int64_t* offsets,
                    const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
                    float* worst);
 

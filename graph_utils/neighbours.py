@@ -1,7 +1,6 @@
 """K-nearest-neighbour search and graphs by inner product: shapes, dtypes and allocation for neighbours.cpp.
 
-Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where candidates have to be proven
-the best, as int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Candidate
+Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where that is too coarse, as int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Candidate
 lists are int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for
 none, in no order. `exact_products` turns them into float32 similarities and numbers.
 """
@@ -72,12 +71,10 @@ def to_bytes(x, scale=None):
     return out
 
 
-def _in_bytes(X, name):
-    """The number of words without the scale; ValueError if X (n, words) are not vectors in bytes."""
-    _check(X, np.int32, (None, None), name)
-    if X.shape[1] % 16 != 1:
-        raise ValueError(f"{name}: vectors in bytes expected, found {X.shape[1]} words each")
-    return X.shape[1] - 1
+def _format(X, name):
+    """(words without the scale, whether in bytes) of vectors (n, words)."""
+    width = _check(X, np.int32, (None, None), name).shape[1]
+    return width - width % 16, width % 16 == 1
 
 
 def to_bfloat16(x, scale=None, out=None, residual=None):
@@ -105,9 +102,10 @@ def search_all(Q, X, K, keys=None, first=0, bound=None):
     bound: float32 (nq,), products that are not greater are left out.
     """
     nq, width = Q.shape
+    np_, in_bytes = _format(Q, "Q")
     keys = np.zeros((nq, K), np.int64) if keys is None else _check(keys, np.int64, (nq, K), "keys")
-    core.search_all(nq, _check(Q, np.int32, (None, None), "Q"), len(X), _check(X, np.int32, (None, width), "X"),
-                    width - width % 16, width % 16 == 1, first, K, None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys)
+    core.search_all(nq, Q, len(X), _check(X, np.int32, (None, width), "X"), np_, in_bytes, first, K,
+                    None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys)
     return keys
 
 
@@ -119,7 +117,8 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
     enter, under these numbers, the lists x_keys of the rows begin[c]..middle[c]-1 that they are compared with. x_worst
     are the worst products in x_keys, see worst_products; both are updated.
     """
-    nq, np_ = len(Q), _in_bytes(Q, "Q")
+    nq, width = Q.shape
+    np_, in_bytes = _format(Q, "Q")
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
     if insert:
@@ -127,10 +126,10 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
         _check(numbers, np.int32, (nq,), "numbers")
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
-    core.search_cells(nq, Q, np_, nlist, _check(centroids, np.int32, (None, np_ + 1), "centroids"), nprobe, K if enough is None else enough,
-                      _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
-                      _check(X, np.int32, (None, np_ + 1), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
-                      x_keys, x_worst)
+    core.search_cells(nq, Q, np_, in_bytes, nlist, _check(centroids, np.int32, (None, width), "centroids"), nprobe,
+                      K if enough is None else enough, _check(begin, np.int64, (nlist,), "begin"),
+                      _check(end, np.int64, (nlist,), "end"), _check(X, np.int32, (None, width), "X"), K,
+                      _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
 
 
 def worst_products(keys, block=1 << 16):
@@ -150,7 +149,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     Returns the number of insertions. Memory: 8 bytes per entry of keys besides.
     """
     n, K = keys.shape
-    np_ = _in_bytes(_check(X, np.int32, (n, None), "X"), "X")
+    np_, in_bytes = _format(_check(X, np.int32, (n, None), "X"), "X")
     _check(keys, np.int64, (n, K), "keys")
     lists = np.empty((n, K), np.int32)
     worst = np.empty(n, np.float32)
@@ -160,7 +159,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     core.reverse_lists(n, K, lists, offsets, reverse)
     inserted = 0
     for i in range(0, n, block):
-        inserted += core.join_range(n, X, np_, K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
+        inserted += core.join_range(n, X, np_, in_bytes, K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
                                     worst)
         if progress is not None:
             progress(min(i + block, n))

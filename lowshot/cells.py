@@ -160,10 +160,13 @@ def chained(centroids):
 class Cells:
     """Vectors in bytes, sorted by cell, cells chained by similarity, within a cell in the order of their numbers.
 
+    Where bytes are too coarse, become_bfloat16() takes twice the memory.
+
     X          int32 (n, words): the vectors; row p is number order[p]
     order      int32 (n,)
     begin, end int64 (nlist,): rows of each cell
-    centroids  float32 (nlist, d), in the order of the chain; C: the same in bytes
+    centroids  float32 (nlist, d), in the order of the chain; C: the same in the format of X
+    format     "bytes" or "bfloat16"
     Memory: 1 byte per element and 12 per vector.
     """
 
@@ -174,18 +177,30 @@ class Cells:
         self.vectors = vectors
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
-        self.C = nb.to_bytes(self.centroids)
         self.chain = chain
         self.order = np.argsort(rank[cell], kind="stable").astype(np.int32)
         sizes = np.bincount(cell, minlength=len(chain))[chain]
         self.end = np.cumsum(sizes)
         self.begin = self.end - sizes
-        self.X = nb.aligned_zeros((self.n, nb.words_of_bytes(vectors.d)), np.int32)
+        self._fill("bytes", progress)
+
+    def _fill(self, format, progress=None):
+        vectors, self.format = self.vectors, format
+        self.C = self.converted(self.centroids)
+        self.X = nb.aligned_zeros((self.n, self.C.shape[1]), np.int32)
         position = self.position()
         for i, j in vectors.blocks():
-            self.X[position[i:j]] = vectors.bytes(i, j)
+            self.X[position[i:j]] = getattr(vectors, format)(i, j)
             if progress is not None:
                 progress(j)
+
+    def become_bfloat16(self):
+        self.X = None
+        self._fill("bfloat16")
+
+    def converted(self, x):
+        """x float32 (m, d) in the format of X."""
+        return nb.to_bytes(x) if self.format == "bytes" else nb.to_bfloat16(x)
 
     @classmethod
     def train(cls, vectors, nlist=None, seed=0, progress=None):

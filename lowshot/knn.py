@@ -21,7 +21,7 @@ import contextlib
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.cells import BLOCK, Cells, Vectors, nearest_cell
+from lowshot.cells import BLOCK, Cells, Vectors
 from lowshot.packages import faiss
 from lowshot.script import Progress
 
@@ -311,9 +311,10 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
     sample = Sample(vectors, vectors, min(k, n), seed, progress)
-    wanted, reverse = with_margin(recall), REVERSE
+    wanted, reverse, needed = with_margin(recall), REVERSE, candidates_needed(sample, cells, recall, say)
     if initial is not None and len(initial[0]):
-        lists = Lists(cells, position, max(k, initial[0].shape[1]) + SPARE_LISTED, initial, checkpoint)
+        K = max(needed, initial[0].shape[1] + SPARE_LISTED)
+        lists = Lists(cells, position, K, initial, checkpoint)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells
         new = (sample.number >= lists.n0)[:, None] | (sample.I >= lists.n0)
         curve = sample.recall_by_nprobe(cells, position, lists.found(sample), new)
@@ -322,14 +323,14 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     else:
         # from here on neighbours of neighbours are the quicker way
         curve = sample.recall_by_nprobe(cells, position)
-        p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), k + SPARE_LISTED
+        p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
-            p, K, reverse = cells_reaching(curve, WIDE_START), longest_list(k), 2 * REVERSE
+            p, K, reverse = cells_reaching(curve, WIDE_START), max(K, longest_list(k)), 2 * REVERSE
         lists = Lists(cells, position, K, None, checkpoint)
     rounds, have = 0, 0.0
     while True:
         lists.search(p, progress)
-        have = lists.recall(sample)
+        have = lists.recall(sample, needed)
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} nodes")
         gained = 1.0
         while not nprobe and have < wanted and gained > .002 and rounds < 12:
@@ -337,16 +338,16 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
                                         lambda done: progress("nodes' neighbours compared with each other", done, n))
             rounds += 1
             lists.round_done(rounds)
-            before, have = have, lists.recall(sample)
+            before, have = have, lists.recall(sample, needed)
             gained = have - before
             say(f"neighbours of neighbours, round {rounds}: {inserted / n:.2f} insertions per node, recall@{k} {have:.4f}")
-        if nprobe or have >= wanted or p == len(curve):
-            break
+        if nprobe or have >= wanted or curve[p - 1] >= wanted or p == len(curve):
+            break               # more cells do not find what rounding hides
         p = min(4 * p, len(curve))
         lists.restart()
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
-    numbers = lists.become_numbers(k)
+    numbers = lists.become_numbers(needed)
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
         keys = nb.make_keys(np.zeros(numbers[rows].shape, np.float32), numbers[rows])
@@ -355,6 +356,22 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         progress("nodes' similarities computed", min(i + BLOCK, n), n)
     vectors.release()
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+
+
+def candidates_needed(sample, cells, recall, say=lambda line: None):
+    """Candidates per node: a few more than neighbours, so that rounding costs a quarter of what recall leaves at most.
+
+    Where vectors differ by hardly more than bytes do, as in clusters of nearly the same image, cells become bfloat16.
+    """
+    K = sample.k + SPARE_LISTED
+    while True:
+        keys = nb.search_all(cells.converted(sample.x), cells.X, K)
+        if sample.recall_of_keys(keys, cells) >= 1 - (1 - recall) / 4:
+            return K
+        if cells.format == "bfloat16":
+            return longest_list(sample.k)
+        say("vectors are nearly the same: compared in bfloat16, in twice the memory and time of bytes")
+        cells.become_bfloat16()
 
 
 def longest_list(k):
@@ -448,27 +465,27 @@ class Lists:
         numbers = np.where(numbers < 0, -1, self.cells.order[np.maximum(numbers, 0)])
         return np.stack([np.isin(true, mine) for true, mine in zip(sample.I, numbers)])
 
-    def best(self, rows, k):
-        """The keys of some nodes, int64 (., K): the best of longer lists, with a few more than k as bytes err."""
-        keys, most = self.keys[rows], k + SPARE_LISTED
+    def best(self, rows, most):
+        """The keys of some nodes, int64 (., K): the best `most` of longer lists."""
+        keys = self.keys[rows]
         if self.K <= most:
             return np.ascontiguousarray(keys)
         keys = np.partition(keys.view(np.uint64), self.K - most, axis=1)[:, self.K - most:]
         return np.ascontiguousarray(keys).view(np.int64)
 
-    def become_numbers(self, k):
+    def become_numbers(self, most):
         """The numbers of the best alone, int32 (n, K), -1 for none, in half the memory; the lists are given up."""
-        numbers = np.empty((len(self.keys), min(self.K, k + SPARE_LISTED)), np.int32)
+        numbers = np.empty((len(self.keys), min(self.K, most)), np.int32)
         for i in range(0, len(numbers), BLOCK):
-            numbers[i:i + BLOCK] = nb.numbers(self.best(slice(i, i + BLOCK), k))
+            numbers[i:i + BLOCK] = nb.numbers(self.best(slice(i, i + BLOCK), most))
         self.keys = None
         if self.checkpoint is not None:
             self.checkpoint.keys = None
         return numbers
 
-    def recall(self, sample):
-        """Recall on the sample, as it would be if similarities were computed now."""
-        return sample.recall_of_keys(self.best(self.position[sample.number], sample.k), self.cells)
+    def recall(self, sample, most):
+        """Recall on the sample, as it would be if similarities of the best `most` were computed now."""
+        return sample.recall_of_keys(self.best(self.position[sample.number], most), self.cells)
 
 
 # ---- searching for vectors that are no nodes
@@ -491,10 +508,11 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     sample = Sample(Q, X, k, seed, progress)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))
-    queries = np.concatenate([Q.bytes(i, j) for i, j in Q.blocks()])
+    K = candidates_needed(sample, cells, recall)
+    queries = np.concatenate([getattr(Q, cells.format)(i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
-    order = np.argsort(nearest_cell(queries, cells.centroids), kind="stable").astype(np.int32)
-    keys = np.zeros((Q.n, k + SPARE_LISTED), np.int64)
+    order = np.argsort(nb.numbers(nb.search_all(queries, cells.C, 1)[:, 0]), kind="stable").astype(np.int32)
+    keys = np.zeros((Q.n, K), np.int64)
     for i in range(0, Q.n, SEARCH_BLOCK):
         rows = slice(i, i + SEARCH_BLOCK)
         nb.search_cells(queries[order[rows]], cells.C, p, cells.begin, cells.end, cells.X, keys[rows])

@@ -170,10 +170,10 @@ def test_best_of_longer_lists():
         count = rs.randint(31)
         lists.keys[i, :count] = knn.nb.make_keys(rs.randn(1, count).astype("f4"), rs.permutation(300)[None, :count])[0]
     for rows in (slice(7, 100), np.array([5, 299, 0])):
-        got = lists.best(rows, 3)
-        want = -np.sort(-lists.keys[rows].view(np.uint64).astype("f8"), axis=1)[:, :3 + knn.SPARE_LISTED]
+        got = lists.best(rows, 11)
+        want = -np.sort(-lists.keys[rows].view(np.uint64).astype("f8"), axis=1)[:, :11]
         assert np.array_equal(-np.sort(-got.view(np.uint64).astype("f8"), axis=1), want) and got.flags.c_contiguous
-    assert np.array_equal(lists.best(slice(0, 9), 26), lists.keys[:9])
+    assert np.array_equal(lists.best(slice(0, 9), 30), lists.keys[:9])
 
 
 def test_the_curve_predicts_what_a_number_of_cells_finds():
@@ -253,6 +253,8 @@ def test_cells_hold_each_vector_once_near_its_centroid():
         assert (np.diff(rows) > 0).all()
         assert (S[rows, c] >= S[rows].max(axis=1) - 5e-3).all()
     assert np.array_equal(cells.X, nb.to_bytes(x)[cells.order])
+    cells.become_bfloat16()
+    assert np.array_equal(cells.X, nb.to_bfloat16(x)[cells.order]) and np.array_equal(cells.C, nb.to_bfloat16(cells.centroids))
 
 
 def test_chain_visits_each_centroid_once_nearest_next():
@@ -289,6 +291,21 @@ def test_many_duplicates():
     np.testing.assert_allclose(D[200:900], 1, atol=1e-6)
     assert (I == np.arange(1500)[:, None]).any(axis=1).all()
     assert info["recall"] >= .95 and default_nlist(1500) == 154
+
+
+@pytest.mark.parametrize("spread,format,reached", [(.03, "bytes", True), (.008, "bfloat16", True), (.001, "bfloat16", False)])
+def test_clusters_as_tight_as_rounding(spread, format, reached):
+    """Bursts of nearly the same image: bfloat16, and no search of ever more cells for what even that hides."""
+    rs = np.random.RandomState(0)
+    x = np.repeat(rs.randn(30, 64), 100, axis=0) / 8 + spread * rs.randn(3000, 64)
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    cells, lines = Cells.train(Vectors(x), 100), []
+    D, I, info = knn.build_knn_graph(None, 10, cells=cells, say=lines.append)
+    assert cells.format == format and ("bfloat16" in lines[0]) == (format == "bfloat16")
+    assert (info["recall"] >= .95) == (recall(I, x, x, 10) > .94) == reached and info["nprobe"] < 50
+    assert (I == np.arange(3000)[:, None]).any(axis=1).all()
+    assert (I // 100 == np.arange(3000)[:, None] // 100).all()
+    np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
 
 
 def test_merge_and_columns():

@@ -349,7 +349,7 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_all(x, x[::2], 3), "X: contiguous int32"),
     (lambda x: nb.search_all(nb.to_bfloat16(np.ones((2, 64))), x, 3), "X: contiguous int32"),
     (lambda x: nb.search_cells(nb.to_bfloat16(np.ones((2, 64))), x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x,
-                               np.zeros((2, 2), "i8")), "Q: vectors in bytes expected, found 32 words"),
+                               np.zeros((2, 2), "i8")), "centroids: contiguous int32"),
     (lambda x: nb.search_cells(x, x, 0, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8")), "nprobe"),
     (lambda x: nb.descent_round(x, np.zeros((8, 3))), "keys: contiguous int64"),
     (lambda x: nb.descent_round(x, nb.make_keys(np.ones((8, 1)), np.full((8, 1), 8))), "out of range"),
