@@ -126,6 +126,7 @@ class FeatureFile:
             # plain reads, not a memory map: mapped pages count as this process's memory
             starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]]) if len(rows) else [0]
             width = 4 * self.d
+
             def read(stretches):
                 for start, stop in stretches:
                     read_into(self._fd, out[start:stop], self._offset + int(rows[start]) * width, self.path)

@@ -227,6 +227,20 @@ def test_map_matrix(tmp_path):
         map_matrix(str(tmp_path / "gone"), np.float32, 3, maker="train")
 
 
+@pytest.mark.parametrize("at_once", [1, 1000, 4000, 1 << 20])
+def test_a_matrix_is_read_in_parts(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(features, "READ_AT_ONCE", at_once)
+    x = np.random.RandomState(0).randn(371, 7).astype("<f4")
+    path = str(tmp_path / "raw")
+    x.tofile(path)
+    matrix = features.MatrixFile(path, "<f4", 7, 371)
+    np.testing.assert_array_equal(matrix[3:370], x[3:370])
+    os.truncate(path, 371 * 28 - 1)
+    np.testing.assert_array_equal(matrix[:370], x[:370])
+    with pytest.raises(ValueError, match="raw is truncated: it ends before byte 10388"):
+        matrix[3:371]
+
+
 def test_normalise_rows():
     x = np.array([[3, 4], [0, 0], [0, -2]], np.float32)
     assert normalise_rows(x) is x and np.allclose(x, [[.6, .8], [0, 0], [0, -1]])
