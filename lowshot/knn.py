@@ -345,6 +345,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             break               # more cells do not find what rounding hides
         p = min(4 * p, len(curve))
         lists.restart()
+    if have < recall and not nprobe:
+        say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.format} gives here")
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
     numbers = lists.become_numbers(needed)

@@ -303,6 +303,7 @@ def test_clusters_as_tight_as_rounding(spread, format, reached):
     D, I, info = knn.build_knn_graph(None, 10, cells=cells, say=lines.append)
     assert cells.format == format and ("bfloat16" in lines[0]) == (format == "bfloat16")
     assert (info["recall"] >= .95) == (recall(I, x, x, 10) > .94) == reached and info["nprobe"] < 50
+    assert lines[-1].startswith("note") != reached
     assert (I == np.arange(3000)[:, None]).any(axis=1).all()
     assert (I // 100 == np.arange(3000)[:, None] // 100).all()
     np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
