@@ -119,7 +119,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     nbg = n - nbase - nnovel
     vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + 34))
     lists = 8 * k * (n + nt)                    # I and D
-    mapped = min(4 * dim * nbg, 300 * 150_000)  # by the candidates that are looked up at a time
+    mapped = min(4 * dim * nbg, 128 * 150_000)  # by the candidates that are looked up at a time
     entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
     steps = {"add novel images": vectors + lists + mapped,
              "symmetrise": 4 * k * n + entries + 24 * n,
