@@ -129,8 +129,8 @@ class Buffer {
 };
 
 // The best K keys of each of a group of queries, as they come. A list is cut back to not many more than K when it is full,
-// so that a candidate costs a comparison, and one that passes a few operations more. What is kept does not depend on the
-// order of candidates: those as good as the worst pass too, and keys tell.
+// so that a candidate costs a comparison, and one that passes a few operations more. Candidates as good as the worst are
+// left out: among thousands of duplicates (unreadable images) all would pass.
 class Lists {
   public:
     void start(int64_t n, int64_t K) {
@@ -199,13 +199,13 @@ class Lists {
             at += list[j] >= low;
         }
         count[i] = (int32_t)at;
-        worst[i] = just_below(product_of(low));
+        worst[i] = product_of(low);
     }
     void cut_exactly(int64_t i) {
         uint64_t* list = keys_.get() + i * room_;
         std::nth_element(list, list + K_ - 1, list + count[i], std::greater<uint64_t>());
         count[i] = (int32_t)K_;
-        worst[i] = just_below(product_of(list[K_ - 1]));
+        worst[i] = product_of(list[K_ - 1]);
     }
 
     int64_t K_ = 0, room_ = 0;
