@@ -116,16 +116,17 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
 
     Pages of the background's file that are in use count as well: a candidate's vector maps up to 150 KB around it.
     """
+    from lowshot import knn
     nbg = n - nbase - nnovel
-    vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + 34))
+    vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     mapped = min(4 * dim * nbg, 128 * 150_000)  # by the candidates that are looked up at a time
     entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
     steps = {"add novel images": vectors + lists + mapped,
              "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
-    if not stored and n - nnovel >= 100_000:    # cells in bytes, candidate lists and their reverse; then similarities
-        listed = k + 8
+    if not stored and n - nnovel >= knn.EXACT_BELOW:    # cells in bytes, candidate lists and their reverse; then similarities
+        listed = k + knn.SPARE_LISTED
         steps["complete"] = vectors + lists + 24 * n + max(dim * n + 16 * listed * n, 4 * dim * nbg + 4 * listed * n)
     return int(90e6 + max(steps.values()))
 

@@ -10,17 +10,16 @@
 // A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower
 // half 2^31 - 1 minus the neighbour's number, and in the lowest bit whether the neighbour is new to a round of
 // neighbours-of-neighbours. So the greater key is the better neighbour, and of equal products the one with the lower
-// number. Key 0 is "none"; any other that names 2^31 - 1 is none as well, and a bar that others have to pass. Lists are in no
-// order. At most 2^31 - 1 vectors. Results do not depend on the number of
-// threads.
+// number. Key 0 is "none"; any other that names 2^31 - 1 is none as well, and a bar that others have to pass. Lists are
+// in no order. At most 2^31 - 1 vectors. Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-// How products are computed: "amx" or "avx512" where the CPU has products of bfloat16 or bytes, or "float32"; the first by default.
-// use_products takes one of them, the default for "", and throws std::invalid_argument where the machine has it not.
+// How products are computed: "amx" or "avx512" where the CPU has products of bfloat16 or bytes, or "float32"; the first
+// by default. use_products takes one of them, the default for "", and throws std::invalid_argument where the machine has it not.
 std::string products();
 void use_products(const std::string& name);
 
@@ -50,9 +49,9 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
 //                    compared with, of each cell the rows begin .. middle - 1, and are marked as new there
 // middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
 // x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
-void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids, int64_t nprobe,
-                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys,
-                  const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst);
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids,
+                  int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K,
+                  int64_t* keys, const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst);
 
 // One round of neighbours-of-neighbours on a graph (NN-descent: Dong et al., WWW 2011). Deterministic.
 //
@@ -68,9 +67,9 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
 int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse);
 // Returns the number of insertions.
-int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t K, const int32_t* lists, const int64_t* offsets,
-                   const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
-                   float* worst);
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t K, const int32_t* lists,
+                   const int64_t* offsets, const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last,
+                   int64_t* keys, float* worst);
 
 // Exact float32 inner products of what lists of keys name, sorted; the k best of them.
 //

@@ -1,8 +1,9 @@
 """K-nearest-neighbour search and graphs by inner product: shapes, dtypes and allocation for neighbours.cpp.
 
-Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where that is too coarse, as int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Candidate
-lists are int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for
-none, in no order. `exact_products` turns them into float32 similarities and numbers.
+Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where that is too coarse, as
+int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Candidate lists are
+int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for none, in no
+order. `exact_products` turns them into float32 similarities and numbers.
 """
 import numpy as np
 
@@ -92,6 +93,9 @@ def to_bfloat16(x, scale=None, out=None, residual=None):
             _check(array, np.float32, (n,), name)
     core.to_bfloat16(n, d, x, scale, words(d), out, residual)
     return out
+
+
+FORMATS = {"bytes": to_bytes, "bfloat16": to_bfloat16}
 
 
 def search_all(Q, X, K, keys=None, first=0, bound=None):

@@ -218,6 +218,19 @@ struct BytesRows {
         ((uint32_t*)rows)[kTile * np + r] = x[np];
     }
 
+    // What makes products of sums: of row r with the two halves of a panel.
+    struct Ends {
+        const float *rows, *panel;
+        Ends(const void* rows, const void* panel, int64_t np)
+            : rows((const float*)rows + kTile * np), panel((const float*)panel + kTile * np) {}
+        void put(int r, __m512i left, __m512i right, float* s) const {
+            const __m512 scale = _mm512_set1_ps(rows[r]);
+            const __m512i start0 = _mm512_load_si512(panel + kTile), start1 = _mm512_load_si512(panel + kTile + 16);
+            _mm512_storeu_ps(s + r * kTile, scaled(_mm512_add_epi32(left, start0), scale * _mm512_load_ps(panel)));
+            _mm512_storeu_ps(s + r * kTile + 16, scaled(_mm512_add_epi32(right, start1), scale * _mm512_load_ps(panel + 16)));
+        }
+    };
+
     static void finish_panel(const uint32_t* const* x, int64_t np, uint32_t* words) {
         const __m512i bias = _mm512_set1_epi32((int)0x80808080u);
         for (int64_t i = 0; i < kTile * np; i += 16)
@@ -245,6 +258,29 @@ inline void panel_of_words(const uint32_t* const* x, int64_t np, uint32_t* out) 
     }
 }
 
+#ifdef __AVX512F__
+// multiply(sums, a, b) adds products of the words of a and b; put(r, left, right) takes the sums of row r.
+template <class Multiply, class Put>
+inline void avx512_tile(const void* rows, int n, const void* panel, int64_t np, Multiply multiply, Put put) {
+    constexpr int kRows = 8;        // 16 accumulators of the 32 registers
+    for (int r0 = 0; r0 < n; r0 += kRows) {
+        const uint32_t* a = (const uint32_t*)rows + r0 * np;
+        const uint32_t* b = (const uint32_t*)panel;
+        __m512i left[kRows], right[kRows];
+        for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_si512();
+        for (int64_t i = 0; i < np; i++, b += kTile) {
+            const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16);
+            for (int r = 0; r < kRows; r++) {
+                const __m512i word = _mm512_set1_epi32((int)a[r * np + i]);
+                multiply(left[r], word, b0);
+                multiply(right[r], word, b1);
+            }
+        }
+        for (int r = 0; r < kRows; r++) put(r0 + r, left[r], right[r]);
+    }
+}
+#endif
+
 #ifdef TILES_BF16
 struct Avx512Bfloat16 : Bfloat16Rows {
     static void begin() {}
@@ -252,25 +288,15 @@ struct Avx512Bfloat16 : Bfloat16Rows {
     static void panel(const uint32_t* const* x, int64_t np, void* out) { panel_of_words(x, np, (uint32_t*)out); }
 
     TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
-        constexpr int kRows = 8;        // 16 accumulators of the 32 registers
-        for (int r0 = 0; r0 < n; r0 += kRows) {
-            const uint32_t* a = (const uint32_t*)rows + r0 * np;
-            const uint32_t* b = (const uint32_t*)panel;
-            __m512 left[kRows], right[kRows];
-            for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_ps();
-            for (int64_t i = 0; i < np; i++, b += kTile) {
-                const __m512bh b0 = (__m512bh)_mm512_load_si512(b), b1 = (__m512bh)_mm512_load_si512(b + 16);
-                for (int r = 0; r < kRows; r++) {
-                    const __m512bh word = (__m512bh)_mm512_set1_epi32((int)a[r * np + i]);
-                    left[r] = _mm512_dpbf16_ps(left[r], word, b0);
-                    right[r] = _mm512_dpbf16_ps(right[r], word, b1);
-                }
-            }
-            for (int r = 0; r < kRows; r++) {
-                _mm512_storeu_ps(s + (r0 + r) * kTile, left[r]);
-                _mm512_storeu_ps(s + (r0 + r) * kTile + 16, right[r]);
-            }
-        }
+        avx512_tile(
+            rows, n, panel, np,
+            [](__m512i& sums, __m512i a, __m512i b) {
+                sums = (__m512i)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+            },
+            [=](int r, __m512i left, __m512i right) {
+                _mm512_storeu_si512(s + r * kTile, left);
+                _mm512_storeu_si512(s + r * kTile + 16, right);
+            });
     }
 };
 #endif
@@ -285,31 +311,12 @@ struct Avx512Bytes : BytesRows {
     }
 
     TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
-        constexpr int kRows = 8;        // as above
-        const uint32_t* ends = (const uint32_t*)panel + kTile * np;
-        const float* row_scales = (const float*)((const uint32_t*)rows + kTile * np);
-        const __m512 scale0 = _mm512_load_ps((const float*)ends), scale1 = _mm512_load_ps((const float*)ends + 16);
-        const __m512i start0 = _mm512_load_si512(ends + kTile), start1 = _mm512_load_si512(ends + kTile + 16);
-        for (int r0 = 0; r0 < n; r0 += kRows) {
-            const uint32_t* a = (const uint32_t*)rows + r0 * np;
-            const uint32_t* b = (const uint32_t*)panel;
-            __m512i left[kRows], right[kRows];
-            for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_si512();
-            for (int64_t i = 0; i < np; i++, b += kTile) {
-                const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16);
-                for (int r = 0; r < kRows; r++) {
-                    const __m512i word = _mm512_set1_epi32((int)a[r * np + i]);
-                    // not the intrinsic: GCC 12 copies its accumulators to other registers and back, a tenth of the time
-                    __asm__("vpdpbusd %2, %1, %0" : "+v"(left[r]) : "v"(word), "v"(b0));
-                    __asm__("vpdpbusd %2, %1, %0" : "+v"(right[r]) : "v"(word), "v"(b1));
-                }
-            }
-            for (int r = 0; r < kRows; r++) {
-                const __m512 scale = _mm512_set1_ps(row_scales[r0 + r]);
-                _mm512_storeu_ps(s + (r0 + r) * kTile, scaled(_mm512_add_epi32(left[r], start0), scale * scale0));
-                _mm512_storeu_ps(s + (r0 + r) * kTile + 16, scaled(_mm512_add_epi32(right[r], start1), scale * scale1));
-            }
-        }
+        const Ends ends(rows, panel, np);
+        avx512_tile(
+            rows, n, panel, np,
+            // not the intrinsic: GCC 12 copies its accumulators to other registers and back, a tenth of the time
+            [](__m512i& sums, __m512i a, __m512i b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b)); },
+            [=](int r, __m512i left, __m512i right) { ends.put(r, left, right, s); });
     }
 };
 #endif
@@ -392,16 +399,9 @@ struct AmxBytes : BytesRows {
     static void tile(const void* rows, int, const void* panel, int64_t np, float* s) {
         alignas(64) int32_t sums[kTile * kTile];
         AMX_TILE(_tile_dpbusd, rows, panel, np, sums);
-        const uint32_t* ends = (const uint32_t*)panel + kTile * np;
-        const float* row_scales = (const float*)((const uint32_t*)rows + kTile * np);
-        for (int c = 0; c < kTile; c += 16) {
-            const __m512 scales = _mm512_load_ps((const float*)ends + c);
-            const __m512i start = _mm512_load_si512(ends + kTile + c);
-            for (int r = 0; r < kTile; r++) {
-                const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * kTile + c), start);
-                _mm512_storeu_ps(s + r * kTile + c, scaled(sum, _mm512_set1_ps(row_scales[r]) * scales));
-            }
-        }
+        const Ends ends(rows, panel, np);
+        for (int r = 0; r < kTile; r++)
+            ends.put(r, _mm512_load_si512(sums + r * kTile), _mm512_load_si512(sums + r * kTile + 16), s);
     }
 };
 #endif

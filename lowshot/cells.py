@@ -88,14 +88,9 @@ class Vectors:
         x = self.rows(which)
         return x if self.scale is None else x * self.scale[which, None]
 
-    def bfloat16(self, start, stop, residual=None):
-        """Rows start .. stop - 1, scaled, in bfloat16 (graph_utils.neighbours.to_bfloat16)."""
-        scale = None if self.scale is None else self.scale[start:stop]
-        return nb.to_bfloat16(self.stretch(start, stop), scale, residual=residual)
-
-    def bytes(self, start, stop):
-        """The same in bytes (graph_utils.neighbours.to_bytes)."""
-        return nb.to_bytes(self.stretch(start, stop), None if self.scale is None else self.scale[start:stop])
+    def converted(self, format, start, stop, **out):
+        """Rows start .. stop - 1, scaled, in "bytes" or "bfloat16" (graph_utils.neighbours.FORMATS)."""
+        return nb.FORMATS[format](self.stretch(start, stop), None if self.scale is None else self.scale[start:stop], **out)
 
 
 def default_nlist(n):
@@ -112,7 +107,7 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     X = nb.to_bytes(x)
     centroids = np.ascontiguousarray(x[rs.choice(m, nlist, replace=m < nlist)])
     for iteration in range(iterations):
-        cell = nearest_cell(X, centroids)
+        cell = nearest_cell(X, nb.to_bytes(centroids))
         order = np.argsort(cell, kind="stable")
         sizes = np.bincount(cell, minlength=nlist)
         filled = sizes > 0
@@ -127,17 +122,17 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     return centroids
 
 
-def nearest_cell(X, centroids):
-    """The most similar centroid of each vector in bytes, int64 (len(X),)."""
-    return nb.numbers(nb.search_all(X, nb.to_bytes(centroids), 1)[:, 0])
+def nearest_cell(X, C):
+    """The most similar centroid of each vector, int64 (len(X),). X, C: vectors and centroids in one format."""
+    return nb.numbers(nb.search_all(X, C, 1)[:, 0])
 
 
 def assign(vectors, centroids, progress=None, first=0):
     """The cell of each vector from number `first` on, int32 (n - first,), a block at a time."""
-    cell = np.empty(vectors.n - first, np.int32)
+    C, cell = nb.to_bytes(centroids), np.empty(vectors.n - first, np.int32)
     for i in range(first, vectors.n, BLOCK):
         j = min(i + BLOCK, vectors.n)
-        cell[i - first:j - first] = nearest_cell(vectors.bytes(i, j), centroids)
+        cell[i - first:j - first] = nearest_cell(vectors.converted("bytes", i, j), C)
         if progress is not None:
             progress(j)
     return cell
@@ -185,12 +180,12 @@ class Cells:
         self._fill("bytes", progress)
 
     def _fill(self, format, progress=None):
-        vectors, self.format = self.vectors, format
+        self.format = format
         self.C = self.converted(self.centroids)
         self.X = nb.aligned_zeros((self.n, self.C.shape[1]), np.int32)
         position = self.position()
-        for i, j in vectors.blocks():
-            self.X[position[i:j]] = getattr(vectors, format)(i, j)
+        for i, j in self.vectors.blocks():
+            self.X[position[i:j]] = self.vectors.converted(format, i, j)
             if progress is not None:
                 progress(j)
 
@@ -200,7 +195,7 @@ class Cells:
 
     def converted(self, x):
         """x float32 (m, d) in the format of X."""
-        return nb.to_bytes(x) if self.format == "bytes" else nb.to_bfloat16(x)
+        return nb.FORMATS[self.format](x)
 
     @classmethod
     def train(cls, vectors, nlist=None, seed=0, progress=None):

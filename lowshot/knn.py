@@ -21,7 +21,7 @@ import contextlib
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.cells import BLOCK, Cells, Vectors
+from lowshot.cells import BLOCK, Cells, Vectors, nearest_cell
 from lowshot.packages import faiss
 from lowshot.script import Progress
 
@@ -95,12 +95,12 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
         return D, I
     progress = progress or _silent
     lost = np.empty(Q.n, np.float32)
-    queries = np.concatenate([Q.bfloat16(i, j, lost[i:j]) for i, j in Q.blocks()])
+    queries = np.concatenate([Q.converted("bfloat16", i, j, residual=lost[i:j]) for i, j in Q.blocks()])
     keys = np.zeros((Q.n, min(k + spare, X.n)), np.int64)
     lost_most = 0.0
     for i, j in X.blocks():
         residual = np.empty(j - i, np.float32)
-        nb.search_all(queries, X.bfloat16(i, j, residual), keys.shape[1], keys, i)
+        nb.search_all(queries, X.converted("bfloat16", i, j, residual=residual), keys.shape[1], keys, i)
         lost_most = max(lost_most, float(residual.max()))
         progress("vectors compared with all queries", j, X.n)
     error = _error(lost, lost_most, Q.longest, X.longest)
@@ -137,11 +137,12 @@ def _leave_possible(keys, k, error):
 
 
 def _products_in_parts(keys, Q, X, k, self=False, D=None, I=None, x_number=None):
-    """nb.exact_products() for candidates all over the file of X, a part after the other so that little of it is mapped."""
+    """nb.exact_products() for candidates all over the file of X, a part after the other so that little of it is mapped;
+    of few vectors all at once."""
     if D is None:
         D, I = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int32)
-    step = len(keys) if all(isinstance(m, np.ndarray) for m in X.sources) else max(1, MAPPED // keys.shape[1])
-    for i in range(0, len(keys), max(1, step)):
+    step = max(1, len(keys) if X.n < EXACT_BELOW else MAPPED // keys.shape[1])
+    for i in range(0, len(keys), step):
         rows = np.arange(i, min(i + step, len(keys)), dtype=np.int32)
         nb.exact_products(keys[i:i + step], Q.arrays, X.arrays, k, rows, x_number, Q.scale, X.scale, self, D, I)
         X.release()
@@ -186,7 +187,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         return D_new, I_new
     progress = progress or _silent
     new_lost = np.empty(m, np.float32)
-    new_bf = np.concatenate([new.bfloat16(i, j, new_lost[i:j]) for i, j in new.blocks()])
+    new_bf = np.concatenate([new.converted("bfloat16", i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
     columns = I.shape[1]
     # what stays in doubt is compared with all of X in float32, which is slow where X is large
@@ -194,7 +195,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     X_lost_most = 0.0
     for i, j in X.blocks():
         lost = np.empty(j - i, np.float32)
-        block = X.bfloat16(i, j, lost)
+        block = X.converted("bfloat16", i, j, residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
         nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i)
         # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
@@ -511,9 +512,9 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))
     K = candidates_needed(sample, cells, recall)
-    queries = np.concatenate([getattr(Q, cells.format)(i, j) for i, j in Q.blocks()])
+    queries = np.concatenate([Q.converted(cells.format, i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
-    order = np.argsort(nb.numbers(nb.search_all(queries, cells.C, 1)[:, 0]), kind="stable").astype(np.int32)
+    order = np.argsort(nearest_cell(queries, cells.C), kind="stable").astype(np.int32)
     keys = np.zeros((Q.n, K), np.int64)
     for i in range(0, Q.n, SEARCH_BLOCK):
         rows = slice(i, i + SEARCH_BLOCK)

@@ -126,9 +126,11 @@ def test_all_negative_products_are_neighbours_too():
     assert (D < 0).all() and np.array_equal(I, np.argsort(-S, axis=1)[:, :7])
 
 
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("nprobe", [1, 3, 20])
 @pytest.mark.parametrize("nq,n,d,nlist,K", [(300, 700, 48, 20, 10), (1, 50, 32, 7, 3), (2500, 900, 32, 20, 12)])
-def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, nprobe):
+def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, nprobe, stored):
+    convert, rounded = FORMATS[stored]
     q, x = unit_vectors(nq, d, 1), unit_vectors(n, d, 2)
     centroids = unit_vectors(nlist, d, 3)
     sizes = np.random.RandomState(4).multinomial(n, np.ones(nlist) / nlist)
@@ -137,9 +139,9 @@ def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, n
     end = np.cumsum(sizes)
     begin = end - sizes
     keys = np.zeros((nq, K), np.int64)
-    nb.search_cells(nb.to_bytes(q), nb.to_bytes(centroids), nprobe, begin, end, nb.to_bytes(x), keys, enough=0)
-    S = in_levels(q).astype(np.float64) @ in_levels(x).T
-    coarse = in_levels(q).astype(np.float64) @ in_levels(centroids).T
+    nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, enough=0)
+    S = rounded(q).astype(np.float64) @ rounded(x).T
+    coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
     found = nb.numbers(keys)
     for i in range(nq):
         cells = np.argsort(-coarse[i])[:nprobe]
@@ -149,16 +151,18 @@ def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, n
         np.testing.assert_allclose(-np.sort(-S[i, mine]), want, atol=2e-6)
 
 
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("nq,n,d,nlist,K,nprobe", [(1, 50, 32, 7, 3, 2), (300, 700, 48, 20, 10, 3), (2500, 900, 32, 20, 12, 20)])
-def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nlist, K, nprobe, threads):
+def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nlist, K, nprobe, threads, stored):
     """The first half of each cell's rows has lists of its own, some of them not full."""
+    convert, rounded = FORMATS[stored]
     x, q, centroids = unit_vectors(n, d, 2), unit_vectors(nq, d, 1), unit_vectors(nlist, d, 3)
     end = np.cumsum(np.random.RandomState(4).multinomial(n, np.ones(nlist) / nlist))
     begin = np.concatenate([[0], end[:-1]])
     middle = begin + (end - begin) // 2
     numbers = (n + np.arange(nq)).astype(np.int32)
-    S = in_levels(x).astype(np.float64) @ in_levels(x).T
+    S = rounded(x).astype(np.float64) @ rounded(x).T
     known = np.argsort(-S, axis=1)[:, :K]
     known[::3, 1:] = -1
     x_keys = nb.make_keys(np.take_along_axis(S, np.maximum(known, 0), 1), known)
@@ -168,15 +172,15 @@ def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nl
     old = core.get_num_threads()
     core.set_num_threads(threads)
     try:
-        nb.search_cells(nb.to_bytes(q), nb.to_bytes(centroids), nprobe, begin, end, nb.to_bytes(x), keys, 0,
+        nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0,
                         insert=(middle, numbers, x_keys, worst))
     finally:
         core.set_num_threads(old)
     alone = np.zeros((nq, K), np.int64)
-    nb.search_cells(nb.to_bytes(q), nb.to_bytes(centroids), nprobe, begin, end, nb.to_bytes(x), alone, 0)
+    nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), alone, 0)
     np.testing.assert_array_equal(np.sort(keys), np.sort(alone))
-    cells = np.argsort(-(in_levels(q).astype(np.float64) @ in_levels(centroids).T), axis=1)[:, :nprobe]
-    Sq = in_levels(x).astype(np.float64) @ in_levels(q).T
+    cells = np.argsort(-(rounded(q).astype(np.float64) @ rounded(centroids).T), axis=1)[:, :nprobe]
+    Sq = rounded(x).astype(np.float64) @ rounded(q).T
     found = nb.numbers(x_keys)
     for c in range(nlist):
         near = np.flatnonzero((cells == c).any(axis=1))
@@ -194,22 +198,26 @@ def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nl
     np.testing.assert_array_equal(worst, nb.worst_products(x_keys))
 
 
-def test_cells_are_added_until_they_hold_enough():
+@pytest.mark.parametrize("stored", FORMATS)
+def test_cells_are_added_until_they_hold_enough(stored):
+    convert = nb.FORMATS[stored]
     x = unit_vectors(100, 32, 2)
     begin = np.arange(0, 100, 2)
     keys = np.zeros((100, 9), np.int64)
-    nb.search_cells(nb.to_bytes(x), nb.to_bytes(x[::2].copy()), 1, begin, begin + 2, nb.to_bytes(x), keys)
+    nb.search_cells(convert(x), convert(x[::2].copy()), 1, begin, begin + 2, convert(x), keys)
     assert (keys != 0).all()
 
 
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("n,d,K,R", [(40, 32, 5, 8), (600, 48, 8, 8), (257, 64, 40, 32)])
-def test_a_round_compares_all_neighbours_of_a_node(n, d, K, R):
+def test_a_round_compares_all_neighbours_of_a_node(n, d, K, R, stored):
     """Against sets: with room for all reverse neighbours, the lists become the best of all pairs that share a node."""
+    convert, rounded = FORMATS[stored]
     x = clustered(n, d, 10, 1)
-    X = nb.to_bytes(x)
+    X = convert(x)
     rs = np.random.RandomState(0)
     start = np.stack([rs.choice(n, K, replace=False) for _ in range(n)])
-    S = (in_levels(x).astype(np.float64) @ in_levels(x).T).astype(np.float32)
+    S = (rounded(x).astype(np.float64) @ rounded(x).T).astype(np.float32)
     keys = nb.make_keys(S[np.arange(n)[:, None], start], start) | nb.NEW
     nb.descent_round(X, keys, R=n)
     offered = [set(row) for row in start]
@@ -226,9 +234,11 @@ def test_a_round_compares_all_neighbours_of_a_node(n, d, K, R):
         np.testing.assert_allclose(-np.sort(-S[v, mine]), -np.sort(-S[v, there])[:K], atol=2e-6)
 
 
-def test_rounds_lead_to_the_true_graph_and_stop():
+@pytest.mark.parametrize("stored", FORMATS)
+def test_rounds_lead_to_the_true_graph_and_stop(stored):
+    convert = nb.FORMATS[stored]
     x = clustered(1500, 32, 20)
-    X = nb.to_bytes(x)
+    X = convert(x)
     rs = np.random.RandomState(1)
     start = np.stack([rs.choice(1500, 15, replace=False) for _ in range(1500)])
     keys = nb.make_keys((x @ x.T)[np.arange(1500)[:, None], start], start) | nb.NEW
@@ -240,21 +250,24 @@ def test_rounds_lead_to_the_true_graph_and_stop():
     assert (I[:, 0] == np.arange(1500)).all()
 
 
-def test_rounds_skip_what_is_old():
+@pytest.mark.parametrize("stored", FORMATS)
+def test_rounds_skip_what_is_old(stored):
+    convert = nb.FORMATS[stored]
     x = clustered(500, 32, 5)
     start = np.random.RandomState(1).randint(0, 500, (500, 1))
     keys = nb.make_keys((x @ x.T)[np.arange(500)[:, None], start], start)
     before = keys.copy()
-    assert nb.descent_round(nb.to_bytes(x), keys) == 0 and np.array_equal(keys, before)
+    assert nb.descent_round(convert(x), keys) == 0 and np.array_equal(keys, before)
 
 
-def test_bars_are_none_and_keep_the_worse_out():
+@pytest.mark.parametrize("stored", FORMATS)
+def test_bars_are_none_and_keep_the_worse_out(stored):
     """Entries that name nobody: their products are what others have to pass, in searches and in rounds."""
+    convert, rounded = FORMATS[stored]
     x = clustered(400, 64, 5)
-    X, S = nb.to_bytes(x), in_levels(x) @ in_levels(x).T
+    X, S = convert(x), rounded(x).astype(np.float64) @ rounded(x).T
     bars = np.quantile(S, .99, axis=1).astype(np.float32)
-    keys = np.full((400, 20), 0, np.int64)
-    keys[:, :] = nb.make_keys(bars[:, None], np.full((400, 1), nb.NONE))
+    keys = np.repeat(nb.make_keys(bars[:, None], np.full((400, 1), nb.NONE)), 20, axis=1)
     assert (nb.numbers(keys) == -1).all()
     np.testing.assert_array_equal(nb.worst_products(keys), bars)
     whole, begin = np.array([400]), np.array([0])
@@ -269,12 +282,14 @@ def test_bars_are_none_and_keep_the_worse_out():
     assert np.array_equal((I >= 0).sum(axis=1), (before >= 0).sum(axis=1)) and (D[I < 0] == -np.inf).all()
 
 
-def test_results_do_not_depend_on_threads():
+@pytest.mark.parametrize("stored", FORMATS)
+def test_results_do_not_depend_on_threads(stored):
     """Two nodes may be compared by any thread at any time; what is kept is the same. Duplicates make ties."""
+    convert = nb.FORMATS[stored]
     x = clustered(900, 32, 12)
     x[300:400] = x[7]
     x[800:] = 0
-    X = nb.to_bytes(x)
+    X = convert(x)
     results = []
     for threads in (1, 4, 3, 8, 2, 4):
         core.set_num_threads(threads)
