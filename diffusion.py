@@ -114,15 +114,15 @@ def panels(is_novel, width):
 def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     """Peak memory of this process in bytes: the largest of its steps.
 
-    Pages of the background's file that are in use count as well: a candidate's vector maps up to 150 KB around it.
+    The completion maps the background's file, whose pages count as well, although the system may drop them.
     """
     from lowshot import knn
     nbg = n - nbase - nnovel
     vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
-    mapped = min(4 * dim * nbg, 128 * 150_000)  # by the candidates that are looked up at a time
+    candidates = 4 * dim * min(n, knn.LOOKED_UP)
     entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
-    steps = {"add novel images": vectors + lists + mapped,
+    steps = {"add novel images": vectors + lists + candidates,
              "symmetrise": 4 * k * n + entries + 24 * n,
              "diffuse": entries + 24 * n + 2 * 4 * width * n}
     if not stored and n - nnovel >= knn.EXACT_BELOW:    # cells in bytes, candidate lists and their reverse; then similarities

@@ -1,11 +1,14 @@
 #include "neighbours.h"
 
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <limits>
@@ -765,7 +768,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
     struct Scratch {
         std::vector<std::pair<float, int32_t>> list;
     };
-    parallel_blocks<Scratch>(nq, 256, [&](int64_t i0, int64_t i1, Scratch& t) {
+    parallel_blocks<Scratch>(nq, 16, [&](int64_t i0, int64_t i1, Scratch& t) {
         for (int64_t i = i0; i < i1; i++) {
             const int64_t q = q_number ? q_number[i] : i;
             const float* x = Q[q];
@@ -808,6 +811,22 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                 const bool have = j < (int64_t)t.list.size();
                 D[q * k + j] = have ? t.list[j].first : kNone;
                 I[q * k + j] = have ? t.list[j].second : -1;
+            }
+        }
+    });
+}
+
+void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d, float* out) {
+    const int64_t bytes = 4 * d;
+    parallel_blocks<Nothing>(n, 64, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) {
+            if (rows[i] < 0 || rows[i] >= nrow) continue;
+            char* to = (char*)(out + i * d);
+            for (int64_t done = 0; done < bytes;) {
+                const ssize_t got = pread(file, to + done, bytes - done, rows[i] * bytes + done);
+                if (got == 0) throw std::invalid_argument("the file ends before the end of row " + std::to_string(rows[i]));
+                if (got < 0 && errno != EINTR) throw std::runtime_error("row " + std::to_string(rows[i]) + ": " + std::strerror(errno));
+                done += std::max<ssize_t>(got, 0);
             }
         }
     });

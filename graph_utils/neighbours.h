@@ -84,6 +84,13 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
                     int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, float* D, int32_t* I);
 
+// Rows of a file of float32, d to a row, read by several threads; row numbers outside 0 .. nrow - 1 are left out.
+//
+// file  in   descriptor, open for reading; throws std::invalid_argument if it ends before a row, std::runtime_error if it
+//            cannot be read
+// rows  in   n; out n x d
+void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d, float* out);
+
 // The k best of two neighbour lists per row, each best first with -1 at the end; out may be neither of the inputs.
 void merge_lists(int64_t n, int64_t k1, const float* D1, const int32_t* I1, int64_t k2, const float* D2,
                  const int32_t* I2, int64_t k, float* D, int32_t* I);

@@ -170,6 +170,18 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     return inserted
 
 
+def read_rows(path, rows, nrow, out):
+    """Read rows of a headerless file of float32 into out (len(rows), d), those numbered 0 .. nrow - 1; the others of out
+    stay as they are. ValueError where the file is too short."""
+    rows = np.ascontiguousarray(rows, np.int64)
+    _check(out, np.float32, (len(rows), None), "out")
+    with open(path, "rb", buffering=0) as f:
+        try:
+            core.read_rows(f.fileno(), nrow, len(rows), rows, out.shape[1], out)
+        except ValueError as e:
+            raise ValueError(f"{path} is truncated: {e}")
+
+
 def _two_parts(parts, name):
     """Vectors as one or two float32 arrays, the second's rows numbered after the first's."""
     parts = [parts] if isinstance(parts, np.ndarray) else list(parts)

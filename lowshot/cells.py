@@ -15,8 +15,8 @@ class Vectors:
     """Vectors where they are: one or two float32 arrays or files of float32 that follow each other.
 
     x: float32 array (n, d), normalised by the caller; or NormalisedRows, whose rows are divided by their norm when
-    they are used. Stretches of rows are read plainly; single rows of a file come from a memory map, whose pages
-    release() gives back. Raises ValueError where a row holds NaN or infinity.
+    they are used. Files are read plainly, but for `arrays`, memory maps whose pages release() gives back. Raises
+    ValueError where a row holds NaN or infinity.
 
     n, d; scale float32 (n,) factor of each row, or None; longest: the largest norm of a scaled row.
     Memory: 4 bytes per vector.
@@ -59,6 +59,10 @@ class Vectors:
             yield i, min(i + BLOCK, self.n)
 
     @property
+    def in_memory(self):
+        return all(isinstance(m, np.ndarray) for m in self.sources)
+
+    @property
     def arrays(self):
         """The parts as arrays, files as memory maps."""
         if self._arrays is None:
@@ -75,13 +79,13 @@ class Vectors:
     def rows(self, which):
         """Copies of rows by number, not scaled, float32 (len(which), d)."""
         which = np.asarray(which, np.int64)
-        arrays = self.arrays
-        if len(arrays) == 1:
-            return arrays[0][which]
         out = np.empty((len(which), self.d), np.float32)
-        first = which < self.starts[1]
-        out[first] = arrays[0][which[first]]
-        out[~first] = arrays[1][which[~first] - self.starts[1]]
+        for source, first in zip(self.sources, self.starts):
+            if isinstance(source, MatrixFile):
+                nb.read_rows(source.filename, which - first, len(source), out)
+            else:
+                mine = (which >= first) & (which < first + len(source))
+                out[mine] = source[which[mine] - first]
         return out
 
     def scaled_rows(self, which):

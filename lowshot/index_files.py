@@ -55,7 +55,6 @@ def write_ivf_flat(path, cells, nprobe=256, progress=None):
                 f.write(cells.order[rows].astype("<i8"))
             if progress is not None:
                 progress("vectors written to the index", int(end), v.n)
-    v.release()
 
 
 def stretches_of_cells(cells):

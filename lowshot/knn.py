@@ -28,7 +28,7 @@ from lowshot.script import Progress
 EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
-MAPPED = 4096               # candidates that are looked up at a time where each maps pages of a file around it
+LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
 SPARE_LISTED = 8            # the same in lists that are not proven: bytes put .998 of the 32 best among the 40 best
 BYTES_ERR = .003            # five standard errors of products in bytes, where elements are alike in size
 BYTES_LOSE = .004           # recall that the errors of bytes cost at most
@@ -106,7 +106,7 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     error = _error(lost, lost_most, Q.longest, X.longest)
     worst = nb.worst_products(keys)
     _leave_possible(keys, k, error)
-    _products_in_parts(keys, Q, X, k, self, D, I)
+    D, I = _best_of(keys, Q, X, k, self)
     if keys.shape[1] < X.n:
         unsure = np.flatnonzero(D[:, -1] < worst + error)
         for i in range(0, len(unsure), 4096):
@@ -136,16 +136,25 @@ def _leave_possible(keys, k, error):
         part[part.view(np.uint64) < least.view(np.uint64)[:, None]] = 0
 
 
-def _products_in_parts(keys, Q, X, k, self=False, D=None, I=None, x_number=None):
-    """nb.exact_products() for candidates all over the file of X, a part after the other so that little of it is mapped;
-    of few vectors all at once."""
-    if D is None:
-        D, I = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int32)
-    step = max(1, len(keys) if X.n < EXACT_BELOW else MAPPED // keys.shape[1])
+def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None):
+    """nb.exact_products() of candidates all over the file of X. They are read from it, a part after the other: a map of
+    the file would keep in memory what is near them as well. Files of few vectors, and those whose vectors are all looked up
+    (self), are mapped."""
+    D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
+    if self or X.in_memory or X.n < EXACT_BELOW:
+        return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, self, D, I)
+    step = max(1, LOOKED_UP // keys.shape[1])
     for i in range(0, len(keys), step):
-        rows = np.arange(i, min(i + step, len(keys)), dtype=np.int32)
-        nb.exact_products(keys[i:i + step], Q.arrays, X.arrays, k, rows, x_number, Q.scale, X.scale, self, D, I)
-        X.release()
+        part = keys[i:i + step]
+        rows = np.arange(i, i + len(part), dtype=np.int32) if q_number is None else q_number[i:i + step]
+        number = nb.numbers(part)
+        have = number >= 0
+        number, place = np.unique(number[have] if x_number is None else x_number[number[have]], return_inverse=True)
+        found = np.zeros(part.shape, np.int64)
+        found[have] = nb.make_keys(np.zeros(len(place), np.float32), place)
+        nb.exact_products(found, Q.arrays, X.rows(number), k, rows, None, Q.scale, None if X.scale is None else X.scale[number],
+                          False, D, I)
+        I[rows] = np.where(I[rows] < 0, -1, number[I[rows]])
     return D, I
 
 
@@ -194,8 +203,8 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else MANY_SPARE), X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
-        lost = np.empty(j - i, np.float32)
-        block = X.converted("bfloat16", i, j, residual=lost)
+        lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), None if X.scale is None else X.scale[i:j]
+        block = nb.to_bfloat16(x, scale, residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
         nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i)
         # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
@@ -205,23 +214,20 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         keys = nb.search_all(block, new_bf, min(columns + SPARE, m), bound=bound.astype(np.float32))
         rows = np.flatnonzero(keys.any(axis=1))
         if len(rows):
-            keys = np.ascontiguousarray(keys[rows])
+            keys, x, scale = np.ascontiguousarray(keys[rows]), x[rows], None if scale is None else scale[rows]
             numbers = (i + rows).astype(np.int32)
-            at = np.arange(len(rows), dtype=np.int32)
-            found_D, found_I = nb.exact_products(
-                keys, np.ascontiguousarray(X.rows(numbers)), new.arrays, columns, q_number=at,
-                q_scale=None if X.scale is None else X.scale[numbers], x_scale=new.scale)
+            found_D, found_I = nb.exact_products(keys, x, new.arrays, columns, q_scale=scale, x_scale=new.scale)
             full = (keys != 0).all(axis=1) & (keys.shape[1] < m)
             unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
             if len(unsure):
-                found_D[unsure], found_I[unsure] = _float32_knn(X.scaled_rows(numbers[unsure]), new, columns)
+                found_D[unsure], found_I[unsure] = _float32_knn(
+                    x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, columns)
             found_I[found_I >= 0] += first_new_number
             D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
-            X.release()             # single rows of a file map many pages around them
         progress("nodes compared with new ones", j, X.n)
     error, worst = _error(new_lost, X_lost_most, new.longest, X.longest), nb.worst_products(keys_new)
     _leave_possible(keys_new, k, error)
-    found_D, found_I = _products_in_parts(keys_new, new, X, k)
+    found_D, found_I = _best_of(keys_new, new, X, k)
     if keys_new.shape[1] < X.n:
         unsure = np.flatnonzero(found_D[:, -1] < worst + error)
         if len(unsure):
@@ -263,7 +269,7 @@ class Sample:
 
     def recall_of_keys(self, keys, cells):
         """recall() of the best of candidates, int64 (m, K)."""
-        return self.recall(_products_in_parts(keys, _vectors(self.x), cells.vectors, self.k, x_number=cells.order)[0])
+        return self.recall(_best_of(keys, _vectors(self.x), cells.vectors, self.k, x_number=cells.order)[0])
 
     def recall(self, D):
         """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
@@ -522,8 +528,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
         progress("queries searched", min(i + SEARCH_BLOCK, Q.n), Q.n)
 
     def similarities():
-        D, I = nb.exact_products(keys, Q.arrays, X.arrays, k, order, cells.order, Q.scale, X.scale)
-        X.release()
+        D, I = _best_of(keys, Q, X, k, q_number=order, x_number=cells.order)
         return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "exact": False}
 
     return similarities

@@ -97,6 +97,24 @@ def test_files_are_normalised_as_they_are_read(tmp_path):
         Vectors(rows)
 
 
+def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    monkeypatch.setattr(knn, "LOOKED_UP", 500)      # eleven queries at a time, of those with all candidates
+    x, more = 7 * clustered(700, seed=1), clustered(150, seed=2)
+    x.tofile(tmp_path / "raw")
+    rows, new, q = NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), more), clustered(90, seed=3), clustered(60)
+    whole = rows[:]
+    for a, b in zip(knn.exact_knn(q, rows, 9), knn.exact_knn(q, whole, 9)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    D, I = knn.exact_knn(whole, whole, 6)
+    check_exact(*knn.cross_insert(new, rows, D, I, 850, 6), new, np.concatenate([whole, new]), 6)
+    check_exact(D, I, whole, np.concatenate([whole, new]), 6)
+    cells = Cells.train(Vectors(rows), 20)
+    D, I, info = knn.search(cells, np.concatenate([q] * 40), 7, recall=.999, nprobe=20)
+    check_exact(D[:60], I[:60], q, whole, 7)
+    assert np.array_equal(I, np.tile(I[:60], (40, 1))) and info["recall"] > .99
+
+
 @pytest.mark.parametrize("n,m,k", [(200, 20, 8), (5, 9, 8), (0, 6, 3), (30, 0, 3), (300, 1, 12), (50, 200, 6)])
 def test_cross_insert(n, m, k):
     old, new = clustered(n, seed=1), clustered(m, seed=2)

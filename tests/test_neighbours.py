@@ -323,6 +323,25 @@ def test_exact_products_in_two_parts_with_scales_and_numbers():
         assert (D[i, len(want):] == -np.inf).all()
 
 
+def test_rows_of_a_file(tmp_path):
+    x = np.arange(600 * 7, dtype=np.float32).reshape(600, 7)
+    path = tmp_path / "x.raw"
+    x.tofile(path)
+    rows = np.random.RandomState(0).randint(-5, 610, 1000)
+    out = np.full((1000, 7), -1, np.float32)
+    nb.read_rows(path, rows, 600, out)
+    have = (rows >= 0) & (rows < 600)
+    assert np.array_equal(out[have], x[rows[have]]) and (out[~have] == -1).all()
+    nb.read_rows(path, np.empty(0, int), 600, out[:0])
+    os.truncate(path, 599 * 28 + 5)
+    nb.read_rows(path, [598, 0], 600, out[:2])
+    assert np.array_equal(out[:2], x[[598, 0]])
+    with pytest.raises(ValueError, match="x.raw is truncated: the file ends before the end of row 599"):
+        nb.read_rows(path, [3, 599], 600, out[:2])
+    with pytest.raises(ValueError, match="contiguous float32"):
+        nb.read_rows(path, [3], 600, np.empty((1, 7)))
+
+
 def test_a_node_heads_its_own_list_even_among_duplicates():
     x = np.tile(unit_vectors(1, 32), (60, 1))
     x[50:] = 0
