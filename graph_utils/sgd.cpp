@@ -24,6 +24,7 @@ constexpr int64_t kDeep = 128;          // of these in one product: its left fac
 typedef float Vector __attribute__((vector_size(64), aligned(64)));
 typedef int32_t Words __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t Unsigned __attribute__((vector_size(64), aligned(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(32)));
 constexpr int64_t kLanes = 16;
 
 // Cuts scratch memory in pieces, or counts what they take.
@@ -42,8 +43,14 @@ class Scratch {
     int64_t used_ = 0;
 };
 
-// The two arithmetics. Both take the left factor as `rows` (32 x K, made row by row) and the right one as a `panel`
-// (K x N), 4 bytes per number. K is a multiple of 32 and N is 32; in float32 both may be 16, for small mini-batches.
+struct Numbers {        // a source for row()
+    const float* x;
+    Vector operator()(int64_t k) const { return *(const Vector*)(x + k); }
+};
+
+// The arithmetics. All take the left factor as `rows` (32 x K, made row by row) and the right one as a `panel`
+// (K x N), at most 4 bytes per number. K is a multiple of 32 and N is 32; both may be 16 where kLeast is, for small
+// mini-batches.
 //
 //   row(x, r, K, out)          number r of the 32 rows; x(k) gives its numbers k .. k + 15
 //   panel_of_rows<N>(x, s, K, o)  the panel whose rows are K rows x, x + s, ... of N numbers
@@ -99,8 +106,128 @@ struct Float32 {
     }
 };
 
+// Every number rounded to bfloat16, two to a word: k and k + 1. Rows: 32 x K/2 words. Panel: for each 16 of its columns
+// K/2 x 16 words.
+struct Bfloat16 {
+    static constexpr int64_t kLeast = Float32::kLeast;
+    static void begin() {}
+    static void end() {}
+
+    static Unsigned rounded(Vector x) {         // to the nearest, ties to even; the result is the upper half
+        const Unsigned bits = (Unsigned)x;
+        return bits + 0x7fff + (bits >> 16 & 1);
+    }
+    static Halves halves(Vector x) { return __builtin_convertvector(rounded(x) >> 16, Halves); }
+
+    template <class Source>
+    static void row(Source x, int64_t r, int64_t K, void* out) {
+        for (int64_t k = 0; k < K; k += kLanes) *(Halves*)((uint16_t*)out + r * K + k) = halves(x(k));
+    }
+
+    template <int64_t N>
+    static void panel_of_rows(const float* x, int64_t stride, int64_t K, void* out) {
+        for (int64_t c = 0; c < N; c += kLanes)
+            for (int64_t k = 0; k < K; k += 2) {
+                const Unsigned first = rounded(*(const Vector*)(x + k * stride + c));
+                const Unsigned second = rounded(*(const Vector*)(x + (k + 1) * stride + c));
+                *(Unsigned*)((uint32_t*)out + (c * K + k * kLanes) / 2) = first >> 16 | (second & 0xffff0000u);
+            }
+    }
+
+    template <int64_t N>
+    static void panel_of_columns(const float* x, int64_t stride, int64_t K, void* out) {
+        alignas(64) uint32_t words[kLanes][kLanes];
+        const uint32_t* columns[kLanes];
+        for (int64_t i = 0; i < kLanes; i++) columns[i] = words[i];
+        for (int64_t c = 0; c < N; c += kLanes)
+            for (int64_t k = 0; k < K; k += 2 * kLanes) {
+                for (int64_t i = 0; i < kLanes; i++)
+                    row(Numbers{x + (c + i) * stride + k}, i, 2 * kLanes, words);
+                tiles::transpose16(columns, 0, (uint32_t*)out + (c * K + k * kLanes) / 2, kLanes);
+            }
+    }
+
+    // sums += a b, for both numbers in each word
+    static void add_products(Vector& sums, Unsigned a, Unsigned b) {
+#ifdef TILES_BF16
+        sums = (Vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+        sums += (Vector)(a << 16) * (Vector)(b << 16);
+        sums += (Vector)(a & 0xffff0000u) * (Vector)(b & 0xffff0000u);
+#endif
+    }
+
+    template <int64_t N>
+    static void product(const void* rows, const void* panel, int64_t K, float* z, int64_t stride, bool add) {
+        constexpr int NV = N / kLanes, kRows = Float32::kSums * Float32::kWidth / kLanes / NV;
+        for (int64_t r0 = 0; r0 < kTile; r0 += kRows) {
+            Vector sums[kRows][NV] = {};
+            const uint32_t* a = (const uint32_t*)rows + r0 * K / 2;
+            for (int64_t k = 0; k < K / 2; k++)
+                for (int r = 0; r < kRows; r++)
+                    for (int v = 0; v < NV; v++)
+                        add_products(sums[r][v], Unsigned{} + a[r * K / 2 + k],
+                                     *((const Unsigned*)panel + v * K / 2 + k));
+            for (int r = 0; r < kRows; r++)
+                for (int v = 0; v < NV; v++) {
+                    Vector* out = (Vector*)(z + (r0 + r) * stride) + v;
+                    *out = add ? *out + sums[r][v] : sums[r][v];
+                }
+        }
+    }
+};
+
 #ifdef TILES_AMX
-#define SGD_TILES
+// The sums of a tile of 32 x 32 are in the tile registers 0 .. 3; the compiler does not know that these read and write
+// memory.
+inline void load_sums(const float* z, int64_t stride, bool add) {
+    __asm__ volatile("" ::: "memory");
+    if (add) {
+        _tile_loadd(0, z, 4 * stride);
+        _tile_loadd(1, z + 16, 4 * stride);
+        _tile_loadd(2, z + 16 * stride, 4 * stride);
+        _tile_loadd(3, z + 16 * stride + 16, 4 * stride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+
+inline void store_sums(float* z, int64_t stride) {
+    _tile_stored(0, z, 4 * stride);
+    _tile_stored(1, z + 16, 4 * stride);
+    _tile_stored(2, z + 16 * stride, 4 * stride);
+    _tile_stored(3, z + 16 * stride + 16, 4 * stride);
+    __asm__ volatile("" ::: "memory");
+}
+
+struct AmxBfloat16 : Bfloat16 {
+    static constexpr int64_t kLeast = kTile;
+    static void begin() { tiles::amx_begin(); }
+    static void end() { tiles::amx_end(); }
+
+    template <int64_t N>
+    static void product(const void* rows, const void* panel, int64_t K, float* z, int64_t stride, bool add) {
+        static_assert(N == kTile, "AMX tiles are of one size");
+        const uint16_t *a = (const uint16_t*)rows, *a2 = a + 16 * K;
+        const uint32_t *b = (const uint32_t*)panel, *b2 = b + 8 * K;
+        load_sums(z, stride, add);
+        for (int64_t k = 0; k < K; k += 32) {
+            _tile_loadd(4, a + k, 2 * K);
+            _tile_loadd(6, b + k * 8, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b2 + k * 8, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a2 + k, 2 * K);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        store_sums(z, stride);
+    }
+};
+
 // x = high + low up to 2^-17 of x, both bfloat16. A word holds two numbers, k and k + 16 of each 32: the sum over k may
 // go in any order. Rows: 32 x K/2 words of high numbers, then of low ones. Panel: for each half of its columns K/2 x 16
 // words of high numbers, then of low ones.
@@ -160,19 +287,7 @@ struct Split {
         static_assert(N == kTile, "AMX tiles are of one size");
         const uint16_t *a = (const uint16_t*)rows, *low_a = a + kTile * K;
         const uint32_t *b = (const uint32_t*)panel, *b2 = b + 16 * K;
-        // the compiler does not know that tile instructions read and write memory
-        __asm__ volatile("" ::: "memory");
-        if (add) {
-            _tile_loadd(0, z, 4 * stride);
-            _tile_loadd(1, z + 16, 4 * stride);
-            _tile_loadd(2, z + 16 * stride, 4 * stride);
-            _tile_loadd(3, z + 16 * stride + 16, 4 * stride);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+        load_sums(z, stride, add);
         for (int64_t k = 0; k < K; k += 32) {
             _tile_loadd(6, b + k * 8, 64);
             _tile_loadd(4, low_a + k, 2 * K);
@@ -195,19 +310,10 @@ struct Split {
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, z, 4 * stride);
-        _tile_stored(1, z + 16, 4 * stride);
-        _tile_stored(2, z + 16 * stride, 4 * stride);
-        _tile_stored(3, z + 16 * stride + 16, 4 * stride);
-        __asm__ volatile("" ::: "memory");
+        store_sums(z, stride);
     }
 };
 #endif
-
-struct Numbers {        // a source for row()
-    const float* x;
-    Vector operator()(int64_t k) const { return *(const Vector*)(x + k); }
-};
 
 struct Sum {            // alpha x + beta y
     float alpha;
@@ -498,17 +604,30 @@ void check_sizes(bool right, const char* what) {
     if (!right) throw std::invalid_argument(what);
 }
 
-}  // namespace
-
-bool sgd_has_tiles() {
-#ifdef SGD_TILES
-    return tiles::amx_available();
-#else
-    return false;
+// work.run() in an arithmetic, for mini-batches of Bpad images.
+template <class Work>
+void run_with(const Work& work, int arithmetic, int64_t Bpad, uint8_t* scratch) {
+#ifdef TILES_AMX
+    if (arithmetic != kFloat32 && sgd_has_tiles()) {
+        arithmetic == kSplit ? work.template run<Split, kTile>(scratch) : work.template run<AmxBfloat16, kTile>(scratch);
+        return;
+    }
 #endif
+    const bool small = Bpad % kTile;
+    if (arithmetic == kBfloat16)
+        small ? work.template run<Bfloat16, Bfloat16::kLeast>(scratch) : work.template run<Bfloat16, kTile>(scratch);
+    else
+        small ? work.template run<Float32, Float32::kLeast>(scratch) : work.template run<Float32, kTile>(scratch);
 }
 
-int64_t sgd_multiple(bool tiles) { return tiles && sgd_has_tiles() ? kTile : Float32::kLeast; }
+}  // namespace
+
+bool sgd_has_tiles() { return tiles::amx_available(); }
+
+int64_t sgd_multiple(int arithmetic) {
+    check_sizes(arithmetic >= kFloat32 && arithmetic <= kBfloat16, "there is no such arithmetic");
+    return arithmetic != kFloat32 && sgd_has_tiles() ? kTile : Float32::kLeast;
+}
 
 int64_t sgd_scratch(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t Bpad) {
     Scratch pass(nullptr), gradients(nullptr);
@@ -520,40 +639,21 @@ int64_t sgd_scratch(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t Bpad)
 
 void sgd_pass(int64_t G, int64_t C, int64_t dpad, float mom, const float* lr, const float* wd, float* W, float* M,
               float* b, float* mb, int64_t T0, int64_t Bpad, const float* X0, const float* P, int64_t T1,
-              int64_t B1pad, const float* X1, const float* ahead, float* Z, bool tiles, uint8_t* scratch) {
+              int64_t B1pad, const float* X1, const float* ahead, float* Z, int arithmetic, uint8_t* scratch) {
     check_sizes(G > 0 && C > 0 && dpad > 0 && dpad % kTile == 0 && T0 >= 0 && T1 >= 0 && Bpad >= 0 && B1pad >= 0
-                    && Bpad % sgd_multiple(tiles) == 0 && B1pad % sgd_multiple(tiles) == 0,
+                    && Bpad % sgd_multiple(arithmetic) == 0 && B1pad % sgd_multiple(arithmetic) == 0,
                 "sgd_pass: a size is not padded");
     const Pass pass{G, C, dpad, mom, lr, wd, W, M, b, mb, T0, Bpad, X0, P, T1, B1pad, X1, ahead, Z};
-#ifdef SGD_TILES
-    if (tiles && sgd_has_tiles()) {
-        pass.run<Split, kTile>(scratch);
-        return;
-    }
-#endif
-    if (B1pad % kTile)
-        pass.run<Float32, Float32::kLeast>(scratch);
-    else
-        pass.run<Float32, kTile>(scratch);
+    run_with(pass, arithmetic, B1pad, scratch);
 }
 
 void sgd_gradients(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t B, int64_t Bpad, const float* X,
-                   const int64_t* y, const float* response, float* Z, double* losses, bool tiles,
-                   uint8_t* scratch) {
-    check_sizes(G > 0 && C > 0 && T > 0 && B > 0 && B <= Bpad && dpad % kTile == 0 && Bpad % sgd_multiple(tiles) == 0,
+                   const int64_t* y, const float* response, float* Z, double* losses, int arithmetic, uint8_t* scratch) {
+    check_sizes(G > 0 && C > 0 && T > 0 && B > 0 && B <= Bpad && dpad % kTile == 0 && Bpad % sgd_multiple(arithmetic) == 0,
                 "sgd_gradients: a size is not padded");
     for (int64_t i = 0; i < T * B; i++) check_sizes(y[i] >= 0 && y[i] < C, "sgd_gradients: a class is out of range");
     const Gradients gradients{G, C, dpad, T, B, Bpad, X, y, response, Z, losses};
-#ifdef SGD_TILES
-    if (tiles && sgd_has_tiles()) {
-        gradients.run<Split, kTile>(scratch);
-        return;
-    }
-#endif
-    if (Bpad % kTile)
-        gradients.run<Float32, Float32::kLeast>(scratch);
-    else
-        gradients.run<Float32, kTile>(scratch);
+    run_with(gradients, arithmetic, Bpad, scratch);
 }
 
 void gather_batches(int64_t nX, int64_t d, const float* X, int64_t n, const int64_t* images, int64_t B, int64_t Bpad,

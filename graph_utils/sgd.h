@@ -9,13 +9,20 @@
 #include <cstdint>
 #include <stdexcept>
 
-// Whether the products of sgd_pass run in bfloat16 tiles (AMX) on this machine: every float32 is split in two bfloat16
-// numbers, high and low, and three of their four products are summed in float32 (relative error about 1e-5 of the
-// largest terms). Otherwise they are float32 products.
+// How the products of sgd_pass and sgd_gradients are computed; sums are float32 always.
+//
+// kFloat32   in float32
+// kSplit     in bfloat16 tiles (AMX) where the machine has them: every float32 is split in two bfloat16 numbers, high and
+//            low, and three of their four products are summed (relative error about 1e-5 of the largest terms); else
+//            in float32
+// kBfloat16  of factors rounded to bfloat16, by tiles, by AVX-512, or by float32 arithmetic, whatever the machine has
+enum { kFloat32, kSplit, kBfloat16 };
+
+// Whether this machine has the tiles.
 bool sgd_has_tiles();
 
 // What the images of a mini-batch are padded to a multiple of: 32 with these tiles, else 16.
-int64_t sgd_multiple(bool tiles);
+int64_t sgd_multiple(int arithmetic);
 
 // Bytes of scratch memory for T mini-batches of Bpad images at a time, with the present number of threads.
 int64_t sgd_scratch(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t Bpad);
@@ -37,11 +44,11 @@ int64_t sgd_scratch(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t Bpad)
 // X1       in      T1 B1pad x dpad; null if T1 = 0
 // ahead    in      G x T1 x 2
 // Z        out     npad x T1 B1pad
-// tiles    use the bfloat16 tiles if the machine has them
+// arithmetic       kFloat32, kSplit or kBfloat16
 // scratch          sgd_scratch() bytes for the larger T and Bpad of both; aligned to 64 bytes
 void sgd_pass(int64_t G, int64_t C, int64_t dpad, float mom, const float* lr, const float* wd, float* W, float* M,
               float* b, float* mb, int64_t T0, int64_t Bpad, const float* X0, const float* P, int64_t T1,
-              int64_t B1pad, const float* X1, const float* ahead, float* Z, bool tiles, uint8_t* scratch);
+              int64_t B1pad, const float* X1, const float* ahead, float* Z, int arithmetic, uint8_t* scratch);
 
 // Gradients of the mean softmax loss in the logits, for T mini-batches that follow each other. In place of Z, the logits
 // for zero gradients from sgd_pass; each mini-batch's are first corrected for the gradients of those before it,
@@ -57,8 +64,7 @@ void sgd_pass(int64_t G, int64_t C, int64_t dpad, float mom, const float* lr, co
 // Z         in/out  npad x T Bpad; zeros where it pads on output
 // losses    out     T x G x B, the loss of each image, or null
 void sgd_gradients(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t B, int64_t Bpad, const float* X,
-                   const int64_t* y, const float* response, float* Z, double* losses, bool tiles,
-                   uint8_t* scratch);
+                   const int64_t* y, const float* response, float* Z, double* losses, int arithmetic, uint8_t* scratch);
 
 // out[i] = X[images[i]] for n images of d columns; row i of out starts at (i / B) Bpad + i % B times dpad.
 void gather_batches(int64_t nX, int64_t d, const float* X, int64_t n, const int64_t* images, int64_t B, int64_t Bpad,

@@ -7,15 +7,16 @@ from graph_utils.product import aligned_zeros
 TILE = 32               # rows and columns are padded to multiples of it
 TOGETHER = 256          # images of the mini-batches that share a pass over the parameters
 MOST = 16               # mini-batches that share a pass
+ARITHMETICS = {"float32": core.kFloat32, "split": core.kSplit, "bfloat16": core.kBfloat16}
 
 
 def padded(n, multiple=TILE):
     return -(-n // multiple) * multiple
 
 
-def padded_images(n, tiles=True):
+def padded_images(n, arithmetic="split"):
     """Images of a mini-batch of n with padding."""
-    return padded(n, core.sgd_multiple(tiles))
+    return padded(n, core.sgd_multiple(ARITHMETICS[arithmetic]))
 
 
 class FusedSGD:
@@ -36,13 +37,16 @@ class FusedSGD:
     same for all classifiers. The gradients are applied, one after the other as above, in the next pass. The bias is
     the weight of a feature that is one. Results equal those of single steps up to rounding.
 
-    tiles: use bfloat16 tiles where the CPU has them (see sgd.h).
+    arithmetic: of the products. "split": float32, by AMX tiles where the CPU has them (each number as the sum of two in
+    bfloat16); "float32": without these; "bfloat16": factors are rounded to 8 binary digits in training, parameters and
+    sums remain float32, and so does ranks().
     """
 
     SCORED = 256        # images whose scores are computed at a time
 
-    def __init__(self, points, C, d, mom, tiles=True):
-        self.points, self.C, self.d, self.mom, self.tiles = points, int(C), int(d), mom, tiles
+    def __init__(self, points, C, d, mom, arithmetic="split"):
+        self.points, self.C, self.d, self.mom, self.arithmetic = points, int(C), int(d), mom, arithmetic
+        self.exact = "split" if arithmetic == "bfloat16" else arithmetic
         G = len(points)
         self.rows, self.dpad = padded(G * C), padded(d)
         self.W, self.M = (aligned_zeros((self.rows, self.dpad)) for _ in range(2))
@@ -91,31 +95,31 @@ class FusedSGD:
     def _scratch(self, T, Bpad):
         return self._space("scratch", core.sgd_scratch(len(self.points), self.C, self.dpad, T, Bpad), np.uint8)
 
-    def _gather(self, X, images):
+    def _gather(self, X, images, Bpad):
         """X[images] padded to float32 (T Bpad, dpad); images: int64 (T, B)."""
         if X.ndim != 2 or X.shape[1] != self.d or X.dtype != np.float32:
             raise ValueError(f"X is {X.dtype} {X.shape}, float32 (n, {self.d}) expected")
-        (T, B), Bpad = images.shape, padded_images(images.shape[1], self.tiles)
+        T, B = images.shape
         self.turn = 1 - self.turn       # the mini-batches of the last call may be pending
         out = self._space(("X", self.turn), T * Bpad * self.dpad).reshape(T, Bpad, self.dpad)
         out[:, B:] = 0
         core.gather_batches(len(X), self.d, X, images.size, images, B, Bpad, self.dpad, out)
         return out
 
-    def _pass(self, T=0, Bpad=0, X=None):
+    def _pass(self, arithmetic, T=0, Bpad=0, X=None):
         """Apply what is pending; returns the logits of T mini-batches X, as if their gradients were zero."""
         T0, Bpad0, X0, P = self.pending or (0, 0, None, None)
         Z = self._space(("Z", self.turn), self.rows * T * Bpad) if T else None
         core.sgd_pass(len(self.points), self.C, self.dpad, self.mom, self.lr, self.wd, self.W, self.M, self.b, self.mb,
-                      T0, Bpad0, X0, P, T, Bpad, X, self.ahead(T)[0] if T else None, Z, self.tiles,
-                      self._scratch(max(T, T0), max(Bpad, Bpad0)))
+                      T0, Bpad0, X0, P, T, Bpad, X, self.ahead(T)[0] if T else None, Z,
+                      ARITHMETICS[arithmetic], self._scratch(max(T, T0), max(Bpad, Bpad0)))
         self.pending = None
         return Z
 
     def flush(self):
         """Bring W, M, b and mb up to date."""
         if self.pending:
-            self._pass()
+            self._pass(self.arithmetic)
 
     def steps(self, X, images, classes, loss=False):
         """T iterations on the mini-batches X[images]; best in groups of together(B).
@@ -126,14 +130,14 @@ class FusedSGD:
         images, classes = (np.ascontiguousarray(a, np.int64) for a in (images, classes))
         if images.ndim != 2 or images.shape != classes.shape or not images.size:
             raise ValueError(f"images {images.shape} and classes {classes.shape} must both be (T, B)")
-        (T, B), Bpad = images.shape, padded_images(images.shape[1], self.tiles)
+        (T, B), Bpad = images.shape, padded_images(images.shape[1], self.arithmetic)
         if classes.min() < 0 or classes.max() >= self.C:
             raise ValueError(f"a class is not in 0 .. {self.C - 1}")
-        x = self._gather(X, images)
-        Z = self._pass(T, Bpad, x)
+        x = self._gather(X, images, Bpad)
+        Z = self._pass(self.arithmetic, T, Bpad, x)
         losses = np.empty((T, len(self.points), B)) if loss else None
         core.sgd_gradients(len(self.points), self.C, self.dpad, T, B, Bpad, x, classes, self.ahead(T)[1], Z, losses,
-                           self.tiles, self._scratch(T, Bpad))
+                           ARITHMETICS[self.arithmetic], self._scratch(T, Bpad))
         self.pending = T, Bpad, x, Z
         return losses.mean(2) if loss else None
 
@@ -148,8 +152,8 @@ class FusedSGD:
         out = np.empty((G, len(X)), np.int32)
         for i in range(0, len(X), self.SCORED):
             n = min(self.SCORED, len(X) - i)
-            Bpad = padded_images(n, self.tiles)
-            Z = self._pass(1, Bpad, self._gather(X, np.arange(i, i + n)[None]))
+            Bpad = padded_images(n, self.exact)
+            Z = self._pass(self.exact, 1, Bpad, self._gather(X, np.arange(i, i + n)[None], Bpad))
             some = np.empty((G, n), np.int32)
             core.ranks_of(G, self.C, n, Bpad, Z, labels[i:i + n], some)
             out[:, i:i + n] = some

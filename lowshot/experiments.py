@@ -26,14 +26,15 @@ class Experiment:
 
         e = Experiment("configs/paper.yaml")
         e.nlabeled, e.seeds                     lists of int
-        e.logreg                                {"lr": [..], "wd": [..], "batchsize": [..], "maxiter": int}
+        e.logreg                                {"lr": [..], "wd": [..], "batchsize": [..], "maxiter": int} and, at will,
+                                                "mom", "evalevery", "precision"
         e.diffusion                             {"nbg": [..], "k": int, "niter": int} and, at will, "dim", "niter_test"
         e.published                             {} or the content of a file like configs/paper_results.json
 
     NLABELED, SEEDS and NBG in `environment` replace these lists (numbers separated by spaces or commas).
     """
 
-    KEYS = {"logreg": ({"lr", "wd", "batchsize", "maxiter"}, {"mom", "evalevery"}),
+    KEYS = {"logreg": ({"lr", "wd", "batchsize", "maxiter"}, {"mom", "evalevery", "precision"}),
             "diffusion": ({"nbg", "k", "niter"}, {"dim", "niter_test"})}
     LISTS = {"nlabeled", "seeds", "lr", "wd", "batchsize", "nbg"}
     REALS = {"lr", "wd", "mom"}
@@ -77,6 +78,10 @@ class Experiment:
 
     def _value(self, grid, key, where):
         value = grid.get(key)
+        if key == "precision":
+            if value not in ("float32", "bfloat16"):
+                raise ValueError(f"{self.path}: {where}{key} must be float32 or bfloat16, found {value!r}")
+            return value
         values = value if key in self.LISTS else [value]
         kinds = (int, float) if key in self.REALS else (int,)
         if (not isinstance(values, list) or not values or len(set(map(str, values))) < len(values)
@@ -209,7 +214,7 @@ def validation_jobs(e, system, ddir):
             for seed in e.seeds:
                 jobs.append(make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}", {
                     "mode": "val", "nlabeled": n, "seed": seed, "maxiter": e.logreg["maxiter"], "lr": e.logreg["lr"],
-                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e, "mom", "evalevery")}, []))
+                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e, "mom", "evalevery", "precision")}, []))
     return jobs
 
 
@@ -247,7 +252,7 @@ def test_jobs(e, system, ddir, parameters, source):
         for seed in e.seeds:
             jobs.append(make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}", {
                 "mode": "test", "nlabeled": n, "seed": seed, "maxiter": p["maxiter"], "lr": p["lr"], "wd": p["wd"],
-                "batchsize": p["batchsize"], **logreg_options(e, "mom")}, []))
+                "batchsize": p["batchsize"], **logreg_options(e, "mom", "precision")}, []))
     return jobs
 
 

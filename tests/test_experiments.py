@@ -83,6 +83,7 @@ def test_lists_from_the_environment(tmp_path):
     (("[0.01, 0.001]", "[0.01, 0.01]"), r"logreg: lr must be a list of different numbers"),
     (("k: 10", "k: ten"), "diffusion: k must be a number >= 1, found 'ten'"),
     (("niter: 4", "niter: 4.5"), "diffusion: niter must be a number"),
+    (("maxiter: 1000", "maxiter: 1000, precision: half"), "logreg: precision must be float32 or bfloat16, found 'half'"),
     (("k: 10, ", ""), "diffusion must have the entries k, nbg, niter"),
     (("seeds:", "seed:"), "unknown entry 'seed'"),
     (("nlabeled: [1, 2]", "nlabeled: ["), "is not valid YAML"),
@@ -110,6 +111,11 @@ def test_validation_jobs(tmp_path, ddir):
     assert len(jobs) == len({j.name for j in jobs}) == 8
     command = " ".join(jobs[0].command())
     assert "logreg.py --mode val --nlabeled 1 --seed 1 --maxiter 1000 --lr 0.01,0.001 --wd 0,0.1 --batchsize 16" in command
+    e = experiment(tmp_path, TINY.replace("maxiter: 1000", "maxiter: 1000, precision: bfloat16"))
+    assert "--precision bfloat16" in " ".join(experiments.validation_jobs(e, "logreg", ddir)[0].command())
+    one = {"lr": 0.001, "wd": 0.1, "batchsize": 64, "maxiter": 500}
+    jobs = experiments.test_jobs(e, "logreg", ddir, {"1": one, "2": one}, "chosen")
+    assert jobs[0].arguments["precision"] == "bfloat16"
 
 
 def test_test_jobs(tmp_path, ddir):

@@ -238,6 +238,16 @@ def test_grid_run_validation_reports_and_names(ddir, tmp_path):
     assert figures(tmp_path / "end.json")[0] == grid[3][-1:]
 
 
+def test_bfloat16_gives_nearly_the_same_figures_under_another_name(ddir):
+    words = ["--mode", "test", "--nlabeled", 2, "--maxiter", 200, "--lr", "0.01,0.1", "--wd", 0.01, "--batchsize", 16]
+    records = []
+    for precision in ("float32", "bfloat16"):
+        logreg(ddir, *words, "--precision", precision)
+        name = "test_nl2_seed1_bs16_lr0.01,0.1_wd0.01_mi200" + ("_bfloat16" if precision == "bfloat16" else "")
+        records.append(figures(os.path.join(ddir, "logs/logreg", name + ".json")))
+    assert np.abs(np.array(records[0]) - records[1]).max() < .02
+
+
 def test_diverging_run_is_recorded(ddir, tmp_path):
     logreg(ddir, "--mode", "test", "--maxiter", 200, "--lr", "1e6,0.01", "--wd", "10", "--record", tmp_path / "r.json")
     diverged, sound = figures(tmp_path / "r.json")

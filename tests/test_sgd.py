@@ -1,4 +1,4 @@
-"""FusedSGD against torch.nn.Linear and torch.optim.SGD in double precision, with both of its arithmetics."""
+"""FusedSGD against torch.nn.Linear and torch.optim.SGD in double precision, in all of its arithmetics."""
 import os
 import sys
 
@@ -9,9 +9,11 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from graph_utils import FusedSGD, core, get_num_threads, set_num_threads  # noqa: E402
+from graph_utils.product import aligned_zeros  # noqa: E402
+from graph_utils.sgd import ARITHMETICS, padded, padded_images  # noqa: E402
 from test_logreg import cross_entropy, plain_torch  # noqa: E402
 
-ARITHMETICS = [False, True] if core.sgd_has_tiles() else [False]
+EXACT = ["float32", "split"] if core.sgd_has_tiles() else ["split"]
 POINTS = [(0.01, 0), (0.01, 0.1), (0.1, 0.01), (0.001, 0.1), (0.3, 0.3), (0, 0.1)]
 
 
@@ -22,47 +24,89 @@ def random_data(n, d, C, seed=0):
     return ((rs.rand(n, d) + 0.3 * rs.rand(C, d)[y]) * min(1, (17 / d) ** 0.5)).astype(np.float32), y
 
 
-def trained(points, x, y, batches, T, mom=0.9, tiles=True, C=None):
-    model = FusedSGD(points, C or int(y.max()) + 1, x.shape[1], mom, tiles)
+def split(arithmetic):
+    """Whether numbers are split in two, whose products have errors of 1e-5."""
+    return arithmetic != "float32" and core.sgd_has_tiles()
+
+
+def trained(points, x, y, batches, T, mom=0.9, arithmetic="split", C=None):
+    model = FusedSGD(points, C or int(y.max()) + 1, x.shape[1], mom, arithmetic)
     for t in range(0, len(batches), T):
         model.steps(x, batches[t:t + T], y[batches[t:t + T]])
     return model
 
 
-@pytest.mark.parametrize("tiles", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic", EXACT)
 @pytest.mark.parametrize("d, C, B, T", [(17, 7, 5, 4), (17, 7, 32, 8), (1, 2, 1, 3), (17, 7, 3, 1), (70, 40, 33, 3),
                                         (600, 37, 64, 4), (32, 32, 1, 16), (130, 5, 100, 2), (2, 3, 300, 1)])
-def test_steps_are_those_of_torch_optim_sgd(d, C, B, T, tiles):
+def test_steps_are_those_of_torch_optim_sgd(d, C, B, T, arithmetic):
     x, y = random_data(400, d, C)
     batches = np.random.RandomState(1).randint(len(x), size=(50, B))        # T does not divide 50: a shorter group
-    model = trained(POINTS, x, y, batches, T, tiles=tiles)
+    model = trained(POINTS, x, y, batches, T, arithmetic=arithmetic)
     for g, (lr, wd) in enumerate(POINTS):
         # large rates amplify the rounding of both arithmetics alike; that of the tiles is about 40 times larger
-        tolerance = 1e-6 if not tiles else 5e-6 if lr <= 0.01 else 5e-5
+        tolerance = 1e-6 if not split(arithmetic) else 5e-6 if lr <= 0.01 else 5e-5
         for mine, want in zip(model.weights(g), plain_torch(lr, wd, x, y, batches, 0.9)):
             assert np.abs(mine - want).max() <= tolerance * max(1, np.abs(want).max()), (lr, wd)
 
 
-@pytest.mark.parametrize("tiles", ARITHMETICS)
+def as_bfloat16(x):
+    return torch.from_numpy(x).to(torch.bfloat16).to(torch.float32).numpy()
+
+
+@pytest.mark.parametrize("G, C, d, B, B1", [(1, 1, 1, 1, 1), (3, 7, 33, 16, 5), (2, 40, 70, 33, 64), (1, 5, 600, 20, 40)])
+def test_a_pass_in_bfloat16_is_exact_for_such_numbers(G, C, d, B, B1):
+    rs, kind = np.random.RandomState(0), ARITHMETICS["bfloat16"]
+    rows, dpad, Bpad, B1pad = padded(G * C), padded(d), padded_images(B, "bfloat16"), padded_images(B1, "bfloat16")
+    W, M, X, P, X1 = (aligned_zeros(shape) for shape in ((rows, dpad), (rows, dpad), (Bpad, dpad), (rows, Bpad), (B1pad, dpad)))
+    P[:G * C, :B], X[:B, :d], X1[:B1, :d] = (as_bfloat16(rs.randn(*s).astype("f4")) for s in ((G * C, B), (B, d), (B1, d)))
+    one, b, Z = np.ones(G, np.float32), np.zeros((2, rows), np.float32), aligned_zeros((rows, B1pad))
+    ahead = np.tile(np.array([1, 0], np.float32), (G, 1))
+    scratch = aligned_zeros(core.sgd_scratch(G, C, dpad, 1, max(Bpad, B1pad)), np.uint8)
+    core.sgd_pass(G, C, dpad, 0, one, 0 * one, W, M, *b, 1, Bpad, X, P, 0, 0, None, None, None, kind, scratch)
+    np.testing.assert_allclose(-W, P.astype("f8") @ X, atol=1e-6 * d)
+    np.testing.assert_allclose(-b[0], P.sum(1), atol=1e-5)
+    W[...], b[0] = as_bfloat16(W), 0
+    core.sgd_pass(G, C, dpad, 0, one, 0 * one, W, M, *b, 0, 0, None, None, 1, B1pad, X1, ahead, Z, kind, scratch)
+    np.testing.assert_allclose(Z, W.astype("f8") @ X1.T, atol=1e-5 * d)
+
+
+@pytest.mark.parametrize("d, C, B, T", [(17, 7, 5, 4), (70, 40, 33, 3), (600, 37, 16, 16), (32, 32, 1, 16)])
+def test_training_in_bfloat16_is_near_that_in_float32(d, C, B, T):
+    x, y = random_data(400, d, C)
+    batches = np.random.RandomState(1).randint(len(x), size=(300, B))
+    points = [(0.01, 0), (0.01, 0.1), (0.1, 0.01)]
+    exact, near = (trained(points, x, y, batches, T, arithmetic=a) for a in ("split", "bfloat16"))
+    for g in range(len(points)):
+        for a, b in zip(exact.weights(g), near.weights(g)):
+            assert 0 < np.abs(a - b).max() < .02 * np.abs(a).max()
+
+
+def test_unknown_arithmetic():
+    with pytest.raises(KeyError):
+        FusedSGD(POINTS, 2, 2, 0.9, "float16").steps(np.zeros((1, 2), np.float32), np.array([[0]]), np.array([[0]]))
+
+
+@pytest.mark.parametrize("arithmetic", EXACT)
 @pytest.mark.parametrize("mom", [0, 0.5])
-def test_other_momenta_and_many_steps(mom, tiles):
+def test_other_momenta_and_many_steps(mom, arithmetic):
     x, y = random_data(60, 4, 3)
     batches = np.random.RandomState(1).randint(len(x), size=(1000, 4))
-    model = trained([(0.01, 0.1)], x, y, batches, 7, mom, tiles)
+    model = trained([(0.01, 0.1)], x, y, batches, 7, mom, arithmetic)
     for mine, want in zip(model.weights(0), plain_torch(0.01, 0.1, x, y, batches, mom)):
-        assert np.abs(mine - want).max() < (1e-5 if tiles else 1e-6)
+        assert np.abs(mine - want).max() < (1e-5 if split(arithmetic) else 1e-6)
 
 
-@pytest.mark.parametrize("tiles", ARITHMETICS)
-def test_grid_equals_separate_runs_on_any_number_of_threads(tiles):
+@pytest.mark.parametrize("arithmetic", [*EXACT, "bfloat16"])
+def test_grid_equals_separate_runs_on_any_number_of_threads(arithmetic):
     x, y = random_data(300, 33, 11)
     batches = np.random.RandomState(2).randint(len(x), size=(60, 16))
-    together = trained(POINTS, x, y, batches, 8, tiles=tiles)
+    together = trained(POINTS, x, y, batches, 8, arithmetic=arithmetic)
     threads = get_num_threads()
     try:
         for g, point in enumerate(POINTS):
             set_num_threads(1 + g % 3)
-            alone = trained([point], x, y, batches, 8, tiles=tiles)
+            alone = trained([point], x, y, batches, 8, arithmetic=arithmetic)
             assert all(np.array_equal(a, b) for a, b in zip(together.weights(g), alone.weights(0)))
     finally:
         set_num_threads(threads)
@@ -109,18 +153,18 @@ def test_loss_of_a_class_without_probability_is_finite():
     assert model.steps(x, np.array([[0]]), np.array([[0]]), loss=True)[0, 0] == pytest.approx(300)
 
 
-@pytest.mark.parametrize("tiles", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic", [*EXACT, "bfloat16"])
 @pytest.mark.parametrize("m, d, C", [(1, 1, 1), (600, 70, 40), (257, 520, 3)])
-def test_ranks_and_scores(m, d, C, tiles):
+def test_ranks_and_scores(m, d, C, arithmetic):
     x, y = random_data(max(m, C), d, C)
     batches = np.random.RandomState(0).randint(len(x), size=(10, 8))
-    model = trained(POINTS, x, y, batches, 5, tiles=tiles, C=C)
+    model = trained(POINTS, x, y, batches, 5, arithmetic=arithmetic, C=C)
     store = [np.empty((len(x), C), np.float32) for _ in POINTS]
     ranks = model.ranks(x, y, store)
     for g in range(len(POINTS)):
         weight, bias = model.weights(g)
         want = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-        assert np.abs(store[g] - want).max() <= (3e-5 if tiles else 2e-6) * max(1, np.abs(want).max())
+        assert np.abs(store[g] - want).max() <= (3e-5 if split(arithmetic) else 2e-6) * max(1, np.abs(want).max())
         own = store[g][np.arange(len(x)), y][:, None]
         before = (store[g] > own) | ((store[g] == own) & (np.arange(C) < y[:, None]))
         assert np.array_equal(ranks[g], before.sum(1))
