@@ -24,7 +24,7 @@ constexpr int64_t kDeep = 128;          // of these in one product: its left fac
 typedef float Vector __attribute__((vector_size(64), aligned(64)));
 typedef int32_t Words __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t Unsigned __attribute__((vector_size(64), aligned(64)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(32)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(32), may_alias));       // memory that is read in words
 constexpr int64_t kLanes = 16;
 
 // Cuts scratch memory in pieces, or counts what they take.
