@@ -24,6 +24,8 @@ from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, 
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 FAISS_BLOCK = 1 << 16           # queries between two saves where Faiss searches
+MOST_GPU_NPROBE = 2048          # cells that Faiss searches on a GPU
+COARSE = 1e-3                   # error of a similarity that tells an index of coarse codes from one of the vectors
 
 
 def arguments():
@@ -171,10 +173,19 @@ def faiss_graph(index, vectors, k, args, gpus, files, progress):
     from lowshot import knn
     from lowshot.packages import faiss
     n = vectors.n
+    ivf = faiss.try_extract_index_ivf(index)
+    most = ivf.nlist if ivf is not None else 1
     if gpus:
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
-        index = faiss.index_cpu_to_all_gpus(index, co=options)
+        try:
+            index = faiss.index_cpu_to_all_gpus(index, co=options)
+            most = min(most, MOST_GPU_NPROBE)
+        except RuntimeError as e:       # many kinds of index are for CPUs only
+            if args.device == "gpu":
+                raise ValueError(f"--device gpu: {str(e).splitlines()[-1]}")
+            log(f"note: searching on the CPU, as this index cannot be used on a GPU ({str(e).splitlines()[-1]})")
+            gpus = 0
     parameters = faiss.GpuParameterSpace() if gpus else faiss.ParameterSpace()
 
     def set_nprobe(nprobe):
@@ -192,23 +203,29 @@ def faiss_graph(index, vectors, k, args, gpus, files, progress):
     sample = np.sort(np.random.RandomState(args.seed).choice(n, min(n, knn.SAMPLE), replace=False))
     x = vectors.scaled_rows(sample)
     true_D, true_I = knn.exact_knn(x, vectors, k, progress)
-    nprobe = args.nprobe or 1
+    nprobe, recall = args.nprobe or 1, 0.0
     while True:
         has_nprobe = set_nprobe(nprobe)
         # among equals any is right, so similarities tell: exact ones, of what was found
-        I = search(x)[1]
-        found = (I >= 0) & (exact_similarities(x, vectors, I) >= np.where(true_I >= 0, true_D, np.inf).min(1)[:, None] - 1e-6)
-        recall = float(found.sum() / max(1, (true_I >= 0).sum()))
+        D, I = search(x)
+        exact = exact_similarities(x, vectors, I)
+        found = (I >= 0) & (exact >= np.where(true_I >= 0, true_D, np.inf).min(1)[:, None] - 1e-6)
+        before, recall = recall, float(found.sum() / max(1, (true_I >= 0).sum()))
         log(f"nprobe {nprobe}: recall@{min(k, n)} {recall:.4f} on {len(sample)} images")
-        if args.nprobe or not has_nprobe or recall >= args.recall or nprobe >= n:
+        # more cells find no more where the index holds vectors too coarsely
+        if args.nprobe or not has_nprobe or recall >= args.recall or nprobe >= most or before > 0 and recall < before + .001:
             if recall < args.recall:
                 log(f"note: that is below --recall {args.recall:g}, and all that this index and --nprobe give")
             break
-        nprobe *= 2
+        nprobe = min(2 * nprobe, most)
+    coarse = bool((np.abs(D - exact)[I >= 0] > COARSE).any())
     D, I = files.arrays
     for i in range(files.done, n, FAISS_BLOCK):
         j = min(i + FAISS_BLOCK, n)
         D[i:j], I[i:j] = search(vectors.stretch(i, j) * vectors.scale[i:j, None])
+        if coarse:          # what is stored are exact similarities of what was found, the node itself among it
+            knn.nb.exact_products(knn.nb.make_keys(D[i:j], I[i:j]), vectors.arrays, vectors.arrays, k,
+                                  np.arange(i, j, dtype=np.int32), None, vectors.scale, vectors.scale, True, D, I)
         files.save(j)
         progress("images searched", j, n)
     return {"recall": recall, "nprobe": nprobe, "exact": False}

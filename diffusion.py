@@ -19,6 +19,7 @@ accuracy over all test images and over those of the novel classes.
     python diffusion.py --mode val --nlabeled 5 --seed 1 --nbg 0 --k 30 --niter 40
 """
 import contextlib
+import mmap
 import time
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy as np
 from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, check_outputs, log, number, peak_memory, print_header, provenance, run, size,
+from lowshot.script import (Parser, Progress, allocate, check_outputs, log, number, peak_memory, print_header, provenance, run, size,
                             whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
@@ -111,7 +112,7 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them.
@@ -121,10 +122,11 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width):
     vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     candidates = 4 * dim * min(n, knn.LOOKED_UP)
-    entries = 4 * 1.6 * k * n                   # of W: most edges are not mutual, 2 k n would be the most
+    edges = 1.6 * k * n                         # entries of W: most edges are not mutual, 2 k n would be the most
+    panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
     steps = {"add novel images": vectors + lists + candidates,
-             "symmetrise": 4 * k * n + entries + 24 * n,
-             "diffuse": entries + 24 * n + 2 * 4 * width * n}
+             "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
+             "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored and n - nnovel >= knn.EXACT_BELOW:    # cells in bytes, candidate lists and their reverse; then similarities
         listed = k + knn.SPARE_LISTED
         steps["complete"] = vectors + lists + 24 * n + max(dim * n + 16 * listed * n, 4 * dim * nbg + 4 * listed * n)
@@ -177,11 +179,13 @@ class StoredL:
     def __init__(self, path, shape, stack):
         temporary = stack.enter_context(whole(path))
         self.map = np.lib.format.open_memmap(temporary, "w+", np.float32, shape=shape)
+        allocate(temporary)
         stack.callback(self.map.flush)
 
     def write(self, classes, rows, W, L, scale):
         for i in range(0, len(rows), 65536):
             self.map[i:i + 65536, classes] = W.read(L, rows[i:i + 65536], scale)[:, :len(classes)]
+            self.map._mmap.madvise(mmap.MADV_DONTNEED)      # these pages would count as this process's memory
 
 
 def stored_iterations(args):
@@ -242,7 +246,7 @@ def main():
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device)
     predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None,
-                               widest_panel(args.lslice, n, Backend.panel))
+                               widest_panel(args.lslice, n, Backend.panel), Backend)
     print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
@@ -255,6 +259,7 @@ def main():
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
     graph = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
+    key.check_unchanged(fixed)
     steps.done("novel images added to the graph")
     # near nodes get near rows of W: node i becomes row rank[i]
     rank = np.arange(n, dtype=np.int32)

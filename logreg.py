@@ -31,7 +31,7 @@ from graph_utils import FusedSGD, get_num_threads
 from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, available_memory, check_outputs, log, number, peak_memory, print_header,
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number, peak_memory, print_header,
                             provenance, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
@@ -185,6 +185,7 @@ def score_file(path, nt, C):
     """A float32 (nt, C) array that becomes the .npy file `path` when the block ends well."""
     with whole(path) as temporary:
         array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape=(nt, C))
+        allocate(temporary)
         yield array
         array.flush()
 

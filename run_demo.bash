@@ -34,7 +34,8 @@ from lowshot.script import run
 def main():
     e = Experiment(sys.argv[1])
     nbg = e.diffusion["nbg"]
-    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={e.diffusion['k']}")
+    k = e.diffusion["k"]
+    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={k} columns={1 << (k - 1).bit_length()}")
     print(f"dim={e.diffusion.get('dim', 256)} seed={e.seeds[0]} nlabeled=({' '.join(map(str, e.nlabeled))})")
 run(main)
 END
@@ -56,7 +57,7 @@ printf 'data directory:  export DDIR=%q\n' "$DDIR"
 
 step "data: characters of a hundred fonts"
 # shellcheck disable=SC2086
-show "$PYTHON" demo/make_data.py --nbg "$most" ${DATA:-}
+show "$PYTHON" demo/make_data.py --nbg $((most > 0 ? most : 6000)) ${DATA:-}       # the PCA needs some in any case
 
 step "network: ResNet10, trained on the base classes"
 show "$PYTHON" demo/train_network.py ${EPOCHS:+--epochs "$EPOCHS"}
@@ -71,8 +72,7 @@ features() {        # configuration, output, the images
 }
 features demo_train.yaml "$DDIR/features/train.hdf5" "$DDIR/imagenet_meta_train.json"
 features demo_val.yaml "$DDIR/features/val.hdf5" "$DDIR/imagenet_meta_val.json"
-block=$DDIR/features/f100m/block0.hdf5
-if [ "$most" -gt 0 ]; then features demo_background.yaml "$block" "$DDIR/yfcc100m"; fi
+features demo_background.yaml "$DDIR/features/f100m/block0.hdf5" "$DDIR/yfcc100m"
 
 step "PCA to $dim dimensions"
 raw=$DDIR/features/f100m/concatenated_PCAR$dim.raw
@@ -80,8 +80,7 @@ show "$PYTHON" train_apply_pca.py train apply --dim "$dim" --overwrite
 
 step "graphs of the background"
 for nbg in $NBG; do
-    graph=$(compgen -G "$DDIR/knngraph/ndis${nbg}_k*_I_11.int32" | head -n 1 || true)
-    if [ "$nbg" -gt 0 ] && { [ -z "$graph" ] || outdated "$graph" "$raw"; }; then
+    if [ "$nbg" -gt 0 ] && outdated "$DDIR/knngraph/ndis${nbg}_k${columns}_I_11.int32" "$raw"; then
         rm -f "$DDIR"/knngraph/ndis"$nbg".index "$DDIR"/knngraph/ndis"$nbg"_k*
         show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim"
     fi

@@ -800,6 +800,9 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                 return a.second < b.second;
             };
             std::sort(t.list.begin(), t.list.end(), better);
+            // a list may name a neighbour twice, if the process that made it was killed
+            const auto same = [](auto& a, auto& b) { return a.second == b.second; };
+            t.list.erase(std::unique(t.list.begin(), t.list.end(), same), t.list.end());
             if (self && k < (int64_t)t.list.size()) {
                 // rounding, or vectors of zeros, may have put it behind the k best
                 const auto at = std::find_if(t.list.begin(), t.list.end(), [&](auto& entry) { return entry.second == q; });

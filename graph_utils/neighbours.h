@@ -71,7 +71,7 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t 
                    const int64_t* offsets, const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last,
                    int64_t* keys, float* worst);
 
-// Exact float32 inner products of what lists of keys name, sorted; the k best of them.
+// Exact float32 inner products of what lists of keys name, sorted; the k best of them, none twice.
 //
 // keys      in   nq x K; q_number in: nq, or null for 0 .. nq - 1: row of the queries and of the outputs of list q
 // x_number  in   or null: original number of each number in the keys

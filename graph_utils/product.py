@@ -88,10 +88,13 @@ class SymmetricGraph:
 
     def values(self):
         """The array of values that the product does without, float32 (nnz,): multiplicity / row sum."""
-        degree = np.diff(self.indptr)
-        double = np.arange(self.nnz, dtype=np.int64) - np.repeat(self.indptr[:-1], degree) >= np.repeat(self.nsingle,
-                                                                                                        degree)
-        return ((1 + double) / np.repeat(np.maximum(self.row_sums(), 1), degree)).astype(np.float32)
+        values = np.empty(self.nnz, np.float32)
+        for i in range(0, self.n, 65536):
+            indptr, single = self.indptr[i:i + 65537], self.nsingle[i:i + 65536]
+            at, degree = slice(int(indptr[0]), int(indptr[-1])), np.diff(indptr)
+            double = np.arange(at.start, at.stop) - np.repeat(indptr[:-1], degree) >= np.repeat(single, degree)
+            values[at] = (1 + double) / np.repeat(np.maximum(2 * degree - single, 1), degree)
+        return values
 
     def mass(self):
         """1^T diag(1 / row sums) W, float32 (n,): weights of `product` that make it foretell the next column sums."""

@@ -3,6 +3,7 @@
 Each backend is a SymmetricGraph with these operations on panels of L, float32 (n, ncol), kept where it computes:
 
     panel                                         columns of a panel that it is quickest with
+    entry_bytes                                   memory of this process per entry of W, at most
     zeros(ncol)                                   a panel
     seed(L, nodes, columns)                       L = 0 but for ones at (nodes, columns)
     product(L, out, scale, rows, weights)         see SymmetricGraph.product
@@ -20,7 +21,7 @@ from lowshot.script import available_memory
 class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
 
-    panel = PANEL
+    panel, entry_bytes = PANEL, 4
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
@@ -42,7 +43,7 @@ class OwnGraph(SymmetricGraph):
 class MklGraph(OwnGraph):
     """MKL's product with an array of values: the paper's way, kept for comparison."""
 
-    panel = WIDEST
+    panel, entry_bytes = WIDEST, 8
 
     def __init__(self, I, rank=None):
         super().__init__(I, rank)
@@ -52,13 +53,15 @@ class MklGraph(OwnGraph):
         mkl_product(self.indptr, self.indices, self.csr_values, L, out)
         out *= scale
         colsum = out.sum(axis=0, dtype=np.float64)
-        return colsum if weights is None else (colsum, weights.astype(np.float64) @ out)
+        if weights is None:
+            return colsum
+        return colsum, sum(weights[i:i + 65536].astype(np.float64) @ out[i:i + 65536] for i in range(0, self.n, 65536))
 
 
 class TorchGraph(SymmetricGraph):
     """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device."""
 
-    device, panel = "cuda", WIDEST
+    device, panel, entry_bytes = "cuda", WIDEST, 16         # indices become int64 on their way to the device
 
     def __init__(self, I, rank=None):
         import torch
@@ -79,7 +82,7 @@ class TorchGraph(SymmetricGraph):
         L[self._tensor(nodes), self._tensor(columns)] = 1
 
     def product(self, L, out, scale, rows=None, weights=None):
-        out.copy_(self.torch.sparse.mm(self.matrix, L))
+        self.torch.addmm(out, self.matrix, L, beta=0, out=out)      # into the panel, without another one for the result
         out *= self._tensor(scale)
         colsum = out.sum(0, dtype=self.torch.float64).cpu().numpy()
         if weights is None:
@@ -99,7 +102,7 @@ class TorchGraph(SymmetricGraph):
 
     def free_memory(self):
         if self.device.startswith("cuda"):
-            return self.torch.cuda.mem_get_info()[0] * 3 // 4       # cuSPARSE works in a buffer of its own
+            return self.torch.cuda.mem_get_info(self.device)[0] * 3 // 4       # cuSPARSE works in a buffer of its own
         return available_memory()
 
 

@@ -220,6 +220,11 @@ class FixedKey:
             return FixedPart(folder=self.folder)
         return None
 
+    def check_unchanged(self, part):
+        """ValueError where a stored part was replaced since stored() gave it: what was loaded may be of both."""
+        if part.folder and self.stored() is None:
+            raise ValueError(f"{self.folder} was made anew from other files while it was read: run this again")
+
     def make(self, log):
         """Compute the fixed part. Its arrays are in memory."""
         base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")

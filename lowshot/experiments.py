@@ -3,6 +3,7 @@
 An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs/{logreg,diffusion}/{experiment}/.
 run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
 """
+import contextlib
 import math
 import os
 import re
@@ -140,13 +141,21 @@ class Job:
             return None
         if not isinstance(record, dict) or not record.get("complete") or not isinstance(record.get("arguments"), dict):
             return None
-        if not all(as_text(record["arguments"].get(k)) == as_text(v) for k, v in self.arguments.items()):
+        have, wanted = ({**defaults(self), **a} for a in (record["arguments"], self.arguments))
+        if not all(as_text(have.get(k)) == as_text(v) for k, v in wanted.items()):
             return None
         if not has_figures(record):
             return None
         if any(os.path.exists(path) and os.stat(path).st_mtime_ns > written for path in self.inputs):
             return None
         return record
+
+
+def defaults(job):
+    """What the script takes for arguments that an experiment need not name."""
+    evalevery = 500 if job.arguments.get("mode") == "val" else 0
+    return {"diffusion.py": {"dim": 256}, "logreg.py": {"mom": 0.9, "precision": "float32", "evalevery": evalevery}}.get(
+        job.script, {})
 
 
 def has_figures(record):
@@ -182,7 +191,9 @@ def short_path(path):
 
 
 def make_job(e, system, ddir, name, arguments, inputs):
-    inputs = [ddir.train, ddir.val, ddir.path("label_idx.json"), *inputs]
+    inputs = [ddir.train, ddir.val, *inputs]
+    with contextlib.suppress(ValueError):       # the script says that it is missing
+        inputs.append(ddir.label_idx())
     return Job(name, f"{system}.py", arguments, os.path.join(e.folder(system, ddir), name + ".json"), inputs)
 
 
@@ -192,10 +203,8 @@ def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
     if dim:
         arguments["dim"] = dim
     inputs = [ddir.pca(dim or 256)]
-    try:
+    with contextlib.suppress(ValueError):       # diffusion.py says what is missing
         inputs += ddir.find_graph(nbg, k, dim or 256)[:2] if nbg else []
-    except ValueError:
-        pass            # diffusion.py says what is missing
     return make_job(e, "diffusion", ddir, name, arguments, inputs)
 
 

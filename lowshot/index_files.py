@@ -8,7 +8,7 @@ import numpy as np
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import read_json, remove, whole, write_json
+from lowshot.script import allocate, read_json, remove, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 
@@ -122,8 +122,8 @@ class Checkpoint:
         if {k: state.get(k) for k in fresh} != fresh or not os.path.exists(self.path) or os.path.getsize(self.path) != size:
             state = {}
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with open(self.path, "wb") as f:
-                f.truncate(size)
+            remove(self.path)
+            allocate(self.path, size)
         self.fresh = fresh
         self.keys = np.memmap(self.path, np.int64, "r+", shape=(n, K))
         return np.asarray(self.keys), state.get("searched", 0), state.get("rounds", 0), state.get("nprobe", 0)
@@ -160,8 +160,8 @@ class GraphFiles:
         maps = []
         for path, dtype in zip(self.temporary, ("<f4", "<i4")):
             if not self.done:
-                with open(path, "wb") as f:
-                    f.truncate(4 * n * k)
+                remove(path)
+                allocate(path, 4 * n * k)
             maps.append(np.memmap(path, dtype, "r+", shape=(n, k)))
         self.maps = maps
 

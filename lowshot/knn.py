@@ -334,7 +334,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             p, K, reverse = cells_reaching(curve, WIDE_START), max(K, longest_list(k)), 2 * REVERSE
         lists = Lists(cells, position, K, None, checkpoint)
-    rounds, have = 0, 0.0
+    rounds, have = lists.rounds, 0.0
+    p = lists.nprobe or p           # of a run that was killed
     while True:
         lists.search(p, progress)
         have = lists.recall(sample, needed)
@@ -350,7 +351,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             say(f"neighbours of neighbours, round {rounds}: {inserted / n:.2f} insertions per node, recall@{k} {have:.4f}")
         if nprobe or have >= wanted or curve[p - 1] >= wanted or p == len(curve):
             break               # more cells do not find what rounding hides
-        p = min(4 * p, len(curve))
+        p, rounds = min(4 * p, len(curve)), 0
         lists.restart()
     if have < recall and not nprobe:
         say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.format} gives here")
@@ -431,6 +432,7 @@ class Lists:
             self._search_new(nprobe, progress)
         for i in range(self.searched, n, SEARCH_BLOCK):
             block = slice(i, min(i + SEARCH_BLOCK, n))
+            self.keys[block] = 0        # of a run that was killed in this block
             nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.end, c.X, self.keys[block])
             self.searched = block.stop
             if self.checkpoint is not None:

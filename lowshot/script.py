@@ -1,6 +1,7 @@
 """What every script shares: arguments, one-line errors, progress, outputs that appear only when whole, records."""
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -155,6 +156,15 @@ def whole(path):
         remove(temporary)
 
 
+def allocate(path, nbytes=None):
+    """Reserve the disk space of a file (that of its size, if nbytes is None) before it is written through a memory map:
+    on a full disk that is an OSError now, and would end the process without a word later."""
+    with open(path, "ab") as f:
+        nbytes = os.fstat(f.fileno()).st_size if nbytes is None else nbytes
+        if nbytes:
+            os.posix_fallocate(f.fileno(), 0, nbytes)
+
+
 def write_text(path, text):
     """Write text whole or not at all."""
     with whole(path) as temporary, open(temporary, "w") as f:
@@ -192,11 +202,19 @@ def exclusive(path):
     """While the block runs no other process can enter one for the same path: that is a ValueError. Ends with the
     process, however it ends, and is not passed on to processes it forks."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing {path}")
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(open(path + ".lock", "w"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise OSError(e.errno, f"{e.strerror}: the file system of {path} has no locks")
+                raise ValueError(f"another process is writing {path}")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                    break
+            # the process that had the lock has just removed the file: this is a lock on nothing
         try:
             yield
         finally:

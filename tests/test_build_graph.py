@@ -109,14 +109,19 @@ def test_threads_do_not_change_the_graph(tmp_path):
     assert (graphs[0][1] == graphs[1][1]).mean() > .999
 
 
-@pytest.mark.parametrize("factory,wanted", [("HNSW16", .9), ("IVF30,SQ8", .9), ("PCA16,IVF20,Flat", 0)])
+@pytest.mark.parametrize("factory,wanted", [("HNSW16", .9), ("IVF30,SQ8", .9), ("IVF30,PQ8", .4), ("PCA16,IVF20,Flat", 0)])
 def test_other_indexes_are_searched_by_faiss(tmp_path, factory, wanted):
+    """Whatever the index holds, the similarities are exact, each image is its own neighbour, and the graph is taken."""
     x = make_raw(tmp_path, 2000)
     done = run(tmp_path, 2000, "--index", factory, "--k", 8)
     assert done.returncode == 0, done.stderr
     D, I = read_graph(tmp_path, 2000, 8)
     assert ((I >= 0) & (I < 2000)).all() and recall(I, x, 8) >= wanted
     assert "recall@8" in done.stdout and no_leftovers(tmp_path)
+    if factory != "HNSW16":         # which may miss an image itself
+        check_list(D, I, x)
+        assert (I[:, 0] == np.arange(2000)).mean() > .99
+    assert "nothing to do" in run(tmp_path, 2000, "--index", factory, "--k", 8).stdout
 
 
 def test_nprobe(tmp_path):
@@ -149,8 +154,9 @@ def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
     assert recall(read_graph(tmp_path, 1000, 8)[1], x, 8) > .9
 
 
-@pytest.mark.parametrize("stop", ["search", "round"])
+@pytest.mark.parametrize("stop", ["search", "block", "round"])
 def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
+    """Killed after a checkpoint, or when a further block of lists is in the file and no checkpoint says so."""
     from lowshot import knn
     x = make_raw(tmp_path, 3000)
     monkeypatch.setattr(build_graph, "CHECKPOINT_FROM", 1000)
@@ -162,9 +168,12 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     states = []
 
     def killed(self, lists):
+        if stop == "block" and lists.searched == 2048 and not states.count((1024, "killed")):
+            states.append((1024, "killed"))
+            raise KeyboardInterrupt
         save(self, lists)
         states.append((lists.searched, lists.rounds))
-        if states.count(states[-1]) == 1 and states[-1] == ((2048, 0) if stop == "search" else (3000, 1)):
+        if states.count(states[-1]) == 1 and states[-1] == {"search": (2048, 0), "round": (3000, 1)}.get(stop):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", killed)
@@ -174,12 +183,13 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     done = list(states)
     build_graph.main()
     resumed = states[len(done):]
-    assert done[:2] == [(1024, 0), (2048, 0)]
-    assert (resumed[0] == (3000, 0) if stop == "search" else all(s[0] == 3000 for s in resumed))
+    assert done[:2] == [(1024, 0), (1024, "killed") if stop == "block" else (2048, 0)]
+    first = {"search": [(3000, 0)], "block": [(2048, 0)]}.get(stop, resumed[:1])
+    assert resumed[:1] == first and all(s[0] == 3000 for s in resumed[2:])
     assert no_leftovers(tmp_path)
     D, I = read_graph(tmp_path, 3000, 16)
     check_list(D, I, x)
-    assert recall(I, x, 16) > .94
+    assert recall(I, x, 16) > .94 and all(len(set(row)) == 16 for row in I)
 
 
 def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path):

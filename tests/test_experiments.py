@@ -155,6 +155,8 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     with open(diffusion.record, "w") as f:
         f.write('{"complete": tr')
     assert diffusion.result() is None
+    write_record(diffusion, dim=64)         # of another experiment file, which said so
+    assert diffusion.result() is None
     write_record(diffusion)
     train = os.stat(ddir.train)
     os.utime(ddir.train, (time.time() + 60,) * 2)
@@ -165,6 +167,20 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     assert logreg.result() is not None
     write_record(logreg, {(0.01, 0.0): {500: (0.5, 0.5)}}, lr=[0.01])
     assert logreg.result() is None
+
+
+def test_defaults_are_those_of_the_scripts(tmp_path, ddir, monkeypatch):
+    import diffusion
+    import logreg
+    e = experiment(tmp_path)
+    parameters = {"logreg": {str(n): {"lr": 0.1, "wd": 0, "batchsize": 16, "maxiter": 9} for n in (1, 2)}}
+    for system, parse in (("logreg", logreg.parse_arguments), ("diffusion", diffusion.arguments)):
+        jobs = experiments.validation_jobs(e, system, ddir)
+        if system == "logreg":
+            jobs += experiments.test_jobs(e, system, ddir, parameters[system], "chosen")
+        for job in jobs:
+            monkeypatch.setattr(sys, "argv", [job.script, *job.command()[2:]])
+            assert {k: getattr(parse(), k) for k in experiments.defaults(job)} == experiments.defaults(job)
 
 
 def test_as_text():

@@ -342,6 +342,16 @@ def test_rows_of_a_file(tmp_path):
         nb.read_rows(path, [3], 600, np.empty((1, 7)))
 
 
+def test_a_neighbour_that_is_listed_twice_counts_once():
+    x = unit_vectors(40, 32)
+    lists = np.random.RandomState(0).randint(0, 20, (40, 30))
+    D, I = nb.exact_products(nb.make_keys(np.zeros(lists.shape, "f4"), lists), x, x, 25)
+    for i in range(40):
+        want = np.unique(lists[i])
+        want = want[np.argsort(-(x[want] @ x[i]), kind="stable")]
+        assert np.array_equal(I[i, :len(want)], want) and (I[i, len(want):] == -1).all()
+
+
 def test_a_node_heads_its_own_list_even_among_duplicates():
     x = np.tile(unit_vectors(1, 32), (60, 1))
     x[50:] = 0

@@ -1,5 +1,6 @@
 """What scripts share: arguments, one-line errors, progress, outputs that are whole or absent."""
 import argparse
+import errno
 import io
 import json
 import os
@@ -92,6 +93,37 @@ def test_one_process_at_a_time(tmp_path):
         assert subprocess.run([sys.executable, "-c", code, path]).returncode == 3
     assert subprocess.run([sys.executable, "-c", code, path]).returncode == 0
     assert os.listdir(tmp_path / "folder") == []
+
+
+def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
+    """Another process may remove the lock file between opening and locking: then it is opened again."""
+    path, lockf, locked = str(tmp_path / "file"), script.fcntl.lockf, []
+
+    def first_removed(lock, operation):
+        lockf(lock, operation)
+        locked.append(os.fstat(lock.fileno()).st_ino)
+        if len(locked) == 1:
+            os.unlink(lock.name)
+
+    monkeypatch.setattr(script.fcntl, "lockf", first_removed)
+    with script.exclusive(path):
+        assert len(locked) == 2 and os.stat(path + ".lock").st_ino == locked[1]
+    monkeypatch.setattr(script.fcntl, "lockf", lambda *a: raising(OSError(errno.ENOLCK, "No locks available"))())
+    with pytest.raises(OSError, match="has no locks"):
+        with script.exclusive(path):
+            pass
+
+
+def test_allocated_files_have_their_space(tmp_path, monkeypatch):
+    path = str(tmp_path / "file")
+    script.allocate(path, 1 << 20)
+    assert os.path.getsize(path) == 1 << 20 <= os.stat(path).st_blocks * 512
+    os.truncate(path, 0)
+    os.truncate(path, 1 << 21)
+    script.allocate(path)
+    assert os.path.getsize(path) == 1 << 21 <= os.stat(path).st_blocks * 512
+    script.allocate(str(tmp_path / "empty"), 0)
+    assert os.path.getsize(tmp_path / "empty") == 0
 
 
 def test_run_can_show_the_traceback(monkeypatch):
