@@ -17,6 +17,7 @@ The background in blocks of a million images, then the labelled images:
 import collections
 import concurrent.futures
 import contextlib
+import gc
 import hashlib
 import os
 import signal
@@ -90,9 +91,11 @@ def main():
             # the network has worked on as many batches at a time as it will; images are decoded besides
             predicted = peak_memory() + workers * DECODED
             log(f"predicted memory {size(predicted)}")
+            black = extract(torch.zeros(shape, dtype=torch.uint8))()[0]
+            gc.freeze()         # what the libraries made is not looked at again and again while images come and go
             start = time.time()
             with contextlib.closing(results(batches, extract, workers)) as stream:
-                save_all(stream, extract(torch.zeros(shape, dtype=torch.uint8))()[0], out, i0)
+                save_all(stream, black, out, i0)
             seconds = time.time() - start
             report_unreadable(out, i0, images)
             out.finish()
@@ -172,28 +175,37 @@ def by_threads(batches, extract, workers):
     """Yield (features or None, state, faults) of all batches in order; each thread decodes and runs the network.
 
     On a CPU this is quicker than processes that decode beside a network on all CPUs: no core waits at the end of each
-    layer for one that was busy decoding, and no pixels go from process to process. Other threads read ahead: they
-    mostly wait for the disk.
+    layer for one that was busy decoding, and no pixels go from process to process. Other threads read ahead where the
+    disk is waited for; where it is not, these would only be in the way.
     """
     import torch
     # threads that decode small images at the same time hold each other up (they share Python's lock), and would go on
     # doing so in step; let half of them decode while the others are in the network
     decoding = threading.Semaphore(max(1, workers // 2))
+    start, waited = time.time(), 0.0
+
+    def read(b):
+        nonlocal waited
+        clock, busy = time.time(), time.thread_time()
+        files = batches.read(b)
+        waited += (time.time() - clock) - (time.thread_time() - busy)
+        return files
 
     def work(b, reading):
-        files = reading.result()
+        files = reading and reading.result()
         with decoding:
-            batch = batches.decode(b, files)
+            batch = batches.decode(b, files or read(b))
         with torch.inference_mode():                # holds for one thread
             return features_of(batch, extract)
 
-    ahead = 2 * workers
+    ahead = 4 * workers
     with concurrent.futures.ThreadPoolExecutor(workers) as readers, \
             concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             running = collections.deque()
             for b in range(len(batches)):
-                running.append(pool.submit(work, b, readers.submit(batches.read, b)))
+                slow = waited > max(.1, .1 * (time.time() - start))
+                running.append(pool.submit(work, b, readers.submit(batches.read, b) if slow else None))
                 if len(running) > ahead:
                     yield running.popleft().result()
             while running:

@@ -49,6 +49,7 @@ from lowshot.packages import load_torchvision
 from lowshot.script import read_json
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+SMALL = 1 << 16         # bytes that are read before a file is asked for its size
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 DATASET_KEYS = {"yfcc100m": {"root", "length"}, "imagenet": {"meta", "root"}, "folder": {"root", "classes"},
@@ -279,7 +280,7 @@ class FileSet:
         self.root = root
         # bytes in one array: a list of a million strings would be copied into every process
         self.names = np.array([os.fsencode(n) for n in names], dtype="S")
-        self._folder = os.fsencode(root)
+        self._folder = os.path.join(os.fsencode(root), b"")
         self._labels = np.asarray(labels, np.int32)
         self.class_names = class_names
 
@@ -300,13 +301,15 @@ class FileSet:
     def read(self, i):
         # a few system calls: a Python file object takes as long as decoding a small image
         try:
-            fd = os.open(os.path.join(self._folder, self.names[i]), os.O_RDONLY | os.O_CLOEXEC)
+            name = self.names[i]
+            fd = os.open(name if name[:1] == b"/" else self._folder + name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as e:
             raise Missing(str(e))
         try:
-            data = b""
-            while piece := os.read(fd, max(os.fstat(fd).st_size - len(data), 0) + 1):
-                data = data + piece if data else piece
+            data = os.read(fd, SMALL)
+            if len(data) == SMALL:
+                while piece := os.read(fd, max(os.fstat(fd).st_size - len(data), 0) + 1):
+                    data += piece
             return data
         finally:
             os.close(fd)
@@ -405,7 +408,7 @@ class CifarSet:
 def decode(data, out=None):
     """An image file's bytes (or pixels as they are) -> uint8 (h, w, 3). Raises some exception if it is damaged.
 
-    out: uint8 (h, w, 3), contiguous, used for the result if it has the image's size; its content may be lost otherwise.
+    out: uint8 (h, w, 3), contiguous, which is the result if it has the image's size; its content may be lost otherwise.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -413,8 +416,10 @@ def decode(data, out=None):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if height * width < Image.MAX_IMAGE_PIXELS and colours in ("YCbCr", "Gray", "RGB"):
-                fits = out is not None and out.shape[:2] == (height, width)
-                return simplejpeg.decode_jpeg(data, buffer=out if fits else None)
+                if out is not None and out.shape[:2] == (height, width):
+                    simplejpeg.decode_jpeg(data, buffer=out)
+                    return out
+                return simplejpeg.decode_jpeg(data)
         except ValueError:
             pass                            # PIL is the judge of what is damaged
     with Image.open(io.BytesIO(data)) as image:
@@ -498,17 +503,17 @@ class Batches:
         pixels = np.empty((m, c, c, 3), np.uint8)
         state = np.zeros(m, np.uint8)
         faults = []
-        for j, file in enumerate(files):
+        for j, (file, out) in enumerate(zip(files, pixels)):
             if not isinstance(file, Exception):
                 try:
-                    x = self.preprocess(file, pixels[j])
-                    if not np.may_share_memory(x, pixels):
-                        pixels[j] = x
+                    x = self.preprocess(file, out)
+                    if x is not out:
+                        out[:] = x
                     continue
                 except Exception as e:      # and so do decoders
                     raise_if_grave(e)
                     file = e
-            pixels[j] = 0
+            out[:] = 0
             state[j] = MISSING if isinstance(file, Missing) else DAMAGED
             if state[j] == DAMAGED and not faults:
                 name = self.images.name(self.i0 + b * self.batchsize + j)

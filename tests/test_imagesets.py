@@ -389,3 +389,28 @@ def test_batches(tmp_path, batchsize):
         expected = plain(members[f"{i:03d}.jpg"]) if i not in (4, 7, 8) else np.zeros((32, 32, 3))
         assert np.array_equal(pixels[i - 2], expected)
     assert any("00/000.zip/007.jpg" in f for _, _, faults in found for f in faults)
+
+
+def test_files_of_any_size_below_the_root_or_anywhere(tmp_path):
+    contents = {"empty": b"", "one": b"1", "full": bytes(imagesets.SMALL), "large": os.urandom(3 * imagesets.SMALL + 5)}
+    os.makedirs(tmp_path / "root")
+    for name, content in contents.items():
+        (tmp_path / "root" / name).write_bytes(content)
+    (tmp_path / "outside").write_bytes(b"2")
+    images = imagesets.FileSet(str(tmp_path / "root"), [*contents, str(tmp_path / "outside"), "none"], [0] * 6)
+    assert [images.read(i) for i in range(5)] == [*contents.values(), b"2"]
+    with pytest.raises(imagesets.Missing):
+        images.read(5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_decode_as_by_pil_into_a_buffer_of_any_size(mode):
+    pixels = np.random.RandomState(0).randint(0, 256, (20, 30, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG")
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    for shape in ((20, 30, 3), (30, 20, 3), (8, 8, 3), (64, 64, 3)):
+        out = np.zeros(shape, np.uint8)
+        x = imagesets.decode(file.getvalue(), out)
+        assert np.array_equal(x, expected)
+        assert (x is out) == (shape == (20, 30, 3) and mode != "CMYK" and imagesets.simplejpeg is not None)

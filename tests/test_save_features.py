@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -388,6 +389,33 @@ def test_all_ways_of_loading_give_the_same_in_order(data, results, batchsize):
     assert [len(s) for _, s in found] == [min(batchsize, N - i) for i in range(0, N, batchsize)]
     assert close(np.concatenate([x for x, _ in found]), expected)
     assert np.flatnonzero(np.concatenate([s for _, s in found])).tolist() == [MISSING, DAMAGED]
+
+
+def test_slow_files_are_read_ahead_by_threads_of_their_own():
+    """Read in the thread that works on them, until that has waited for a tenth of a second."""
+    readers = []
+
+    class Slow:
+        def __len__(self):
+            return 60
+
+        def read(self, b):
+            readers.append(threading.current_thread())
+            time.sleep(.02)
+            return [b]
+
+        def decode(self, b, files):
+            assert files == [b]
+            return np.full((1, 2, 2, 3), b, np.uint8), np.zeros(1, np.uint8), []
+
+    def extract(x):
+        workers.add(threading.current_thread())
+        return x[:, 0, 0, :1].numpy
+
+    extract.shape, workers = (1, 2, 2, 3), set()
+    found = [int(features()[0, 0]) for features, _, _ in save_features.by_threads(Slow(), extract, 2)]
+    assert found == list(range(60))
+    assert readers[0] in workers and readers[-1] not in workers and len(readers) == 60
 
 
 @pytest.mark.parametrize("results", [save_features.by_threads, save_features.by_processes])
