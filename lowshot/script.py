@@ -159,10 +159,13 @@ def whole(path):
 def allocate(path, nbytes=None):
     """Reserve the disk space of a file (that of its size, if nbytes is None) before it is written through a memory map:
     on a full disk that is an OSError now, and would end the process without a word later."""
-    with open(path, "ab") as f:
-        nbytes = os.fstat(f.fileno()).st_size if nbytes is None else nbytes
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        nbytes = os.fstat(fd).st_size if nbytes is None else nbytes
         if nbytes:
-            os.posix_fallocate(f.fileno(), 0, nbytes)
+            os.posix_fallocate(fd, 0, nbytes)
+    finally:
+        os.close(fd)
 
 
 def write_text(path, text):
