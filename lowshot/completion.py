@@ -116,7 +116,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             return Graph(I, D, test_I, test_D)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # the graph gives the vectors in cells up
-        search_done = knn.search_begun(cells, test, k, recall=0.99, progress=progress)
+        search_done = knn.search_begun(cells, test, k, recall=0.99, progress=progress, say=log)
         knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True)
         test_D, test_I, info = search_done()

@@ -509,8 +509,11 @@ def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     return search_begun(cells, xq, k, recall, nprobe, seed, progress)()
 
 
-def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
-    """search() in two parts: this one needs the vectors in cells, and the function that it returns needs them no more."""
+def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say=lambda line: None):
+    """search() in two parts: this one needs the vectors in cells, and the function that it returns needs them no more.
+
+    say: function that gets a line where bytes are too coarse for these vectors.
+    """
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors
     if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW:
@@ -519,7 +522,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
     sample = Sample(Q, X, k, seed, progress)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))
-    K = candidates_needed(sample, cells, recall)
+    K = candidates_needed(sample, cells, recall, say)
     queries = np.concatenate([Q.converted(cells.format, i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.C), kind="stable").astype(np.int32)
