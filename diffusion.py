@@ -121,10 +121,9 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     nbg = n - nbase - nnovel
     vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
-    candidates = 4 * dim * min(n, knn.LOOKED_UP)
     edges = 1.6 * k * n                         # entries of W: most edges are not mutual, 2 k n would be the most
     panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
-    steps = {"add novel images": vectors + lists + candidates,
+    steps = {"add novel images": vectors + lists,
              "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored and n - nnovel >= knn.EXACT_BELOW:    # cells in bytes, candidate lists and their reverse; then similarities
