@@ -19,11 +19,12 @@ class Vectors:
     ValueError where a row holds NaN or infinity.
 
     n, d; scale float32 (n,) factor of each row, or None; longest: the largest norm of a scaled row.
+    scale, as an argument: that of the same NormalisedRows, if it is known: then these are not read through for it.
     Memory: 4 bytes per vector.
     """
 
-    def __init__(self, x):
-        self.scale = None
+    def __init__(self, x, scale=None):
+        self.scale = scale
         normalise = isinstance(x, NormalisedRows)
         self.sources = [m if isinstance(m, MatrixFile) else np.ascontiguousarray(m, np.float32)
                         for m in (x.matrices if normalise else [x])]
@@ -36,6 +37,11 @@ class Vectors:
         self.n = int(self.starts[-1])
         if self.n >= 2 ** 31:
             raise ValueError(f"{self.n} vectors: node numbers have 32 bits")
+        if scale is not None:
+            if not normalise or scale.shape != (self.n,):
+                raise ValueError(f"{scale.shape} factors given for {self.n} vectors")
+            self.longest = 1.0
+            return
         norms = np.empty(self.n, np.float32)
         for source, start in zip(self.sources, self.starts):
             name = getattr(source, "filename", "the features")

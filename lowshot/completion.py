@@ -24,7 +24,7 @@ from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 5
+VERSION = 6
 BLOCK = 65536
 
 
@@ -34,12 +34,14 @@ class Graph:
 
     I int32 (n, k) and D float32 (n, k): nodes; test_I, test_D (nt, k): test images, which are no nodes.
     order: int32 (n,) the nodes in an order that puts near nodes next to each other, or None.
+    scale: float32 (n,) one over the norms of the nodes' vectors as they are read, or None.
     """
     I: np.ndarray
     D: np.ndarray
     test_I: np.ndarray
     test_D: np.ndarray
     order: np.ndarray = None
+    scale: np.ndarray = None
 
 
 def read_features(path, rows, pca_path, what):
@@ -100,8 +102,8 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
 def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
-    Exact below 100,000 nodes; above, base images are searched for among near cells and neighbours of neighbours until
-    recall@k >= 0.95 over all nodes, and test images among near cells at recall@k >= 0.99, as measured on samples.
+    Exact below 100,000 nodes; above, base images are searched for among near cells, and neighbours of neighbours, at
+    recall@k >= 0.96, and test images among near cells at recall@k >= 0.99, as measured on samples of both.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors = len(x), knn.Vectors(x)
@@ -113,15 +115,15 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         if n < knn.EXACT_BELOW:
             D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress)
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
-            return Graph(I, D, test_I, test_D)
+            return Graph(I, D, test_I, test_D, None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # the graph gives the vectors in cells up
         search_done = knn.search_begun(cells, test, k, recall=0.99, progress=progress, say=log)
-        knn.build_knn_graph(None, k, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
+        knn.build_knn_graph(None, k, recall=0.96, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True)
         test_D, test_I, info = search_done()
         log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
-        return Graph(I, D, test_I, test_D, locality_order(I))
+        return Graph(I, D, test_I, test_D, locality_order(I), vectors.scale)
 
 
 def add_novel(fixed, x, novel):
@@ -134,7 +136,7 @@ def add_novel(fixed, x, novel):
     D = fixed.load("D")
     (n, k), test = D.shape, fixed.load("test")
     with knn.show_progress() as progress:
-        _, I[n:] = knn.cross_insert(novel, x, D, I[:n], n, k, progress)
+        _, I[n:] = knn.cross_insert(novel, knn.Vectors(x, fixed.load("scale")), D, I[:n], n, k, progress)
     found_D, found_I = knn.exact_knn(test, novel, k)
     found_I[found_I >= 0] += n
     _, test_I = knn.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
@@ -152,11 +154,11 @@ def file_identity(path):
 class FixedPart:
     """The part of a run that no seed changes: vectors of base and test images, and their completed graph.
 
-    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D as in Graph, order (empty for none); in memory, or in the
-    files of a folder, from where they are read when asked for.
+    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, order (empty for none); in memory, or in
+    the files of a folder, from where they are read when asked for.
     """
 
-    NAMES = ("base", "test", "I", "D", "test_I", "test_D", "order")
+    NAMES = ("base", "test", "I", "D", "test_I", "test_D", "order", "scale")
 
     def __init__(self, arrays=None, folder=None):
         self.arrays, self.folder = arrays, folder
@@ -233,7 +235,7 @@ class FixedKey:
                             log)
         order = np.empty(0, np.int32) if graph.order is None else graph.order
         return FixedPart(dict(base=base, test=test, I=graph.I, D=graph.D, test_I=graph.test_I, test_D=graph.test_D,
-                              order=order))
+                              order=order, scale=graph.scale))
 
     def stored_or_made(self, log):
         """The stored part, made first where there is none; runs that start together make it once."""

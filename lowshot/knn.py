@@ -36,6 +36,7 @@ SAMPLE = 1000               # queries that recall is measured on: its standard e
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
                             # where lists are longer
+AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_LEAST = 64             # how long the lists are then at least
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
@@ -238,24 +239,21 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
 # ---- recall
 
 class Sample:
-    """Some of `vectors` and their true neighbours among the Vectors X.
+    """Some of `vectors`, of those from number `first` on, and their true neighbours among the Vectors X.
 
     number int32 (m,); D, I: their k nearest by exact search.
     """
 
-    def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE):
-        rs = np.random.RandomState(seed)
-        self.number = np.sort(rs.choice(vectors.n, min(size, vectors.n), replace=False)).astype(np.int32)
+    def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0):
+        rs, n = np.random.RandomState(seed), vectors.n - first
+        self.number = np.sort(first + rs.choice(n, min(size, n), replace=False)).astype(np.int32)
         self.k = k
         self.x = vectors.scaled_rows(self.number)
         # in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
         self.D, self.I = exact_knn(self.x, X, k, progress, spare=MANY_SPARE)
 
-    def recall_by_nprobe(self, cells, position, found=None, sought=None):
-        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ...
-
-        found: bool (m, k), those that count as found anyway; sought: bool (m, k), those that are looked for, or None.
-        """
+    def recall_by_nprobe(self, cells, position):
+        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ..."""
         nlist = len(cells.centroids)
         S = self.x @ cells.centroids.T
         rank = np.empty(S.shape, np.int32)
@@ -263,9 +261,7 @@ class Sample:
         have = self.I >= 0
         cell = np.searchsorted(cells.end, position[np.maximum(self.I, 0)], "right")
         rank = np.take_along_axis(rank, cell, 1)
-        already = np.zeros_like(have) if found is None else found & have
-        counts = np.bincount(rank[have & ~already & (True if sought is None else sought)], minlength=nlist)
-        return (already.sum() + np.cumsum(counts)) / max(1, have.sum())
+        return np.cumsum(np.bincount(rank[have], minlength=nlist)) / max(1, have.sum())
 
     def recall_of_keys(self, keys, cells):
         """recall() of the best of candidates, int64 (m, K)."""
@@ -300,7 +296,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     compared with it, and then neighbours of neighbours, until recall@k as measured on a sample is reached. Similarities
     are exact float32 products. Deterministic for a seed, whatever the number of threads.
 
-    initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only.
+    initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
+    is that of the other nodes.
     cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
     release: give up the vectors in cells before the similarities are computed, to save memory.
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
@@ -317,19 +314,20 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     if cells is None:
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
-    sample = Sample(vectors, vectors, min(k, n), seed, progress)
+    n0 = len(initial[0]) if initial is not None and len(initial[0]) < n else 0
+    # known lists are as they are: it is the new nodes, and their entries in these lists, that have to be found
+    sample = Sample(vectors, vectors, min(k, n), seed, progress, first=n0)
     wanted, reverse, needed = with_margin(recall), REVERSE, candidates_needed(sample, cells, recall, say)
+    curve = sample.recall_by_nprobe(cells, position)
     if initial is not None and len(initial[0]):
         K = max(needed, initial[0].shape[1] + SPARE_LISTED)
         lists = Lists(cells, position, K, initial, checkpoint)
-        # few are searched for: cheaper than a round over all nodes, up to some number of cells
-        new = (sample.number >= lists.n0)[:, None] | (sample.I >= lists.n0)
-        curve = sample.recall_by_nprobe(cells, position, lists.found(sample), new)
-        # to the wanted recall and a little further, as bytes err: a round takes longer than that
-        p = nprobe or min(cells_reaching(curve, wanted + BYTES_LOSE), max(1, len(curve) // 16))
+        # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
+        # little further, as bytes err; and as far as it takes a second or two
+        affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
+        p = nprobe or max(min(cells_reaching(curve, wanted + BYTES_LOSE), max(1, len(curve) // 8)), min(affordable, len(curve)))
     else:
         # from here on neighbours of neighbours are the quicker way
-        curve = sample.recall_by_nprobe(cells, position)
         p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             p, K, reverse = cells_reaching(curve, WIDE_START), max(K, longest_list(k)), 2 * REVERSE
@@ -339,7 +337,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     while True:
         lists.search(p, progress)
         have = lists.recall(sample, needed)
-        say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} nodes")
+        say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
         gained = 1.0
         while not nprobe and have < wanted and gained > .002 and rounds < 12:
             inserted = nb.descent_round(cells.X, lists.keys, reverse, seed + rounds,
@@ -469,12 +467,6 @@ class Lists:
         self.rounds = rounds
         if self.checkpoint is not None:
             self.checkpoint.save(self)
-
-    def found(self, sample):
-        """Which of the sample's true neighbours are in the lists, bool (m, k)."""
-        numbers = nb.numbers(self.keys[self.position[sample.number]])
-        numbers = np.where(numbers < 0, -1, self.cells.order[np.maximum(numbers, 0)])
-        return np.stack([np.isin(true, mine) for true, mine in zip(sample.I, numbers)])
 
     def best(self, rows, most):
         """The keys of some nodes, int64 (., K): the best `most` of longer lists."""

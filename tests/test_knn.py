@@ -219,6 +219,17 @@ def test_completion_of_a_known_graph(n0, n1):
     np.testing.assert_allclose(D, S, atol=1e-6)
 
 
+def test_few_new_nodes_among_many_known_ones_are_all_found():
+    """However few they are: recall over all nodes would not tell whether they have their neighbours."""
+    x, n0, k = clustered(4000), 4000 - 25, 12
+    D0, I0 = knn.exact_knn(x[:n0].copy(), x[:n0].copy(), k)
+    D, I, info = knn.build_knn_graph(None, k, initial=(D0, I0), cells=Cells.train(Vectors(x), 300))
+    want = np.argsort(-(x.astype("f8") @ x.T), axis=1)[:, :k]
+    assert info["recall"] > .99 and np.mean([len(np.intersect1d(a, b)) for a, b in zip(I[n0:], want[n0:])]) > .99 * k
+    entries = [(i, j) for i in range(n0) for j in want[i] if j >= n0]
+    assert len(entries) > 100 and np.mean([j in I[i] for i, j in entries]) > .95
+
+
 def test_known_lists_have_bars_behind_them():
     x = clustered(900)
     D0, I0 = knn.exact_knn(x[:500].copy(), x[:500].copy(), 8)
