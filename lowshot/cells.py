@@ -172,6 +172,7 @@ class Cells:
     begin, end int64 (nlist,): rows of each cell
     centroids  float32 (nlist, d), in the order of the chain; C: the same in the format of X
     format     "bytes" or "bfloat16"
+    candidates None, or (k, recall, what knn.candidates_needed() found for these)
     Memory: 1 byte per element and 12 per vector.
     """
 
@@ -179,7 +180,7 @@ class Cells:
         chain = chained(centroids)
         rank = np.empty(len(chain), np.int32)
         rank[chain] = np.arange(len(chain), dtype=np.int32)
-        self.vectors = vectors
+        self.vectors, self.candidates = vectors, None
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
         self.chain = chain

@@ -369,8 +369,17 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 def candidates_needed(sample, cells, recall, say=lambda line: None):
     """Candidates per node: a few more than neighbours, so that rounding costs a quarter of what recall leaves at most.
 
-    Where vectors differ by hardly more than bytes do, as in clusters of nearly the same image, cells become bfloat16.
+    Where vectors differ by hardly more than bytes do, as in clusters of nearly the same image, cells become bfloat16. What
+    was found for one sample holds for the next that asks for no more.
     """
+    k, reached, needed = cells.candidates or (0, 0, 0)
+    if k != sample.k or reached < recall:
+        needed = _candidates_needed(sample, cells, recall, say)
+        cells.candidates = sample.k, recall, needed
+    return needed
+
+
+def _candidates_needed(sample, cells, recall, say):
     K = sample.k + SPARE_LISTED
     while True:
         keys = nb.search_all(cells.converted(sample.x), cells.X, K)
