@@ -126,9 +126,11 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     steps = {"add novel images": vectors + lists,
              "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
-    if not stored and n - nnovel >= knn.EXACT_BELOW:    # cells in bytes, candidate lists and their reverse; then similarities
-        listed = k + knn.SPARE_LISTED
-        steps["complete"] = vectors + lists + 24 * n + max(dim * n + 16 * listed * n, 4 * dim * nbg + 4 * listed * n)
+    if not stored:
+        mapped, listed = 4 * dim * nbg, k + knn.SPARE_LISTED
+        steps["complete"] = vectors + lists + mapped
+        if n - nnovel >= knn.EXACT_BELOW:       # cells in bytes, candidate lists and their reverse; then similarities
+            steps["complete"] = vectors + lists + 24 * n + max(dim * n + 16 * listed * n, mapped + 4 * listed * n)
     return int(90e6 + max(steps.values()))
 
 
