@@ -18,7 +18,7 @@ import os
 import time
 
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
-from lowshot.layout import DataDir
+from lowshot.layout import DataDir, padded_to_power_of_two
 from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, remove, run,
                             size, whole, write_json)
 
@@ -63,7 +63,7 @@ def main():
     from lowshot import knn
     from lowshot.index_files import Checkpoint, GraphFiles, check_graph
     from lowshot.packages import faiss
-    k = knn.padded_to_power_of_two(args.k)
+    k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
     if args.device == "gpu" and not gpus:
         raise ValueError("--device gpu: this Faiss sees no GPU (requirements-gpu.txt has the package that does)")

@@ -27,8 +27,8 @@ import numpy as np
 from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, check_outputs, log, number, peak_memory, print_header, provenance, run, size,
-                            whole, write_json)
+from lowshot.script import (Parser, Progress, allocate, check_outputs, log, number, peak_memory, print_header, provenance,
+                            run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 

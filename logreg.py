@@ -31,8 +31,8 @@ from graph_utils import FusedSGD, get_num_threads
 from lowshot.evaluate import accuracies
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number, peak_memory, print_header,
-                            provenance, run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number, peak_memory,
+                            print_header, provenance, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 

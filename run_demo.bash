@@ -30,12 +30,13 @@ export JOBS=${JOBS:-$(( (cores + 1) / 2 ))}
 settings=$("$PYTHON" - "$EXPERIMENT" << 'END'
 import sys
 from lowshot.experiments import Experiment
+from lowshot.layout import padded_to_power_of_two
 from lowshot.script import run
 def main():
     e = Experiment(sys.argv[1])
     nbg = e.diffusion["nbg"]
     k = e.diffusion["k"]
-    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={k} columns={1 << (k - 1).bit_length()}")
+    print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={k} columns={padded_to_power_of_two(k)}")
     print(f"dim={e.diffusion.get('dim', 256)} seed={e.seeds[0]} nlabeled=({' '.join(map(str, e.nlabeled))})")
 run(main)
 END

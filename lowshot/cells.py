@@ -94,13 +94,17 @@ class Vectors:
                 out[mine] = source[which[mine] - first]
         return out
 
+    def factors(self, which):
+        """Factors of rows, by number or as a slice: float32, or None."""
+        return None if self.scale is None else self.scale[which]
+
     def scaled_rows(self, which):
         x = self.rows(which)
         return x if self.scale is None else x * self.scale[which, None]
 
     def converted(self, format, start, stop, **out):
         """Rows start .. stop - 1, scaled, in "bytes" or "bfloat16" (graph_utils.neighbours.FORMATS)."""
-        return nb.FORMATS[format](self.stretch(start, stop), None if self.scale is None else self.scale[start:stop], **out)
+        return nb.FORMATS[format](self.stretch(start, stop), self.factors(slice(start, stop)), **out)
 
 
 def default_nlist(n):

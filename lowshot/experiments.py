@@ -39,6 +39,7 @@ class Experiment:
             "diffusion": ({"nbg", "k", "niter"}, {"dim", "niter_test"})}
     LISTS = {"nlabeled", "seeds", "lr", "wd", "batchsize", "nbg"}
     REALS = {"lr", "wd", "mom"}
+    CHOICES = {"precision": ("float32", "bfloat16")}
     LEAST = {"nlabeled": 1, "batchsize": 1, "maxiter": 1, "evalevery": 1, "k": 1, "dim": 1}
 
     def __init__(self, path, environment=os.environ):
@@ -79,9 +80,9 @@ class Experiment:
 
     def _value(self, grid, key, where):
         value = grid.get(key)
-        if key == "precision":
-            if value not in ("float32", "bfloat16"):
-                raise ValueError(f"{self.path}: {where}{key} must be float32 or bfloat16, found {value!r}")
+        if key in self.CHOICES:
+            if value not in self.CHOICES[key]:
+                raise ValueError(f"{self.path}: {where}{key} must be {' or '.join(self.CHOICES[key])}, found {value!r}")
             return value
         values = value if key in self.LISTS else [value]
         kinds = (int, float) if key in self.REALS else (int,)

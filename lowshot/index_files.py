@@ -122,7 +122,6 @@ class Checkpoint:
         if {k: state.get(k) for k in fresh} != fresh or not os.path.exists(self.path) or os.path.getsize(self.path) != size:
             state = {}
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            remove(self.path)
             allocate(self.path, size)
         self.fresh = fresh
         self.keys = np.memmap(self.path, np.int64, "r+", shape=(n, K))
@@ -160,7 +159,6 @@ class GraphFiles:
         maps = []
         for path, dtype in zip(self.temporary, ("<f4", "<i4")):
             if not self.done:
-                remove(path)
                 allocate(path, 4 * n * k)
             maps.append(np.memmap(path, dtype, "r+", shape=(n, k)))
         self.maps = maps

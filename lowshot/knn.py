@@ -43,11 +43,6 @@ WIDE_START = .75            # recall that these rounds start from; from lower, t
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
-def padded_to_power_of_two(k):
-    """The number of columns that a stored graph of k neighbours has."""
-    return 1 << (k - 1).bit_length()
-
-
 @contextlib.contextmanager
 def show_progress():
     """A function of (what, done, total) that shows one line of progress per kind of work."""
@@ -90,10 +85,8 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     Q, X = _vectors(xq), _vectors(x)
     if Q.d != X.d:
         raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
-    D = np.full((Q.n, k), -np.inf, np.float32)
-    I = np.full((Q.n, k), -1, np.int32)
     if not Q.n or not X.n:
-        return D, I
+        return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
     progress = progress or _silent
     lost = np.empty(Q.n, np.float32)
     queries = np.concatenate([Q.converted("bfloat16", i, j, residual=lost[i:j]) for i, j in Q.blocks()])
@@ -153,8 +146,7 @@ def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None):
         number, place = np.unique(number[have] if x_number is None else x_number[number[have]], return_inverse=True)
         found = np.zeros(part.shape, np.int64)
         found[have] = nb.make_keys(np.zeros(len(place), np.float32), place)
-        nb.exact_products(found, Q.arrays, X.rows(number), k, rows, None, Q.scale, None if X.scale is None else X.scale[number],
-                          False, D, I)
+        nb.exact_products(found, Q.arrays, X.rows(number), k, rows, None, Q.scale, X.factors(number), False, D, I)
         I[rows] = np.where(I[rows] < 0, -1, number[I[rows]])
     return D, I
 
@@ -204,8 +196,8 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else MANY_SPARE), X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
-        lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), None if X.scale is None else X.scale[i:j]
-        block = nb.to_bfloat16(x, scale, residual=lost)
+        lost, x = np.empty(j - i, np.float32), X.stretch(i, j)
+        block = nb.to_bfloat16(x, X.factors(slice(i, j)), residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
         nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i)
         # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
@@ -215,8 +207,8 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         keys = nb.search_all(block, new_bf, min(columns + SPARE, m), bound=bound.astype(np.float32))
         rows = np.flatnonzero(keys.any(axis=1))
         if len(rows):
-            keys, x, scale = np.ascontiguousarray(keys[rows]), x[rows], None if scale is None else scale[rows]
-            numbers = (i + rows).astype(np.int32)
+            keys, x, numbers = np.ascontiguousarray(keys[rows]), x[rows], (i + rows).astype(np.int32)
+            scale = X.factors(numbers)
             found_D, found_I = nb.exact_products(keys, x, new.arrays, columns, q_scale=scale, x_scale=new.scale)
             full = (keys != 0).all(axis=1) & (keys.shape[1] < m)
             unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
@@ -366,7 +358,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
 
 
-def candidates_needed(sample, cells, recall, say=lambda line: None):
+def candidates_needed(sample, cells, recall, say):
     """Candidates per node: a few more than neighbours, so that rounding costs a quarter of what recall leaves at most.
 
     Where vectors differ by hardly more than bytes do, as in clusters of nearly the same image, cells become bfloat16. What

@@ -157,9 +157,10 @@ def whole(path):
 
 
 def allocate(path, nbytes=None):
-    """Reserve the disk space of a file (that of its size, if nbytes is None) before it is written through a memory map:
-    on a full disk that is an OSError now, and would end the process without a word later."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """Reserve the disk space of a file before it is written through a memory map: on a full disk that is an OSError now,
+    and would end the process without a word later. The file is made anew, with nbytes of zeros; or it is there, and is
+    as long as it will be, if nbytes is None."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if nbytes is None else os.O_CREAT | os.O_TRUNC), 0o666)
     try:
         nbytes = os.fstat(fd).st_size if nbytes is None else nbytes
         if nbytes:

@@ -6,6 +6,7 @@ from graph_utils import neighbours as nb
 from lowshot import knn
 from lowshot.cells import Cells, Vectors, chained, default_nlist, train_centroids
 from lowshot.features import MatrixFile, NormalisedRows
+from lowshot.layout import padded_to_power_of_two
 from lowshot.packages import faiss
 
 
@@ -341,7 +342,7 @@ def test_clusters_as_tight_as_rounding(spread, format, reached):
 def test_merge_and_columns():
     D, I = knn.merge_neighbours(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
     assert I.tolist() == [[8, 3]] and D.dtype == np.float32
-    assert [knn.padded_to_power_of_two(k) for k in (1, 2, 3, 30, 32, 33)] == [1, 2, 4, 32, 32, 64]
+    assert [padded_to_power_of_two(k) for k in (1, 2, 3, 30, 32, 33)] == [1, 2, 4, 32, 32, 64]
 
 
 @pytest.mark.parametrize("call,message", [
