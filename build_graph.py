@@ -10,7 +10,7 @@ writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the norm
     python build_graph.py 60000 --k 30 --dim 128
     python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
 
-Below 100,000 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and then with
+Below 131,072 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and then with
 neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with
 the index if it is complete, and beyond 2,000,000 vectors with the lists found so far.
 """
@@ -42,7 +42,7 @@ def arguments():
     g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of k-means and of the sample")
     g = p.add_argument_group("index")
     g.add_argument("--index", default="auto", metavar="FACTORY",
-                   help="Faiss factory string, e.g. IVF4000,Flat or OPQ64,IVF4000,PQ64; auto: Flat below 100,000 "
+                   help="Faiss factory string, e.g. IVF4000,Flat or OPQ64,IVF4000,PQ64; auto: Flat below 131,072 "
                         "vectors, else IVF with 4 sqrt(n) lists. Any but Flat and IVF...,Flat is searched by Faiss")
     g = p.add_argument_group("data")
     g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
@@ -111,13 +111,14 @@ def predicted_memory(n, d, k):
     from lowshot import knn
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
-    base = 60e6 + 2440 * min(n, 65536)       # the libraries, and blocks of vectors
-    if n < knn.EXACT_BELOW:
-        return int(base + vectors + 4 * n * words(d) + 8 * n * k + 16 * n * (k + knn.SPARE))
+    libraries, blocks = 60e6, 2440 * min(n, 65536)
+    if n < knn.EXACT_BELOW:         # the index, vectors in bfloat16, candidates; then similarities
+        K = k + knn.SPARE
+        return int(libraries + vectors + 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k)))
     making_index = vectors + in_bytes + 24 * n
     rounds = in_bytes + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
     similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
-    return int(base + max(making_index, rounds, similarities))
+    return int(libraries + blocks + max(making_index, rounds, similarities))
 
 
 def stored_index(path, vectors, args, progress, log):

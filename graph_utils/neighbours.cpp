@@ -14,6 +14,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -241,7 +242,7 @@ class Inserter {
         std::atomic_flag& lock = locks_[a % kLocks];
         while (lock.test_and_set(std::memory_order_acquire)) {
         }
-        int64_t least = 0;
+        int64_t least = 0;      // of equal ones the first
         for (int64_t j = 0; j < K_; j++)
             if (list[j] < list[least]) least = j;
         const bool enters = key > list[least] && !holds(list, key);
@@ -269,6 +270,31 @@ class Inserter {
     std::vector<std::atomic_flag> locks_;
 };
 
+// What rows do with the queries that they are compared with: nothing,
+struct NoLists {
+    bool takes(int64_t) const { return false; }
+    float bound(int64_t) const { return 0; }
+    void offer(int64_t, int32_t, float) {}
+};
+
+// or rows before `middle` take query q as numbers[q] into lists that all threads may offer others to,
+struct SharedLists {
+    Inserter& inserter;
+    int64_t middle;
+    const int32_t* numbers;
+    bool takes(int64_t row) const { return row < middle; }
+    float bound(int64_t row) const { return inserter.bound((uint32_t)row); }
+    void offer(int64_t row, int32_t query, float s) { inserter.offer((uint32_t)row, (uint32_t)numbers[query], s); }
+};
+
+// or rows and queries are of one kind, and no other thread has these.
+struct SameLists {
+    Lists& lists;
+    bool takes(int64_t) const { return true; }
+    float bound(int64_t row) const { return lists.worst[row]; }
+    void offer(int64_t row, int32_t query, float s) { lists.add(row, s, (uint32_t)query); }
+};
+
 // Products of gathered queries with stretches of base vectors. The queries are what is packed in panels, as there may be
 // few of them for a long stretch, and rows are quickly laid out.
 template <class Kernel>
@@ -283,7 +309,7 @@ class Scanner {
         const int64_t padded = (m + kTile - 1) / kTile * kTile;
         bytes_ = Kernel::tile_bytes(np);
         panels_.reserve(padded / kTile * bytes_);
-        rows_.reserve(bytes_);
+        tile_.reserve(bytes_);
         list_.resize(padded);
         const uint32_t* source[kTile];
         for (int64_t i = 0; i < m; i += kTile) {
@@ -295,19 +321,18 @@ class Scanner {
         np_ = np;
     }
 
-    // Compares them with rows first .. last - 1 of X. inserter: null, or where rows before `middle` have their own lists,
-    // which the queries may enter as numbers[number in `lists`].
-    void scan(const uint32_t* X, int64_t first, int64_t last, int64_t offset, Lists& lists, Inserter* inserter = nullptr,
-              int64_t middle = 0, const int32_t* numbers = nullptr) {
+    // Compares them with rows first .. last - 1 of X. `rows` are the rows' own lists, which the queries may enter.
+    template <class Rows>
+    void scan(const uint32_t* X, int64_t first, int64_t last, int64_t offset, Lists& lists, Rows rows) {
         worst_.resize(list_.size());
         for (int64_t i = 0; i < m_; i++) worst_[i] = lists.worst[list_[i]];
         for (size_t i = m_; i < list_.size(); i++) worst_[i] = std::numeric_limits<float>::infinity();
         const int64_t stride = Kernel::Format::stride(np_);
         for (int64_t j = first; j < last; j += kTile) {
             const int nr = (int)std::min<int64_t>(kTile, last - j);
-            for (int r = 0; r < nr; r++) Kernel::row(X + (j + r) * stride, np_, rows_.get(), r);
+            for (int r = 0; r < nr; r++) Kernel::row(X + (j + r) * stride, np_, tile_.get(), r);
             for (int64_t i = 0; i < m_; i += kTile) {
-                Kernel::tile(rows_.get(), nr, panels_.get() + i / kTile * bytes_, np_, products_);
+                Kernel::tile(tile_.get(), nr, panels_.get() + i / kTile * bytes_, np_, products_);
                 float* worst = worst_.data() + i;
                 for (int r = 0; r < nr; r++) {
                     const float* s = products_ + r * kTile;
@@ -319,13 +344,13 @@ class Scanner {
                         lists.add(list, s[c], (uint32_t)(offset + j + r));
                         worst[c] = lists.worst[list];
                     }
-                    if (!inserter || j + r >= middle) continue;
-                    better = tiles::above(s, inserter->bound((uint32_t)(j + r)));
+                    if (!rows.takes(j + r)) continue;
+                    better = tiles::above(s, rows.bound(j + r));
                     if (m_ - i < kTile) better &= (1u << (m_ - i)) - 1;
                     while (better) {
                         const int c = __builtin_ctz(better);
                         better &= better - 1;
-                        inserter->offer((uint32_t)(j + r), (uint32_t)numbers[list_[i + c]], s[c]);
+                        rows.offer(j + r, list_[i + c], s[c]);
                     }
                 }
             }
@@ -335,7 +360,7 @@ class Scanner {
     Lists lists;
 
   private:
-    Buffer<char> rows_, panels_;
+    Buffer<char> tile_, panels_;
     std::vector<int32_t> list_;
     std::vector<float> worst_;
     alignas(64) float products_[kTile * kTile];
@@ -352,7 +377,14 @@ void check_numbers(int64_t n) {
 
 template <class Kernel>
 void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* X, int64_t np, int64_t first,
-                     int64_t K, const float* bound, int64_t* keys) {
+                     int64_t K, const float* bound, int64_t* keys, int64_t x_K, uint64_t* x_keys, float* x_worst) {
+    std::unique_ptr<Inserter> inserter;
+    std::vector<int32_t> numbers;
+    if (x_keys) {
+        inserter.reset(new Inserter(x_K, x_keys, x_worst));
+        numbers.resize(nq);
+        std::iota(numbers.begin(), numbers.end(), 0);
+    }
     const int64_t stride = Kernel::Format::stride(np);
     // few queries are divided among the threads; many go in groups whose lists stay in cache
     const int64_t share = (nq / omp_get_max_threads() + kTile) / kTile * kTile;
@@ -361,8 +393,59 @@ void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* 
         if (bound) std::copy(bound + i0, bound + i1, scanner.lists.worst.begin());
         for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);
         scanner.queries(i1 - i0, np, [&](int64_t i) { return Q + (i0 + i) * stride; }, [](int64_t i) { return i; });
-        scanner.scan(X, 0, nb, first, scanner.lists);
+        if (inserter)
+            scanner.scan(X, 0, nb, first, scanner.lists, SharedLists{*inserter, nb, numbers.data() + i0});
+        else
+            scanner.scan(X, 0, nb, first, scanner.lists, NoLists{});
         for (int64_t i = i0; i < i1; i++) scanner.lists.store(i - i0, keys + i * K);
+    });
+}
+
+// Products of a and b serve the lists of both. A pair of groups has its lists for itself, so pairs that are computed at the
+// same time have no group in common.
+template <class Kernel>
+void search_self_with(int64_t first, int64_t last, const uint32_t* X, int64_t np, int64_t K, int64_t* keys) {
+    const int64_t stride = Kernel::Format::stride(np);
+    Lists lists;
+    lists.start(last, K);
+    parallel_blocks<Nothing>(last, kGroup, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) lists.load(i, keys + i * K);
+    });
+    const int64_t size = 512;       // whatever the number of threads: which of equals are kept depends on it
+    const int64_t nnew = (last - first + size - 1) / size, nold = (first + size - 1) / size;
+    auto begin = [&](int64_t group) { return group < nold ? group * size : first + (group - nold) * size; };
+    auto end = [&](int64_t group) { return std::min(begin(group) + size, group < nold ? first : last); };
+    std::vector<std::pair<int64_t, int64_t>> pairs;
+    auto compare = [&] {
+        parallel_blocks<Scanner<Kernel>>(pairs.size(), 1, [&](int64_t p, int64_t, Scanner<Kernel>& scanner) {
+            const int64_t a = pairs[p].first, b = pairs[p].second;
+            scanner.queries(end(a) - begin(a), np, [&](int64_t i) { return X + (begin(a) + i) * stride; },
+                            [&](int64_t i) { return begin(a) + i; });
+            if (a == b)
+                scanner.scan(X, begin(b), end(b), 0, lists, NoLists{});
+            else
+                scanner.scan(X, begin(b), end(b), 0, lists, SameLists{lists});
+        });
+        pairs.clear();
+    };
+    for (int64_t a = 0; a < nnew; a++) pairs.emplace_back(nold + a, nold + a);
+    compare();
+    // every new group meets every other, as in a tournament; the odd one of `seats` seats may be empty
+    const int64_t seats = nnew + nnew % 2;
+    for (int64_t round = 0; round + 1 < seats; round++) {
+        for (int64_t t = 0; t < seats / 2; t++) {
+            const int64_t a = t ? (round + t) % (seats - 1) : seats - 1, b = (round + seats - 1 - t) % (seats - 1);
+            if (a < nnew && b < nnew) pairs.emplace_back(nold + a, nold + b);
+        }
+        compare();
+    }
+    for (int64_t round = 0; round < std::max(nold, nnew); round++) {
+        for (int64_t t = 0; t < std::min(nold, nnew); t++)
+            pairs.emplace_back(nold + (nnew <= nold ? t : (round + t) % nnew), nnew <= nold ? (round + t) % nold : t);
+        compare();
+    }
+    parallel_blocks<Nothing>(last, kGroup, [&](int64_t i0, int64_t i1, Nothing&) {
+        for (int64_t i = i0; i < i1; i++) lists.store(i, keys + i * K);
     });
 }
 
@@ -413,7 +496,7 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
             const int64_t mj = std::min(kGroup, m - j0);
             t.coarse.lists.start(mj, nprobe);
             t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * stride; }, [](int64_t i) { return i; });
-            t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists);
+            t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists, NoLists{});
             for (int64_t i = 0; i < mj; i++) {
                 const uint64_t* best = t.coarse.lists.best(i);
                 const size_t before = t.visits.size();
@@ -454,8 +537,10 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                 const int32_t* members = t.members.data() + e;
                 t.fine.queries(std::min(kGroup, t.first[c + 1] - e), np,
                                [&](int64_t i) { return group + members[i] * stride; }, [&](int64_t i) { return members[i]; });
-                t.fine.scan(X, begin[c], end[c], 0, lists, inserter.get(), inserter ? middle[c] : 0,
-                            inserter ? numbers + i0 : nullptr);
+                if (inserter)
+                    t.fine.scan(X, begin[c], end[c], 0, lists, SharedLists{*inserter, middle[c], numbers + i0});
+                else
+                    t.fine.scan(X, begin[c], end[c], 0, lists, NoLists{});
             }
         }
         for (int64_t i = 0; i < m; i++) lists.store(i, keys + (i0 + i) * K);
@@ -688,11 +773,20 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
 }
 
 void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, bool bytes, int64_t first,
-                int64_t K, const float* bound, int64_t* keys) {
+                int64_t K, const float* bound, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(first + nb);
-    if (K < 1) throw std::invalid_argument("search_all: K is less than 1");
-    DISPATCH(search_all_with, bytes, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys);
+    if (K < 1 || (x_keys && x_K < 1)) throw std::invalid_argument("search_all: K is less than 1");
+    if (x_keys && !x_worst) throw std::invalid_argument("search_all: x_worst is missing");
+    DISPATCH(search_all_with, bytes, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys, x_K,
+             (uint64_t*)x_keys, x_worst);
+}
+
+void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool bytes, int64_t K, int64_t* keys) {
+    check_width(np);
+    check_numbers(last);
+    if (K < 1 || first < 0 || first > last) throw std::invalid_argument("search_self: K is less than 1, or first out of range");
+    DISPATCH(search_self_with, bytes, first, last, (const uint32_t*)X, np, K, keys);
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids, int64_t nprobe,

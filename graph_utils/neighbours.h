@@ -35,8 +35,17 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
 //
 // Q nq x np, X nb x np words in bfloat16, or np + 1 in bytes; keys in/out nq x K (zeros to begin with)
 // bound      in  nq or null: products that are not greater are left out
+// x_keys     in/out  null, or the lists of the base vectors, nb x x_K: the queries enter them, under the numbers of their
+//                    rows in Q, and are marked as new there
+// x_worst    in/out  nb: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
 void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, bool bytes, int64_t first,
-                int64_t K, const float* bound, int64_t* keys);
+                int64_t K, const float* bound, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst);
+
+// The same for vectors among themselves, with half the products: rows first .. last - 1 of X are compared with each other
+// and with those before. Memory: 8 bytes for each of 2.5 K candidates of `last` vectors.
+//
+// X last x np words in bfloat16, or np + 1 in bytes; keys in/out last x K
+void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool bytes, int64_t K, int64_t* keys);
 
 // The K best of the base vectors in each query's nprobe nearest cells, joined with what keys held (and more cells, while
 // they hold fewer than K vectors). Quick if successive queries are near each other.

@@ -98,18 +98,42 @@ def to_bfloat16(x, scale=None, out=None, residual=None):
 FORMATS = {"bytes": to_bytes, "bfloat16": to_bfloat16}
 
 
-def search_all(Q, X, K, keys=None, first=0, bound=None):
+def search_all(Q, X, K, keys=None, first=0, bound=None, insert=None):
     """The K best of X (nb, words) for each of Q (nq, words), numbered from `first`, joined with `keys`. Returns keys.
 
     Both in bfloat16, or both in bytes.
 
     bound: float32 (nq,), products that are not greater are left out.
+    insert: None, or (x_keys int64 (nb, L), x_worst float32 (nb,)): the queries enter, under the numbers of their rows,
+    the lists x_keys of the rows of X, in the place of the worst, or of the first of the worst. x_worst are the worst
+    products in x_keys, see worst_products; both are updated.
     """
     nq, width = Q.shape
     np_, in_bytes = _format(Q, "Q")
     keys = np.zeros((nq, K), np.int64) if keys is None else _check(keys, np.int64, (nq, K), "keys")
+    x_keys, x_worst = insert or (None, None)
+    if insert:
+        _check(x_keys, np.int64, (len(X), None), "x_keys")
+        _check(x_worst, np.float32, (len(X),), "x_worst")
     core.search_all(nq, Q, len(X), _check(X, np.int32, (None, width), "X"), np_, in_bytes, first, K,
-                    None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys)
+                    None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys,
+                    x_keys.shape[1] if insert else 0, x_keys, x_worst)
+    return keys
+
+
+def search_self(X, K, progress=None, block=1 << 14):
+    """The K best of X (n, words) for each of X itself: search_all(X, X, K), with half the products.
+
+    progress: called with the number of rows that have been compared with all before them. Memory: 20 K bytes per row.
+    Returns keys, int64 (n, K).
+    """
+    n = len(X)
+    np_, in_bytes = _format(X, "X")
+    keys = np.zeros((n, K), np.int64)
+    for i in range(0, n, block):
+        core.search_self(i, min(i + block, n), X, np_, in_bytes, K, keys)
+        if progress is not None:
+            progress(min(i + block, n))
     return keys
 
 

@@ -102,7 +102,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
 def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
-    Exact below 100,000 nodes; above, base images are searched for among near cells, and neighbours of neighbours, at
+    Exact below 131,072 nodes; above, base images are searched for among near cells, and neighbours of neighbours, at
     recall@k >= 0.96, and test images among near cells at recall@k >= 0.99, as measured on samples of both.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """

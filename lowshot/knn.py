@@ -25,9 +25,10 @@ from lowshot.cells import BLOCK, Cells, Vectors, nearest_cell
 from lowshot.packages import faiss
 from lowshot.script import Progress
 
-EXACT_BELOW = 100_000       # sets smaller than this are searched exactly
+EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
+FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
 SPARE_LISTED = 8            # the same in lists that are not proven: bytes put .998 of the 32 best among the 40 best
 BYTES_ERR = .003            # five standard errors of products in bytes, where elements are alike in size
@@ -90,13 +91,17 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     progress = progress or _silent
     lost = np.empty(Q.n, np.float32)
     queries = np.concatenate([Q.converted("bfloat16", i, j, residual=lost[i:j]) for i, j in Q.blocks()])
-    keys = np.zeros((Q.n, min(k + spare, X.n)), np.int64)
-    lost_most = 0.0
-    for i, j in X.blocks():
-        residual = np.empty(j - i, np.float32)
-        nb.search_all(queries, X.converted("bfloat16", i, j, residual=residual), keys.shape[1], keys, i)
-        lost_most = max(lost_most, float(residual.max()))
-        progress("vectors compared with all queries", j, X.n)
+    K = min(k + spare, X.n)
+    if self:
+        lost_most = float(lost.max())
+        keys = nb.search_self(queries, K, lambda done: progress("pairs of vectors compared", done ** 2, Q.n ** 2))
+    else:
+        lost_most, keys = 0.0, np.zeros((Q.n, K), np.int64)
+        for i, j in X.blocks():
+            residual = np.empty(j - i, np.float32)
+            nb.search_all(queries, X.converted("bfloat16", i, j, residual=residual), K, keys, i)
+            lost_most = max(lost_most, float(residual.max()))
+            progress("vectors compared with all queries", j, X.n)
     error = _error(lost, lost_most, Q.longest, X.longest)
     worst = nb.worst_products(keys)
     _leave_possible(keys, k, error)
@@ -154,7 +159,8 @@ def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None):
 def _float32_knn(xq, X, k):
     """Exact search in float32 throughout."""
     D, I = np.full((len(xq), k), -np.inf, np.float32), np.full((len(xq), k), -1, np.int32)
-    for i, j in X.blocks():
+    for i in range(0, X.n, FLOAT32_BLOCK):
+        j = min(i + FLOAT32_BLOCK, X.n)
         x = X.stretch(i, j)
         x = np.ascontiguousarray(x if X.scale is None else x * X.scale[i:j, None])
         d, number = faiss.knn(np.ascontiguousarray(xq), x, min(k, j - i), metric=faiss.METRIC_INNER_PRODUCT)
@@ -199,18 +205,17 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         lost, x = np.empty(j - i, np.float32), X.stretch(i, j)
         block = nb.to_bfloat16(x, X.factors(slice(i, j)), residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
-        nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i)
         # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
         error = _error(lost, lost_most, X.longest, new.longest)
-        bound = D[i:j, -1] - error
-        bound[I[i:j, -1] < 0] = -np.inf
-        keys = nb.search_all(block, new_bf, min(columns + SPARE, m), bound=bound.astype(np.float32))
-        rows = np.flatnonzero(keys.any(axis=1))
+        bound = np.where(I[i:j, -1] < 0, np.float32(-np.inf), D[i:j, -1] - error)
+        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(columns + SPARE, m), axis=1)
+        nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
+        rows = np.flatnonzero(nb.numbers(keys[:, 0]) >= 0)      # of equal ones, the first makes room
         if len(rows):
             keys, x, numbers = np.ascontiguousarray(keys[rows]), x[rows], (i + rows).astype(np.int32)
             scale = X.factors(numbers)
             found_D, found_I = nb.exact_products(keys, x, new.arrays, columns, q_scale=scale, x_scale=new.scale)
-            full = (keys != 0).all(axis=1) & (keys.shape[1] < m)
+            full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < m)
             unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
             if len(unsure):
                 found_D[unsure], found_I[unsure] = _float32_knn(

@@ -98,6 +98,65 @@ def test_search_all_finds_the_best_products_of_rounded_vectors(nq, n, d, K, stor
         np.testing.assert_allclose(-np.sort(-S[i, mine]), best[i], atol=2e-6)
 
 
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n,d,K,block", [(1, 4, 3, 16), (7, 33, 9, 3), (700, 40, 12, 100), (2600, 32, 70, 1 << 14),
+                                         (3300, 64, 20, 1100)])
+def test_search_self_finds_what_search_all_finds(n, d, K, block, threads, stored):
+    X = FORMATS[stored][0](unit_vectors(n, d, 1))
+    old, done = core.get_num_threads(), []
+    core.set_num_threads(threads)
+    try:
+        keys = nb.search_self(X, K, done.append, block)
+    finally:
+        core.set_num_threads(old)
+    np.testing.assert_array_equal(np.sort(keys), np.sort(nb.search_all(X, X, K)))
+    assert done[-1] == n and len(done) == -(-n // block)
+
+
+def test_among_equals_the_number_of_threads_does_not_choose():
+    X = nb.to_bfloat16(np.repeat(unit_vectors(40, 32), 40, axis=0))
+    old = core.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            core.set_num_threads(threads)
+            found.append(np.sort(nb.search_self(X, 10)))
+    finally:
+        core.set_num_threads(old)
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    assert (nb.numbers(found[0]) // 40 == np.arange(1600)[:, None] // 40).all()
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("nq,n,d,K,L", [(1, 1, 5, 1, 1), (37, 61, 40, 30, 5), (2100, 1333, 64, 17, 40), (5, 300, 32, 9, 20)])
+def test_queries_enter_the_lists_of_all_rows(nq, n, d, K, L, threads, stored):
+    """Bars keep the worse out; every third row takes all that come while it has room."""
+    convert, rounded = FORMATS[stored]
+    q, x = unit_vectors(nq, d, 1), unit_vectors(n, d, 2)
+    bound = np.linspace(-.1, .2, n).astype(np.float32)
+    bound[::3] = -np.inf
+    x_keys = np.repeat(nb.make_keys(bound, np.full(n, nb.NONE))[:, None], L, axis=1)
+    old = core.get_num_threads()
+    core.set_num_threads(threads)
+    try:
+        keys = nb.search_all(convert(q), convert(x), K, insert=(x_keys, bound))
+    finally:
+        core.set_num_threads(old)
+    np.testing.assert_array_equal(np.sort(keys), np.sort(nb.search_all(convert(q), convert(x), K)))
+    np.testing.assert_array_equal(bound, nb.worst_products(x_keys))
+    S = rounded(x).astype(np.float64) @ rounded(q).T.astype(np.float64)
+    for i in range(n):
+        number = nb.numbers(x_keys[i])
+        number = number[number >= 0]
+        bar = -np.inf if i % 3 == 0 else np.linspace(-.1, .2, n)[i]
+        want = -np.sort(-S[i][S[i] > bar])[:L]
+        assert len(set(number)) == len(number) and abs(len(number) - len(want)) <= (S[i] > bar - 1e-5).sum() - (S[i] > bar + 1e-5).sum()
+        np.testing.assert_allclose(-np.sort(-S[i, number])[:len(want)], want[:len(number)], atol=2e-6)
+        assert (number.size > 0) == (nb.numbers(x_keys[i, 0]) >= 0)
+
+
 def test_blocks_give_the_same_as_one_call():
     q, x = nb.to_bfloat16(unit_vectors(50, 64, 1)), nb.to_bfloat16(unit_vectors(300, 64, 2))
     whole = nb.search_all(q, x, 12)
