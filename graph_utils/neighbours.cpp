@@ -330,11 +330,16 @@ class Scanner {
         const int64_t stride = Kernel::Format::stride(np_);
         for (int64_t j = first; j < last; j += kTile) {
             const int nr = (int)std::min<int64_t>(kTile, last - j);
-            for (int r = 0; r < nr; r++) Kernel::row(X + (j + r) * stride, np_, tile_.get(), r);
+            float bounds[kTile];        // what it takes to enter a row's list: it rises, so an old one lets too much through
+            for (int r = 0; r < nr; r++) {
+                Kernel::row(X + (j + r) * stride, np_, tile_.get(), r);
+                bounds[r] = rows.takes(j + r) ? rows.bound(j + r) : std::numeric_limits<float>::infinity();
+            }
             for (int64_t i = 0; i < m_; i += kTile) {
                 Kernel::tile(tile_.get(), nr, panels_.get() + i / kTile * bytes_, np_, products_);
                 float* worst = worst_.data() + i;
-                for (int r = 0; r < nr; r++) {
+                for (uint32_t left = tiles::rows_above(products_, nr, worst, bounds); left; left &= left - 1) {
+                    const int r = __builtin_ctz(left);
                     const float* s = products_ + r * kTile;
                     uint32_t better = tiles::above_each(s, worst);
                     while (better) {
@@ -345,7 +350,8 @@ class Scanner {
                         worst[c] = lists.worst[list];
                     }
                     if (!rows.takes(j + r)) continue;
-                    better = tiles::above(s, rows.bound(j + r));
+                    bounds[r] = rows.bound(j + r);
+                    better = tiles::above(s, bounds[r]);
                     if (m_ - i < kTile) better &= (1u << (m_ - i)) - 1;
                     while (better) {
                         const int c = __builtin_ctz(better);
@@ -544,6 +550,49 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
             }
         }
         for (int64_t i = 0; i < m; i++) lists.store(i, keys + (i0 + i) * K);
+    });
+}
+
+template <class Kernel>
+struct OneToMany {
+    OneToMany() { Kernel::begin(); }
+    ~OneToMany() { Kernel::end(); }
+    Buffer<char> row, panel;
+    std::vector<uint32_t> others;
+    alignas(64) float products[kTile * kTile];
+};
+
+template <class Kernel>
+void known_lists_with(int64_t n, const uint32_t* X, int64_t np, const int32_t* order, const int32_t* position, int64_t n0,
+                      int64_t k, const int32_t* I, float margin, int64_t K, uint64_t* keys) {
+    const int64_t stride = Kernel::Format::stride(np);
+    parallel_blocks<OneToMany<Kernel>>(n, 256, [&](int64_t i0, int64_t i1, OneToMany<Kernel>& t) {
+        t.row.reserve(Kernel::tile_bytes(np));
+        t.panel.reserve(Kernel::tile_bytes(np));
+        for (int64_t p = i0; p < i1; p++) {
+            uint64_t* list = keys + p * K;
+            std::fill(list, list + K, (uint64_t)0);
+            if (order[p] >= n0) continue;
+            const int32_t* known = I + order[p] * k;
+            t.others.clear();
+            for (int64_t j = 0; j < k && known[j] >= 0; j++) t.others.push_back((uint32_t)position[known[j]]);
+            const int64_t m = (int64_t)t.others.size();
+            for (const uint32_t u : t.others)
+                for (int64_t w = 0; w < stride; w += 16) __builtin_prefetch(X + (int64_t)u * stride + w);
+            if (m) Kernel::row(X + p * stride, np, t.row.get(), 0);
+            float least = std::numeric_limits<float>::infinity();
+            for (int64_t j0 = 0; j0 < m; j0 += kTile) {
+                const uint32_t* source[kTile];
+                for (int64_t c = 0; c < kTile; c++) source[c] = X + (int64_t)t.others[std::min(j0 + c, m - 1)] * stride;
+                Kernel::panel(source, np, t.panel.get());
+                Kernel::tile(t.row.get(), 1, t.panel.get(), np, t.products);
+                for (int64_t j = j0; j < std::min(m, j0 + kTile); j++) {
+                    list[j] = key_of(t.products[j - j0], t.others[j]);
+                    least = std::min(least, t.products[j - j0]);
+                }
+            }
+            if (m == k) std::fill(list + k, list + K, key_of(least - margin, kNumber));
+        }
     });
 }
 
@@ -800,6 +849,16 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t 
              enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys, x_worst);
 }
 
+void known_lists(int64_t n, const int32_t* X, int64_t np, bool bytes, const int32_t* order, const int32_t* position,
+                 int64_t n0, int64_t k, const int32_t* I, float margin, int64_t K, int64_t* keys) {
+    check_width(np);
+    check_numbers(n);
+    if (n0 > n || k > K || k < 1) throw std::invalid_argument("known_lists: more known lists than nodes, or longer than K");
+    for (int64_t e = 0; e < n0 * k; e++)
+        if (I[e] >= n) throw std::invalid_argument("known_lists: a neighbour is out of range");
+    DISPATCH(known_lists_with, bytes, n, (const uint32_t*)X, np, order, position, n0, k, I, margin, K, (uint64_t*)keys);
+}
+
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {
     check_numbers(n);
     parallel_blocks<Nothing>(n, 4096, [&](int64_t i0, int64_t i1, Nothing&) {
@@ -857,7 +916,8 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t 
 
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
                     int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
-                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, float* D, int32_t* I) {
+                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, int64_t known,
+                    float* D, int32_t* I) {
     const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
     struct Scratch {
         std::vector<std::pair<float, int32_t>> list;
@@ -876,13 +936,21 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                 t.list.emplace_back(0.0f, number);
             }
             if (!has_self) t.list.emplace_back(0.0f, (int32_t)q);
+            size_t done = 0;        // entries whose products are known come first
+            if (q < known)
+                for (auto& entry : t.list) {
+                    const int32_t *row = I + q * k, *at = std::find(row, row + k, entry.second);
+                    if (at == row + k) continue;
+                    entry.first = D[at - I];
+                    std::swap(entry, t.list[done++]);
+                }
             const size_t ahead = 4;
-            for (size_t j = 0; j < t.list.size() + ahead; j++) {
+            for (size_t j = done; j < t.list.size() + ahead; j++) {
                 if (j < t.list.size()) {
                     const float* y = X[t.list[j].second];
                     for (int64_t w = 0; w < d; w += 16) __builtin_prefetch(y + w);
                 }
-                if (j >= ahead) {
+                if (j >= done + ahead) {
                     auto& entry = t.list[j - ahead];
                     entry.first = inner_product(x, X[entry.second], d) * (Q.factor(q) * X.factor(entry.second));
                 }

@@ -62,6 +62,15 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t 
                   int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K,
                   int64_t* keys, const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst);
 
+// Candidate lists from known neighbours, with products of the vectors in X. They are not marked as new.
+//
+// order, position in  n: row p of X is node order[p]; node i is in row position[i]
+// I          in  n0 x k: neighbours of the first n0 nodes, as nodes; -1 after the last
+// margin     in  places after k known neighbours get a bar: what is worse than these by more does not enter
+// keys       out n x K, K >= k, by rows of X; zeros for other nodes
+void known_lists(int64_t n, const int32_t* X, int64_t np, bool bytes, const int32_t* order, const int32_t* position,
+                 int64_t n0, int64_t k, const int32_t* I, float margin, int64_t K, int64_t* keys);
+
 // One round of neighbours-of-neighbours on a graph (NN-descent: Dong et al., WWW 2011). Deterministic.
 //
 // start_round copies the lists and marks all entries as old; reverse_lists makes the lists of who has a node as its
@@ -88,10 +97,12 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t 
 // X0, X1    in   the same for the base vectors
 // self      in   1: queries are the base vectors, and each heads the list of those that are as near as itself; it is
 //                put in if it is missing
+// known     in   rows of D, I before this one hold products that need not be computed again
 // D, I      out  rows of k products and numbers, best first, -inf and -1 where there are fewer
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
                     int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
-                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, float* D, int32_t* I);
+                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, int64_t known, float* D,
+                    int32_t* I);
 
 // Rows of a file of float32, d to a row, read by several threads; row numbers outside 0 .. nrow - 1 are left out.
 //

@@ -169,6 +169,21 @@ def worst_products(keys, block=1 << 16):
     return worst
 
 
+def known_lists(X, order, position, I, margin, keys):
+    """Fill keys (n, K) with the products of known neighbours I int32 (n0, k <= K) of the first n0 nodes.
+
+    order, position: int32 (n,), the node in each row of X, and the row of each node; neighbours are nodes in I, and rows
+    in the keys. Places after k neighbours get a bar, `margin` below the worst of them.
+    """
+    n = len(X)
+    np_, in_bytes = _format(_check(X, np.int32, (None, None), "X"), "X")
+    I = np.ascontiguousarray(I)
+    for array, dtype, shape, name in ((order, np.int32, (n,), "order"), (position, np.int32, (n,), "position"),
+                                      (I, np.int32, (None, None), "I"), (keys, np.int64, (n, None), "keys")):
+        _check(array, dtype, shape, name)
+    core.known_lists(n, X, np_, in_bytes, order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
+
+
 def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     """One round of neighbours-of-neighbours on the lists of all nodes, in place (NN-descent).
 
@@ -216,13 +231,14 @@ def _two_parts(parts, name):
 
 
 def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale=None, x_scale=None, self=False,
-                   D=None, I=None):
+                   D=None, I=None, known=0):
     """The k best of each list of keys (m, K), by float32 inner products, best first.
 
     queries, base: float32 (., d), or pairs of such arrays that follow each other; q_scale, x_scale: factors of their
     rows. q_number int32 (m,): the query and the row of D, I of each list (default: in order). x_number int32: original
     numbers of the numbers in the keys. self: queries and base are the same; each is in its own list, and first in it
-    unless another is nearer by rounding. Returns D float32, I int32, with as many rows as there are queries.
+    unless another is nearer by rounding. known: rows of D, I before this one hold exact products already, which are
+    looked up there, not computed again. Returns D float32, I int32, with as many rows as there are queries.
     """
     m, K = keys.shape
     Q0, Q1, nq = _two_parts(queries, "queries")
@@ -236,7 +252,7 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
     if x_number is not None:
         _check(x_number, np.int32, (None,), "x_number")
     core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, Q0.shape[1], Q0, len(Q0), Q1,
-                        q_scale, X0, len(X0), X1, x_scale, bool(self), k, D, I)
+                        q_scale, X0, len(X0), X1, x_scale, bool(self), k, known, D, I)
     return D, I
 
 

@@ -97,6 +97,25 @@ inline uint32_t above_each(const float* s, const float* bounds) {
 #endif
 }
 
+// Bits r of the n rows of s in which a number is greater than its column's bound, or than the row's.
+inline uint32_t rows_above(const float* s, int n, const float* column_bounds, const float* row_bounds) {
+    uint32_t rows = 0;
+#ifdef __AVX512F__
+    const __m512 left = _mm512_loadu_ps(column_bounds), right = _mm512_loadu_ps(column_bounds + 16);
+    for (int r = 0; r < n; r++) {
+        const __m512 b = _mm512_set1_ps(row_bounds[r]);
+        const __m512 s0 = _mm512_loadu_ps(s + r * kTile), s1 = _mm512_loadu_ps(s + r * kTile + 16);
+        const __mmask16 any = _mm512_cmp_ps_mask(s0, left, _CMP_GT_OQ) | _mm512_cmp_ps_mask(s1, right, _CMP_GT_OQ)
+            | _mm512_cmp_ps_mask(s0, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(s1, b, _CMP_GT_OQ);
+        rows |= (uint32_t)(any != 0) << r;
+    }
+#else
+    for (int r = 0; r < n; r++)
+        rows |= (uint32_t)((above_each(s + r * kTile, column_bounds) | above(s + r * kTile, row_bounds[r])) != 0) << r;
+#endif
+    return rows;
+}
+
 // ---- how vectors are stored
 
 struct Bfloat16 {

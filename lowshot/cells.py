@@ -6,8 +6,9 @@ import numpy as np
 
 from graph_utils import neighbours as nb
 from lowshot.features import MatrixFile, NormalisedRows, row_norms
+from lowshot.packages import faiss
 
-BLOCK = 1 << 16
+BLOCK = 1 << 14                     # vectors in hand at a time: memory that is freed and taken again stays mapped, and in cache
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
 
 
@@ -166,25 +167,63 @@ def chained(centroids):
     return chain
 
 
-class Cells:
-    """Vectors in bytes, sorted by cell, cells chained by similarity, within a cell in the order of their numbers.
+class Codes:
+    """What stands for vectors when many are compared: all their dimensions, or the projection on some, in few bits.
 
-    Where bytes are too coarse, become_bfloat16() takes twice the memory.
-
-    X          int32 (n, words): the vectors; row p is number order[p]
-    order      int32 (n,)
-    begin, end int64 (nlist,): rows of each cell
-    centroids  float32 (nlist, d), in the order of the chain; C: the same in the format of X
-    format     "bytes" or "bfloat16"
-    candidates None, or (k, recall, what knn.candidates_needed() found for these)
-    Memory: 1 byte per element and 12 per vector.
+    format: "bytes" or "bfloat16"; projection: float32 (m, d), or None.
     """
 
-    def __init__(self, vectors, centroids, cell, progress=None):
+    def __init__(self, format="bytes", projection=None):
+        self.format, self.transform = format, None
+        if projection is not None:
+            # Faiss, not numpy, whose threads wait for more of the same after each product, in the way of ours
+            self.transform = faiss.LinearTransform(projection.shape[1], projection.shape[0], False)
+            faiss.copy_array_to_vector(projection.ravel(), self.transform.A)
+            self.transform.is_trained = True
+
+    def projected(self, x):
+        """x float32 (n, d) in the dimensions that are compared."""
+        return x if self.transform is None else self.transform.apply(x)
+
+    def __call__(self, x, scale=None):
+        """x, each row times scale (n,) if given, as int32 (n, words)."""
+        return nb.FORMATS[self.format](self.projected(x), scale)
+
+    def words(self, d):
+        m = d if self.transform is None else self.transform.d_out
+        return nb.words_of_bytes(m) if self.format == "bytes" else nb.words(m)
+
+
+def main_directions(vectors, m, seed=0):
+    """Projection float32 (m, d) on the m directions with the most of the vectors' energy.
+
+    Turned at random within these, so that elements are alike in size, which is what a common step of bytes suits.
+    """
+    rs = np.random.RandomState(seed)
+    sample = np.sort(rs.choice(vectors.n, min(vectors.n, max(4 * vectors.d, (1 << 22) // vectors.d)), replace=False))
+    x = vectors.scaled_rows(sample).astype(np.float64)
+    V = np.linalg.eigh(x.T @ x)[1][:, ::-1]         # by falling eigenvalue
+    turn = np.linalg.qr(rs.randn(m, m))[0]
+    return np.ascontiguousarray(turn @ V[:, :m].T, dtype=np.float32)
+
+
+class Cells:
+    """Vectors sorted by cell, cells chained by similarity, within a cell in the order of their numbers.
+
+    order      int32 (n,): row p of X is number order[p]
+    begin, end int64 (nlist,): rows of each cell
+    centroids  float32 (nlist, d), in the order of the chain
+    and, once it is known what stands for the vectors, after use():
+    codes      Codes; X int32 (n, words): the vectors; C: the centroids
+    comparison None, or what knn.compared_by() found
+    Memory: that of the codes, and 12 bytes per vector.
+    """
+
+    def __init__(self, vectors, centroids, cell):
         chain = chained(centroids)
         rank = np.empty(len(chain), np.int32)
         rank[chain] = np.arange(len(chain), dtype=np.int32)
-        self.vectors, self.candidates = vectors, None
+        self.vectors, self.codes, self.X, self.comparison = vectors, None, None, None
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
         self.chain = chain
@@ -192,25 +231,16 @@ class Cells:
         sizes = np.bincount(cell, minlength=len(chain))[chain]
         self.end = np.cumsum(sizes)
         self.begin = self.end - sizes
-        self._fill("bytes", progress)
 
-    def _fill(self, format, progress=None):
-        self.format = format
-        self.C = self.converted(self.centroids)
+    def use(self, codes, progress=None):
+        self.codes, self.X = codes, None
+        self.C = codes(self.centroids)
         self.X = nb.aligned_zeros((self.n, self.C.shape[1]), np.int32)
         position = self.position()
         for i, j in self.vectors.blocks():
-            self.X[position[i:j]] = self.vectors.converted(format, i, j)
+            self.X[position[i:j]] = codes(self.vectors.stretch(i, j), self.vectors.factors(slice(i, j)))
             if progress is not None:
                 progress(j)
-
-    def become_bfloat16(self):
-        self.X = None
-        self._fill("bfloat16")
-
-    def converted(self, x):
-        """x float32 (m, d) in the format of X."""
-        return nb.FORMATS[self.format](x)
 
     @classmethod
     def train(cls, vectors, nlist=None, seed=0, progress=None):

@@ -24,7 +24,7 @@ from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 6
+VERSION = 7
 BLOCK = 65536
 
 

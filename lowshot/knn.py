@@ -21,7 +21,7 @@ import contextlib
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.cells import BLOCK, Cells, Vectors, nearest_cell
+from lowshot.cells import BLOCK, Cells, Codes, Vectors, main_directions, nearest_cell
 from lowshot.packages import faiss
 from lowshot.script import Progress
 
@@ -29,11 +29,12 @@ EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
+BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
 LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
-SPARE_LISTED = 8            # the same in lists that are not proven: bytes put .998 of the 32 best among the 40 best
-BYTES_ERR = .003            # five standard errors of products in bytes, where elements are alike in size
-BYTES_LOSE = .004           # recall that the errors of bytes cost at most
+SPARE_LISTED = 8            # the same at least in lists that are not proven
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
+CODES_SAMPLE = 4            # of these, every fourth tells what codes lose
+CODES_AT_ONCE = 25          # so many of them at a time
 SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
                             # where lists are longer
@@ -88,10 +89,14 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
         raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
     if not Q.n or not X.n:
         return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
-    progress = progress or _silent
+    return _exact_of(*_candidates(Q, X, k + spare, progress or _silent, self), Q, X, k, progress or _silent, self)
+
+
+def _candidates(Q, X, K, progress, self):
+    """(keys, error): the K best by products in bfloat16, and bounds of the errors of these, float32 (Q.n,)."""
     lost = np.empty(Q.n, np.float32)
     queries = np.concatenate([Q.converted("bfloat16", i, j, residual=lost[i:j]) for i, j in Q.blocks()])
-    K = min(k + spare, X.n)
+    K = min(K, X.n)
     if self:
         lost_most = float(lost.max())
         keys = nb.search_self(queries, K, lambda done: progress("pairs of vectors compared", done ** 2, Q.n ** 2))
@@ -102,7 +107,11 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
             nb.search_all(queries, X.converted("bfloat16", i, j, residual=residual), K, keys, i)
             lost_most = max(lost_most, float(residual.max()))
             progress("vectors compared with all queries", j, X.n)
-    error = _error(lost, lost_most, Q.longest, X.longest)
+    return keys, _error(lost, lost_most, Q.longest, X.longest)
+
+
+def _exact_of(keys, error, Q, X, k, progress, self):
+    """exact_knn(), given what _candidates() found; keys are changed."""
     worst = nb.worst_products(keys)
     _leave_possible(keys, k, error)
     D, I = _best_of(keys, Q, X, k, self)
@@ -238,27 +247,53 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
 class Sample:
     """Some of `vectors`, of those from number `first` on, and their true neighbours among the Vectors X.
 
-    number int32 (m,); D, I: their k nearest by exact search.
+    number int32 (m,); D, I: their k nearest by exact search. candidates: int64 (m, k + MANY_SPARE) the nearest, in no order,
+    hardly any of them wrong.
     """
 
     def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0):
         rs, n = np.random.RandomState(seed), vectors.n - first
         self.number = np.sort(first + rs.choice(n, min(size, n), replace=False)).astype(np.int32)
-        self.k = k
+        self.k, self.X = k, X
         self.x = vectors.scaled_rows(self.number)
+        Q = _vectors(self.x)
         # in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
-        self.D, self.I = exact_knn(self.x, X, k, progress, spare=MANY_SPARE)
+        keys, error = _candidates(Q, X, k + MANY_SPARE, progress or _silent, False)
+        self.candidates = nb.numbers(keys)
+        self.D, self.I = _exact_of(keys, error, Q, X, k, progress or _silent, False)
 
     def recall_by_nprobe(self, cells, position):
         """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ..."""
         nlist = len(cells.centroids)
-        S = self.x @ cells.centroids.T
+        S = cells.codes.projected(self.x) @ cells.codes.projected(cells.centroids).T
         rank = np.empty(S.shape, np.int32)
         np.put_along_axis(rank, np.argsort(-S, axis=1, kind="stable"), np.arange(nlist, dtype=np.int32)[None], 1)
         have = self.I >= 0
         cell = np.searchsorted(cells.end, position[np.maximum(self.I, 0)], "right")
         rank = np.take_along_axis(rank, cell, 1)
         return np.cumsum(np.bincount(rank[have], minlength=nlist)) / max(1, have.sum())
+
+    def recall_by_length(self, codes, longest):
+        """What is found of the true neighbours among the best K by codes, float64, for K = k, k + 1 ... longest; and the
+        standard error of products of codes."""
+        found, true, errors = np.zeros(longest), 0, []
+        chosen = np.arange(0, len(self.number), CODES_SAMPLE)
+        for rows in np.split(chosen, range(CODES_AT_ONCE, len(chosen), CODES_AT_ONCE)):
+            numbers = self.candidates[rows]         # as many for each
+            x = self.X.scaled_rows(numbers.ravel())
+            q_codes, x_codes = codes(self.x[rows]), codes(x)
+            for r, i in enumerate(rows):
+                mine = slice(r * numbers.shape[1], (r + 1) * numbers.shape[1])
+                keys = nb.search_all(q_codes[r:r + 1], x_codes[mine], numbers.shape[1])[0]
+                keys = np.sort(keys.view(np.uint64))[::-1].view(np.int64)
+                exact = np.einsum("ij,j->i", x[mine], self.x[i])[nb.numbers(keys)]
+                errors.append((nb.similarities(keys) - exact).std())
+                k = np.count_nonzero(self.I[i] >= 0)
+                near = np.cumsum(exact[:longest] >= self.D[i, k - 1] - 1e-6)
+                found[:len(near)] += np.minimum(near, k)
+                found[len(near):] += min(near[-1], k)
+                true += k
+        return found[self.k - 1:] / true, float(np.sqrt(np.mean(np.square(errors))))
 
     def recall_of_keys(self, keys, cells):
         """recall() of the best of candidates, int64 (m, K)."""
@@ -314,15 +349,18 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     n0 = len(initial[0]) if initial is not None and len(initial[0]) < n else 0
     # known lists are as they are: it is the new nodes, and their entries in these lists, that have to be found
     sample = Sample(vectors, vectors, min(k, n), seed, progress, first=n0)
-    wanted, reverse, needed = with_margin(recall), REVERSE, candidates_needed(sample, cells, recall, say)
+    wanted, reverse = with_margin(recall), REVERSE
+    comparison = compared_by(sample, cells, recall, progress, say)
+    needed = comparison.needed(recall)
     curve = sample.recall_by_nprobe(cells, position)
     if initial is not None and len(initial[0]):
         K = max(needed, initial[0].shape[1] + SPARE_LISTED)
-        lists = Lists(cells, position, K, initial, checkpoint)
+        lists = Lists(cells, position, K, initial, checkpoint, comparison.error)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
-        # little further, as bytes err; and as far as it takes a second or two
+        # little further, as codes err; and as far as it takes a second or two
         affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
-        p = nprobe or max(min(cells_reaching(curve, wanted + BYTES_LOSE), max(1, len(curve) // 8)), min(affordable, len(curve)))
+        p = nprobe or max(min(cells_reaching(curve, wanted + comparison.lost(K)), max(1, len(curve) // 8)),
+                          min(affordable, len(curve)))
     else:
         # from here on neighbours of neighbours are the quicker way
         p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
@@ -349,43 +387,73 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         p, rounds = min(4 * p, len(curve)), 0
         lists.restart()
     if have < recall and not nprobe:
-        say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.format} gives here")
+        say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.codes.format} gives here")
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
     numbers = lists.become_numbers(needed)
+    if n0:
+        D[:n0], I[:n0] = (a[:, :k] for a in initial)
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
         keys = nb.make_keys(np.zeros(numbers[rows].shape, np.float32), numbers[rows])
         nb.exact_products(keys, vectors.arrays, vectors.arrays, k, cells.order[rows], cells.order, vectors.scale,
-                          vectors.scale, True, D, I)
+                          vectors.scale, True, D, I, known=n0)
         progress("nodes' similarities computed", min(i + BLOCK, n), n)
     vectors.release()
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
 
 
-def candidates_needed(sample, cells, recall, say):
-    """Candidates per node: a few more than neighbours, so that rounding costs a quarter of what recall leaves at most.
+class Comparison:
+    """What comparing vectors by codes loses, as measured on a sample.
 
-    Where vectors differ by hardly more than bytes do, as in clusters of nearly the same image, cells become bfloat16. What
-    was found for one sample holds for the next that asks for no more.
+    k: neighbours that are wanted; error: standard error of products of codes.
     """
-    k, reached, needed = cells.candidates or (0, 0, 0)
-    if k != sample.k or reached < recall:
-        needed = _candidates_needed(sample, cells, recall, say)
-        cells.candidates = sample.k, recall, needed
-    return needed
+
+    def __init__(self, sample, codes):
+        self.codes, self.k = codes, sample.k
+        self.recall, self.error = sample.recall_by_length(codes, longest_list(sample.k))
+
+    def lost(self, K):
+        """Recall that is lost where K candidates are kept."""
+        return 1 - float(self.recall[min(K - self.k, len(self.recall) - 1)])
+
+    def needed(self, recall):
+        """Candidates per node, a few more than neighbours, so that codes cost a quarter of what recall leaves at most; the
+        most there may be, where that is not enough."""
+        most = self.k + len(self.recall) - 1
+        return next((K for K in range(self.k + SPARE_LISTED, most, 8) if self.suffices(recall, K)), most)
+
+    def suffices(self, recall, K):
+        return self.lost(K) <= (1 - recall) / 4
+
+    def cost(self, recall, d):
+        """Of the rounds of neighbours-of-neighbours, to compare with that of others; infinite where recall is out of reach."""
+        K = self.needed(recall)
+        return self.codes.words(d) * (K + REVERSE) ** 2 if self.suffices(recall, K) else np.inf
 
 
-def _candidates_needed(sample, cells, recall, say):
-    K = sample.k + SPARE_LISTED
-    while True:
-        keys = nb.search_all(cells.converted(sample.x), cells.X, K)
-        if sample.recall_of_keys(keys, cells) >= 1 - (1 - recall) / 4:
-            return K
-        if cells.format == "bfloat16":
-            return longest_list(sample.k)
+def compared_by(sample, cells, recall, progress, say):
+    """The Comparison that is the cheapest for this recall; cells then hold the vectors by its codes.
+
+    Bytes of half the dimensions or of all; where vectors differ by hardly more than bytes do, as in clusters of nearly the
+    same image, bfloat16. What was found for one sample holds for the next that asks for no more.
+    """
+    d, now = sample.x.shape[1], cells.comparison
+    if now is not None and now.k == sample.k and now.suffices(recall, now.needed(recall)):
+        return now
+    choices = [Comparison(sample, Codes("bytes"))]
+    half = -(-d // 128) * 64
+    if half < d:
+        choices.append(Comparison(sample, Codes("bytes", main_directions(cells.vectors, half))))
+    best = min(choices, key=lambda c: c.cost(recall, d))
+    if best.cost(recall, d) == np.inf:
         say("vectors are nearly the same: compared in bfloat16, in twice the memory and time of bytes")
-        cells.become_bfloat16()
+        best = Comparison(sample, Codes("bfloat16"))
+    elif best.codes.transform is not None:
+        say(f"vectors are compared in {half} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
+    cells.use(best.codes, lambda done: progress("vectors sorted by cell", done, cells.n))
+    cells.comparison = best
+    return best
 
 
 def longest_list(k):
@@ -396,9 +464,9 @@ def longest_list(k):
 class Lists:
     """The candidate lists of all nodes, in the order of cells."""
 
-    def __init__(self, cells, position, K, initial=None, checkpoint=None):
+    def __init__(self, cells, position, K, initial=None, checkpoint=None, error=0.0):
         self.cells, self.position, self.checkpoint = cells, position, checkpoint
-        self.initial = initial
+        self.initial, self.error = initial, error
         self.n0 = len(initial[0]) if initial is not None else 0
         self.K = K
         n = cells.n
@@ -415,16 +483,11 @@ class Lists:
     def restart(self):
         """Empty lists, but for those that were given."""
         self.searched, self.rounds = 0, 0
-        for i in range(0, self.cells.n, BLOCK):
-            rows = self.cells.order[i:i + BLOCK]
-            self.keys[i:i + BLOCK] = 0
-            old = np.flatnonzero(rows < self.n0)
-            if len(old):
-                D, I = (a[rows[old]] for a in self.initial)
-                k = I.shape[1]
-                self.keys[i + old, :k] = nb.make_keys(D, np.where(I < 0, -1, self.position[np.maximum(I, 0)]))
-                # further places are for what may be among the k best, not for whatever comes first
-                self.keys[i + old, k:] = nb.make_keys(D[:, -1:] - BYTES_ERR, np.where(I[:, -1:] < 0, -1, nb.NONE))
+        if self.n0:
+            # further places are for what may be among the k best, not for whatever comes first
+            nb.known_lists(self.cells.X, self.cells.order, self.position, self.initial[1], BAR * self.error, self.keys)
+        else:
+            self.keys[:] = 0
 
     def search(self, nprobe, progress):
         """Join the best of each node's nprobe nearest cells."""
@@ -447,7 +510,7 @@ class Lists:
     def _search_new(self, nprobe, progress):
         """Compare the new nodes with near cells; they enter the lists of the known nodes there as well."""
         c = self.cells
-        new = np.flatnonzero(c.order >= self.n0).astype(np.int32)
+        new = self._new_rows()
         worst = nb.worst_products(self.keys)
         for i in range(0, len(new), SEARCH_BLOCK):
             rows = new[i:i + SEARCH_BLOCK]
@@ -458,16 +521,15 @@ class Lists:
             progress("new nodes compared with near cells", i + len(rows), len(new))
         self.searched = c.n
 
+    def _new_rows(self):
+        return np.flatnonzero(self.cells.order >= self.n0).astype(np.int32)
+
     def _mark_new(self):
         """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
-        for i in range(0, self.cells.n, BLOCK):
-            keys = self.keys[i:i + BLOCK]
-            number = nb.numbers(keys)
-            new = number >= 0
-            if self.n0 and not self.rounds:
-                number = np.maximum(number, 0)
-                new &= (self.cells.order[number] >= self.n0) | (self.cells.order[i:i + BLOCK, None] >= self.n0)
-            keys[new] |= nb.NEW
+        rows = self._new_rows()
+        for i in range(0, len(rows), BLOCK):        # those that entered the lists of others are marked already
+            keys = self.keys[rows[i:i + BLOCK]]
+            self.keys[rows[i:i + BLOCK]] = np.where(nb.numbers(keys) >= 0, keys | nb.NEW, keys)
 
     def round_done(self, rounds):
         self.rounds = rounds
@@ -518,10 +580,10 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
         found = *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
     sample = Sample(Q, X, k, seed, progress)
+    K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))
-    K = candidates_needed(sample, cells, recall, say)
-    queries = np.concatenate([Q.converted(cells.format, i, j) for i, j in Q.blocks()])
+    queries = np.concatenate([cells.codes(Q.stretch(i, j), Q.factors(slice(i, j))) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.C), kind="stable").astype(np.int32)
     keys = np.zeros((Q.n, K), np.int64)

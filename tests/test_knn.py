@@ -4,7 +4,7 @@ import pytest
 
 from graph_utils import neighbours as nb
 from lowshot import knn
-from lowshot.cells import Cells, Vectors, chained, default_nlist, train_centroids
+from lowshot.cells import Cells, Codes, Vectors, chained, default_nlist, main_directions, train_centroids
 from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.layout import padded_to_power_of_two
 from lowshot.packages import faiss
@@ -199,6 +199,7 @@ def test_the_curve_predicts_what_a_number_of_cells_finds():
     x = clustered(3000, spread=1.)
     cells = Cells.train(Vectors(x), 60)
     sample = knn.Sample(cells.vectors, cells.vectors, 10, 0)
+    cells.use(Codes())
     curve = sample.recall_by_nprobe(cells, cells.position())
     assert len(curve) == 60 and abs(curve[-1] - 1) < 1e-9 and (np.diff(curve) >= 0).all()
     for nprobe in (1, 4, 16):
@@ -236,14 +237,17 @@ def test_known_lists_have_bars_behind_them():
     D0, I0 = knn.exact_knn(x[:500].copy(), x[:500].copy(), 8)
     I0[3, 5:], D0[3, 5:] = -1, -np.inf
     cells = Cells.train(Vectors(x), 20)
-    lists = knn.Lists(cells, cells.position(), 8 + knn.SPARE_LISTED, (D0, I0))
+    cells.use(Codes())
+    lists = knn.Lists(cells, cells.position(), 8 + knn.SPARE_LISTED, (D0, I0), error=.01)
     at = cells.position()
     keys = lists.keys[at[:500]]
     numbers = nb.numbers(keys)
     np.testing.assert_array_equal(numbers[:, :8], np.where(I0 < 0, -1, at[I0]))
     assert (numbers[:, 8:] == -1).all() and not lists.keys[at[500:]].any()
     full = np.arange(500) != 3
-    np.testing.assert_allclose(nb.similarities(keys)[full, 8:], np.repeat(D0[full, -1:] - knn.BYTES_ERR, knn.SPARE_LISTED, 1))
+    np.testing.assert_allclose(nb.similarities(keys)[:, :8], np.where(I0 < 0, -np.inf, D0), atol=.01)
+    np.testing.assert_allclose(nb.similarities(keys)[full, 8:], np.repeat(nb.similarities(keys)[full, :8].min(1, keepdims=True) - knn.BAR * .01,
+                                                                          knn.SPARE_LISTED, 1), atol=1e-6)
     assert not keys[3, 5:].any()
     lists._mark_new()
     assert not (lists.keys[at[:500]] & nb.NEW).any()
@@ -282,9 +286,10 @@ def test_cells_hold_each_vector_once_near_its_centroid():
         rows = cells.order[cells.begin[c]:cells.end[c]]
         assert (np.diff(rows) > 0).all()
         assert (S[rows, c] >= S[rows].max(axis=1) - 5e-3).all()
-    assert np.array_equal(cells.X, nb.to_bytes(x)[cells.order])
-    cells.become_bfloat16()
-    assert np.array_equal(cells.X, nb.to_bfloat16(x)[cells.order]) and np.array_equal(cells.C, nb.to_bfloat16(cells.centroids))
+    for codes, convert in ((Codes(), nb.to_bytes), (Codes("bfloat16"), nb.to_bfloat16)):
+        cells.use(codes)
+        assert np.array_equal(cells.X, convert(x)[cells.order]) and np.array_equal(cells.C, convert(cells.centroids))
+        assert codes.words(x.shape[1]) == cells.X.shape[1]
 
 
 def test_chain_visits_each_centroid_once_nearest_next():
@@ -331,11 +336,67 @@ def test_clusters_as_tight_as_rounding(spread, format, reached):
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     cells, lines = Cells.train(Vectors(x), 100), []
     D, I, info = knn.build_knn_graph(None, 10, cells=cells, say=lines.append)
-    assert cells.format == format and ("bfloat16" in lines[0]) == (format == "bfloat16")
+    assert cells.codes.format == format and ("bfloat16" in lines[0]) == (format == "bfloat16")
     assert (info["recall"] >= .95) == (recall(I, x, x, 10) > .94) == reached and info["nprobe"] < 50
     assert lines[-1].startswith("note") != reached
     assert (I == np.arange(3000)[:, None]).any(axis=1).all()
     assert (I // 100 == np.arange(3000)[:, None] // 100).all()
+    np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
+
+
+def with_energies(n, energies, seed=0):
+    """Vectors with these standard deviations along directions at random."""
+    rs, d = np.random.RandomState(seed), len(energies)
+    x = rs.randn(n, d) * energies @ np.linalg.qr(rs.randn(d, d))[0]
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_main_directions_hold_the_most_energy():
+    x = with_energies(2000, .9 ** np.arange(96))
+    P = main_directions(Vectors(x), 32)
+    assert P.shape == (32, 96) and P.dtype == np.float32
+    np.testing.assert_allclose(P @ P.T, np.eye(32), atol=1e-5)
+    kept = (Codes("bytes", P).projected(x) ** 2).sum(1)
+    best = np.linalg.svd(x.astype("f8"), full_matrices=False)[1][:32]
+    np.testing.assert_allclose(kept.sum(), (best ** 2).sum(), rtol=1e-5)
+    spread = Codes("bytes", P).projected(x).std(0)
+    assert spread.max() < 2.5 * spread.min()            # of 30 before they were turned
+
+
+@pytest.mark.parametrize("energies,words", [(.96 ** np.arange(256), 33), (np.ones(256), 65)])
+def test_half_the_dimensions_are_compared_where_they_tell_enough(energies, words):
+    x = with_energies(4000, energies)
+    cells, lines = Cells.train(Vectors(x), 30), []
+    D, I, info = knn.build_knn_graph(None, 10, recall=.97, cells=cells, say=lines.append, nprobe=30)
+    assert cells.codes.words(256) == words and ("128 of 256" in lines[0]) == (words == 33)
+    assert recall(I, x, x, 10) >= .99 and abs(info["recall"] - recall(I, x, x, 10)) < .01
+    np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
+
+
+def test_what_codes_lose_is_what_a_search_of_all_loses():
+    x = with_energies(5000, .99 ** np.arange(256))
+    sample = knn.Sample(Vectors(x), Vectors(x), 20, 0)
+    codes = Codes("bytes", main_directions(Vectors(x), 128))
+    measured, error = sample.recall_by_length(codes, 60)
+    rows = sample.number[::knn.CODES_SAMPLE]
+    keys = np.sort(nb.search_all(codes(x[rows]), codes(x), 60).view(np.uint64))[:, ::-1].view(np.int64)
+    found = nb.numbers(keys)
+    true = np.argsort(-(x[rows].astype("f8") @ x.T), axis=1)[:, :20]
+    for K in (20, 28, 60):
+        want = np.mean([len(np.intersect1d(a, b)) for a, b in zip(found[:, :K], true)]) / 20
+        assert abs(measured[K - 20] - want) < .003
+    assert .5 < measured[0] < .96 < .98 < measured[40]
+    exact = np.take_along_axis(x[rows].astype("f8") @ x.T, found, 1)
+    assert .5 * error < (nb.similarities(keys) - exact).std() < 2 * error
+
+
+def test_completion_by_half_the_dimensions():
+    """Known lists hold products of the codes too: otherwise new neighbours, whose products lack a half, would not get in."""
+    x, n0, k = with_energies(4000, .96 ** np.arange(256)), 2500, 10
+    D0, I0 = knn.exact_knn(x[:n0].copy(), x[:n0].copy(), k)
+    cells = Cells.train(Vectors(x), 30)
+    D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, nprobe=30)
+    assert cells.codes.words(256) == 33 and recall(I, x, x, k) > .98 and recall(I[:n0], x[:n0], x, k) > .98
     np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
 
 

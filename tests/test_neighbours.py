@@ -382,6 +382,46 @@ def test_exact_products_in_two_parts_with_scales_and_numbers():
         assert (D[i, len(want):] == -np.inf).all()
 
 
+@pytest.mark.parametrize("self_", [False, True])
+def test_known_products_are_not_computed_again(self_):
+    x = unit_vectors(300, 40)
+    keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 25)
+    want = nb.exact_products(keys, x, x, 12, self=self_)
+    D, I = (a.copy() for a in want)
+    assert all(np.array_equal(a, b) for a, b in zip(nb.exact_products(keys, x, x, 12, self=self_, D=D, I=I, known=200), want))
+    D[:200, :5] += 7            # seen in what comes out: these were looked up
+    I[:150, 3:] = -1            # and those were not
+    D, I = nb.exact_products(keys, x, x, 12, self=self_, D=D, I=I, known=200)
+    assert np.array_equal(I, want[1])
+    np.testing.assert_array_equal(D[200:], want[0][200:])
+    np.testing.assert_allclose(D[150:200] - want[0][150:200], np.repeat([[7] * 5 + [0] * 7], 50, 0), atol=1e-5)
+    np.testing.assert_allclose(D[:150] - want[0][:150], np.repeat([[7] * 3 + [0] * 9], 150, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("n,n0,d,k,K", [(1, 1, 5, 1, 1), (900, 600, 48, 9, 14), (400, 0, 32, 3, 5), (700, 700, 64, 40, 70)])
+def test_known_lists(n, n0, d, k, K, stored):
+    convert, rounded = FORMATS[stored]
+    x, rs = unit_vectors(n, d), np.random.RandomState(1)
+    I = np.array([rs.choice(n, k, replace=False) for _ in range(n0)], np.int32).reshape(n0, k)
+    if n0 > 1:
+        I[::3, k // 2:] = -1
+    order = rs.permutation(n).astype(np.int32)
+    position = np.argsort(order).astype(np.int32)
+    keys = np.full((n, K), 99, np.int64)
+    nb.known_lists(convert(x[order]), order, position, I, .125, keys)
+    S = rounded(x).astype(np.float64) @ rounded(x).T.astype(np.float64)
+    numbers, sims = nb.numbers(keys), nb.similarities(keys)
+    for node in range(n):
+        row, sim, had = numbers[position[node]], sims[position[node]], I[node] if node < n0 else []
+        had = [u for u in had if u >= 0]
+        np.testing.assert_array_equal(row, np.r_[position[had], np.full(K - len(had), -1)])
+        np.testing.assert_allclose(sim[:len(had)], S[node, had], atol=2e-6)
+        bar = S[node, had].min() - .125 if len(had) == k else -np.inf
+        np.testing.assert_allclose(sim[len(had):], bar, atol=2e-6)
+    assert not (keys & nb.NEW).any()
+
+
 def test_rows_of_a_file(tmp_path):
     x = np.arange(600 * 7, dtype=np.float32).reshape(600, 7)
     path = tmp_path / "x.raw"
@@ -454,6 +494,11 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_cells(nb.to_bfloat16(np.ones((2, 64))), x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x,
                                np.zeros((2, 2), "i8")), "centroids: contiguous int32"),
     (lambda x: nb.search_cells(x, x, 0, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8")), "nprobe"),
+    (lambda x: nb.search_all(x, x, 3, insert=(np.zeros((7, 2), "i8"), np.zeros(8, "f4"))), "x_keys: contiguous int64 8xany"),
+    (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.full((4, 2), 8, "i4"), 0,
+                              np.zeros((8, 3), "i8")), "out of range"),
+    (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.zeros((4, 2), "i4"), 0,
+                              np.zeros((8, 1), "i8")), "longer than K"),
     (lambda x: nb.descent_round(x, np.zeros((8, 3))), "keys: contiguous int64"),
     (lambda x: nb.descent_round(x, nb.make_keys(np.ones((8, 1)), np.full((8, 1), 8))), "out of range"),
     (lambda x: nb.merge_lists(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((3, 3)), np.zeros((3, 3)), 2), "lists of 2 and 3"),
