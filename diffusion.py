@@ -117,20 +117,22 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
 
     The completion maps the background's file, whose pages count as well, although the system may drop them.
     """
+    from graph_utils.neighbours import words
     from lowshot import knn
     nbg = n - nbase - nnovel
-    vectors = 4 * dim * (nbase + nt) + min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
+    vectors, blocks = 4 * dim * (nbase + nt), min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     edges = 1.6 * k * n                         # entries of W: most edges are not mutual, 2 k n would be the most
     panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
-    steps = {"add novel images": vectors + lists,
+    steps = {"add novel images": vectors + blocks + lists,
              "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored:
         mapped, listed = 4 * dim * nbg, k + knn.SPARE_LISTED
-        steps["complete"] = vectors + lists + mapped
+        # base images among themselves: in bfloat16, candidates
+        steps["complete"] = vectors + lists + max(blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE))
         if n - nnovel >= knn.EXACT_BELOW:       # cells in bytes, candidate lists and their reverse; then similarities
-            steps["complete"] = vectors + lists + 24 * n + max(dim * n + 16 * listed * n, mapped + 4 * listed * n)
+            steps["complete"] = vectors + blocks + lists + 24 * n + max(dim * n + 16 * listed * n, mapped + 4 * listed * n)
     return int(90e6 + max(steps.values()))
 
 

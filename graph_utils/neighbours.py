@@ -124,8 +124,8 @@ def search_all(Q, X, K, keys=None, first=0, bound=None, insert=None):
 def search_self(X, K, progress=None, block=1 << 14):
     """The K best of X (n, words) for each of X itself: search_all(X, X, K), with half the products.
 
-    progress: called with the number of rows that have been compared with all before them. Memory: 20 K bytes per row.
-    Returns keys, int64 (n, K).
+    progress: called with the number of rows that have been compared with all before them. Memory: 20 K bytes per row
+    besides the keys. Returns keys, int64 (n, K).
     """
     n = len(X)
     np_, in_bytes = _format(X, "X")

@@ -215,7 +215,6 @@ class Cells:
     centroids  float32 (nlist, d), in the order of the chain
     and, once it is known what stands for the vectors, after use():
     codes      Codes; X int32 (n, words): the vectors; C: the centroids
-    comparison None, or what knn.compared_by() found
     Memory: that of the codes, and 12 bytes per vector.
     """
 
@@ -223,7 +222,7 @@ class Cells:
         chain = chained(centroids)
         rank = np.empty(len(chain), np.int32)
         rank[chain] = np.arange(len(chain), dtype=np.int32)
-        self.vectors, self.codes, self.X, self.comparison = vectors, None, None, None
+        self.vectors, self.codes, self.X = vectors, None, None
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
         self.chain = chain

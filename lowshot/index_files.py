@@ -112,9 +112,12 @@ class Checkpoint:
     def __init__(self, path, identity):
         self.path, self.state_path, self.identity = path, path + ".json", identity
 
-    def open(self, n, K):
-        """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning."""
-        fresh = {"identity": self.identity, "shape": [n, K]}
+    def open(self, n, K, words):
+        """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning.
+
+        words: those of a vector's code, as products of one code do not compare with those of another.
+        """
+        fresh = {"identity": self.identity, "shape": [n, K], "words": words}
         state = {}
         with contextlib.suppress(OSError, ValueError):
             state = read_json(self.state_path)

@@ -17,6 +17,7 @@ Below EXACT_BELOW vectors all is exact; above it, recall is measured on a sample
 is reached.
 """
 import contextlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,7 +32,7 @@ MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
 LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
-SPARE_LISTED = 8            # the same at least in lists that are not proven
+SPARE_LISTED = 8            # candidates beyond k at least, where nothing is proven
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
 CODES_SAMPLE = 4            # of these, every fourth tells what codes lose
 CODES_AT_ONCE = 25          # so many of them at a time
@@ -81,7 +82,8 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
 
     Candidates come from products in bfloat16; they are compared in float32, and where the errors of bfloat16 could
     hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in its own
-    list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks.
+    list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks; queries
+    in bfloat16 and 8 bytes per candidate, with `self` 28.
     Returns D float32 (nq, k), I int32 (nq, k).
     """
     Q, X = _vectors(xq), _vectors(x)
@@ -194,7 +196,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
 
     x_new (m, d), numbered from first_new_number on; x: the n existing nodes, whose lists D, I (n, >= k) are updated
     in place: a new node enters where it is better than the last neighbour. Returns the lists of the new nodes, (m, k),
-    among existing and new nodes. Memory: that of x_new, and blocks of x.
+    among existing and new nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), and blocks of x.
     """
     new, X = _vectors(x_new), _vectors(x)
     D_new, I_new = exact_knn(new, new, k, self=True)
@@ -273,27 +275,29 @@ class Sample:
         rank = np.take_along_axis(rank, cell, 1)
         return np.cumsum(np.bincount(rank[have], minlength=nlist)) / max(1, have.sum())
 
-    def recall_by_length(self, codes, longest):
-        """What is found of the true neighbours among the best K by codes, float64, for K = k, k + 1 ... longest; and the
-        standard error of products of codes."""
-        found, true, errors = np.zeros(longest), 0, []
+    def compared(self, choices, longest):
+        """A Comparison for each of some codes, with at most `longest` candidates."""
+        found, errors, true = np.zeros((len(choices), longest)), [[] for _ in choices], 0
         chosen = np.arange(0, len(self.number), CODES_SAMPLE)
         for rows in np.split(chosen, range(CODES_AT_ONCE, len(chosen), CODES_AT_ONCE)):
             numbers = self.candidates[rows]         # as many for each
             x = self.X.scaled_rows(numbers.ravel())
-            q_codes, x_codes = codes(self.x[rows]), codes(x)
+            coded = [(codes(self.x[rows]), codes(x)) for codes in choices]
             for r, i in enumerate(rows):
                 mine = slice(r * numbers.shape[1], (r + 1) * numbers.shape[1])
-                keys = nb.search_all(q_codes[r:r + 1], x_codes[mine], numbers.shape[1])[0]
-                keys = np.sort(keys.view(np.uint64))[::-1].view(np.int64)
-                exact = np.einsum("ij,j->i", x[mine], self.x[i])[nb.numbers(keys)]
-                errors.append((nb.similarities(keys) - exact).std())
+                products = np.einsum("ij,j->i", x[mine], self.x[i])
                 k = np.count_nonzero(self.I[i] >= 0)
-                near = np.cumsum(exact[:longest] >= self.D[i, k - 1] - 1e-6)
-                found[:len(near)] += np.minimum(near, k)
-                found[len(near):] += min(near[-1], k)
                 true += k
-        return found[self.k - 1:] / true, float(np.sqrt(np.mean(np.square(errors))))
+                for choice, (q_codes, x_codes) in enumerate(coded):
+                    keys = nb.search_all(q_codes[r:r + 1], x_codes[mine], numbers.shape[1])[0]
+                    keys = np.sort(keys.view(np.uint64))[::-1].view(np.int64)
+                    exact = products[nb.numbers(keys)]
+                    errors[choice].append((nb.similarities(keys) - exact).std())
+                    near = np.cumsum(exact[:longest] >= self.D[i, k - 1] - 1e-6)
+                    found[choice, :len(near)] += np.minimum(near, k)
+                    found[choice, len(near):] += min(near[-1], k)
+        return [Comparison(codes, self.k, curve, float(np.sqrt(np.mean(np.square(e)))))
+                for codes, curve, e in zip(choices, found[:, self.k - 1:] / true, errors)]
 
     def recall_of_keys(self, keys, cells):
         """recall() of the best of candidates, int64 (m, K)."""
@@ -326,7 +330,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 
     Sets below EXACT_BELOW are compared whole. Of larger ones, the vectors of each node's nprobe nearest cells are
     compared with it, and then neighbours of neighbours, until recall@k as measured on a sample is reached. Similarities
-    are exact float32 products. Deterministic for a seed, whatever the number of threads.
+    are exact float32 products; those in known lists stay as they are. Deterministic for a seed, whatever the number of
+    threads.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
     is that of the other nodes.
@@ -403,24 +408,26 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
 
 
+@dataclass
 class Comparison:
     """What comparing vectors by codes loses, as measured on a sample.
 
-    k: neighbours that are wanted; error: standard error of products of codes.
+    k: neighbours that are wanted; curve: share of them among the best K by codes, for K = k, k + 1, ...; error: standard
+    error of products of codes.
     """
-
-    def __init__(self, sample, codes):
-        self.codes, self.k = codes, sample.k
-        self.recall, self.error = sample.recall_by_length(codes, longest_list(sample.k))
+    codes: Codes
+    k: int
+    curve: np.ndarray
+    error: float
 
     def lost(self, K):
         """Recall that is lost where K candidates are kept."""
-        return 1 - float(self.recall[min(K - self.k, len(self.recall) - 1)])
+        return 1 - float(self.curve[min(K - self.k, len(self.curve) - 1)])
 
     def needed(self, recall):
         """Candidates per node, a few more than neighbours, so that codes cost a quarter of what recall leaves at most; the
         most there may be, where that is not enough."""
-        most = self.k + len(self.recall) - 1
+        most = self.k + len(self.curve) - 1
         return next((K for K in range(self.k + SPARE_LISTED, most, 8) if self.suffices(recall, K)), most)
 
     def suffices(self, recall, K):
@@ -436,23 +443,23 @@ def compared_by(sample, cells, recall, progress, say):
     """The Comparison that is the cheapest for this recall; cells then hold the vectors by its codes.
 
     Bytes of half the dimensions or of all; where vectors differ by hardly more than bytes do, as in clusters of nearly the
-    same image, bfloat16. What was found for one sample holds for the next that asks for no more.
+    same image, bfloat16. The codes that cells hold already are kept if they serve this sample too.
     """
-    d, now = sample.x.shape[1], cells.comparison
-    if now is not None and now.k == sample.k and now.suffices(recall, now.needed(recall)):
-        return now
-    choices = [Comparison(sample, Codes("bytes"))]
-    half = -(-d // 128) * 64
+    d, longest = sample.x.shape[1], longest_list(sample.k)
+    if cells.codes is not None:
+        [now] = sample.compared([cells.codes], longest)
+        if now.codes.format == "bfloat16" or now.suffices(recall, now.needed(recall)):
+            return now
+    half, choices = -(-d // 128) * 64, [Codes("bytes")]
     if half < d:
-        choices.append(Comparison(sample, Codes("bytes", main_directions(cells.vectors, half))))
-    best = min(choices, key=lambda c: c.cost(recall, d))
+        choices.append(Codes("bytes", main_directions(cells.vectors, half)))
+    best = min(sample.compared(choices, longest), key=lambda c: c.cost(recall, d))
     if best.cost(recall, d) == np.inf:
         say("vectors are nearly the same: compared in bfloat16, in twice the memory and time of bytes")
-        best = Comparison(sample, Codes("bfloat16"))
+        [best] = sample.compared([Codes("bfloat16")], longest)
     elif best.codes.transform is not None:
         say(f"vectors are compared in {half} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
     cells.use(best.codes, lambda done: progress("vectors sorted by cell", done, cells.n))
-    cells.comparison = best
     return best
 
 
@@ -474,7 +481,7 @@ class Lists:
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
         self.middle = cells.begin + known[cells.end] - known[cells.begin]
         if checkpoint is not None:
-            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K)
+            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K, cells.X.shape[1])
         else:
             self.keys, self.searched, self.rounds, self.nprobe = nb.aligned_zeros((n, self.K), np.int64), 0, 0, 0
         if self.searched == 0:
@@ -528,8 +535,9 @@ class Lists:
         """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
         rows = self._new_rows()
         for i in range(0, len(rows), BLOCK):        # those that entered the lists of others are marked already
-            keys = self.keys[rows[i:i + BLOCK]]
-            self.keys[rows[i:i + BLOCK]] = np.where(nb.numbers(keys) >= 0, keys | nb.NEW, keys)
+            block = rows[i:i + BLOCK] if self.n0 else slice(i, i + BLOCK)
+            keys = self.keys[block]
+            self.keys[block] = np.where(nb.numbers(keys) >= 0, keys | nb.NEW, keys)
 
     def round_done(self, rounds):
         self.rounds = rounds
@@ -572,7 +580,7 @@ def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
 def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say=lambda line: None):
     """search() in two parts: this one needs the vectors in cells, and the function that it returns needs them no more.
 
-    say: function that gets a line where bytes are too coarse for these vectors.
+    say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors

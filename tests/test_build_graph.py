@@ -194,7 +194,7 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
 
 def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path):
     checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
-    keys, *state = checkpoint.open(5, 2)
+    keys, *state = checkpoint.open(5, 2, 33)
     assert state == [0, 0, 0] and not keys.any()
     keys[3] = 7
 
@@ -202,8 +202,9 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path):
         searched, rounds, nprobe = 4, 1, 2
 
     checkpoint.save(Lists)
-    assert Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2)[1:] == (4, 1, 2)
-    assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2)[0].any()
+    assert Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)[1:] == (4, 1, 2)
+    assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 33)[0].any()
+    assert Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 65)[1:] == (0, 0, 0)
     x = make_raw(tmp_path, 40)
     index = faiss.IndexFlatL2(DIM)
     index.add(x)

@@ -346,8 +346,8 @@ def test_clusters_as_tight_as_rounding(spread, format, reached):
 
 def with_energies(n, energies, seed=0):
     """Vectors with these standard deviations along directions at random."""
-    rs, d = np.random.RandomState(seed), len(energies)
-    x = rs.randn(n, d) * energies @ np.linalg.qr(rs.randn(d, d))[0]
+    d = len(energies)
+    x = np.random.RandomState(seed).randn(n, d) * energies @ np.linalg.qr(np.random.RandomState(99).randn(d, d))[0]
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -377,7 +377,8 @@ def test_what_codes_lose_is_what_a_search_of_all_loses():
     x = with_energies(5000, .99 ** np.arange(256))
     sample = knn.Sample(Vectors(x), Vectors(x), 20, 0)
     codes = Codes("bytes", main_directions(Vectors(x), 128))
-    measured, error = sample.recall_by_length(codes, 60)
+    [comparison] = sample.compared([codes], 60)
+    measured, error = comparison.curve, comparison.error
     rows = sample.number[::knn.CODES_SAMPLE]
     keys = np.sort(nb.search_all(codes(x[rows]), codes(x), 60).view(np.uint64))[:, ::-1].view(np.int64)
     found = nb.numbers(keys)
@@ -398,6 +399,22 @@ def test_completion_by_half_the_dimensions():
     D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, nprobe=30)
     assert cells.codes.words(256) == 33 and recall(I, x, x, k) > .98 and recall(I[:n0], x[:n0], x, k) > .98
     np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
+
+
+def test_each_sample_tells_whether_codes_serve_it():
+    """Base images in a cluster that differ along directions with little energy, among others that differ along all."""
+    energies, k = .97 ** np.arange(256), 10
+    x, q = with_energies(2500, energies), with_energies(700, energies, seed=3)
+    base = with_energies(1, energies, seed=4) + .12 * with_energies(300, np.repeat([1e-9, 1], 128), seed=5)
+    base /= np.linalg.norm(base, axis=1, keepdims=True)
+    nodes = np.concatenate([x, base])
+    D0, I0 = knn.exact_knn(x, x, k)
+    cells, lines = Cells.train(Vectors(nodes), 50), []
+    comparison = knn.compared_by(knn.Sample(Vectors(q), cells.vectors, k, 0), cells, .97, lambda *a: None, lines.append)
+    assert cells.codes is comparison.codes and cells.codes.words(256) == 33
+    D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, say=lines.append)
+    assert cells.codes.words(256) > 33 and info["recall"] >= .96
+    assert recall(I[2500:], base, nodes, k) >= .95
 
 
 def test_merge_and_columns():
