@@ -370,7 +370,11 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         # from here on neighbours of neighbours are the quicker way
         p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
-            p, K, reverse = cells_reaching(curve, WIDE_START), max(K, longest_list(k)), 2 * REVERSE
+            # in all dimensions: with half of them lists would be long for their sake alone
+            needed = compared_by(sample, cells, recall, progress, say, half=False).needed(recall)
+            curve = sample.recall_by_nprobe(cells, position)
+            p, K, reverse = cells_reaching(curve, WIDE_START), max(needed, longest_list(k)), 2 * REVERSE
+            say(f"neighbours are far and wide: {K} candidates are kept for each, compared in all dimensions")
         lists = Lists(cells, position, K, None, checkpoint)
     rounds, have = lists.rounds, 0.0
     p = lists.nprobe or p           # of a run that was killed
@@ -439,26 +443,27 @@ class Comparison:
         return self.codes.words(d) * (K + REVERSE) ** 2 if self.suffices(recall, K) else np.inf
 
 
-def compared_by(sample, cells, recall, progress, say):
+def compared_by(sample, cells, recall, progress, say, half=True):
     """The Comparison that is the cheapest for this recall; cells then hold the vectors by its codes.
 
     Bytes of half the dimensions or of all; where vectors differ by hardly more than bytes do, as in clusters of nearly the
-    same image, bfloat16. The codes that cells hold already are kept if they serve this sample too.
+    same image, bfloat16. The codes that cells hold already are kept if they serve this sample too. half: whether half the
+    dimensions may do.
     """
     d, longest = sample.x.shape[1], longest_list(sample.k)
-    if cells.codes is not None:
+    if cells.codes is not None and (half or cells.codes.transform is None):
         [now] = sample.compared([cells.codes], longest)
         if now.codes.format == "bfloat16" or now.suffices(recall, now.needed(recall)):
             return now
-    half, choices = -(-d // 128) * 64, [Codes("bytes")]
-    if half < d:
-        choices.append(Codes("bytes", main_directions(cells.vectors, half)))
+    m, choices = -(-d // 128) * 64, [Codes("bytes")]
+    if half and m < d:
+        choices.append(Codes("bytes", main_directions(cells.vectors, m)))
     best = min(sample.compared(choices, longest), key=lambda c: c.cost(recall, d))
     if best.cost(recall, d) == np.inf:
         say("vectors are nearly the same: compared in bfloat16, in twice the memory and time of bytes")
         [best] = sample.compared([Codes("bfloat16")], longest)
     elif best.codes.transform is not None:
-        say(f"vectors are compared in {half} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
+        say(f"vectors are compared in {m} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
     cells.use(best.codes, lambda done: progress("vectors sorted by cell", done, cells.n))
     return best
 

@@ -180,6 +180,15 @@ def test_longer_lists_where_many_cells_would_be_searched(monkeypatch):
     assert knn.build_knn_graph(None, 12, recall=.99, cells=cells)[2]["nprobe"] > info["nprobe"]
 
 
+def test_longer_lists_are_compared_in_all_dimensions(monkeypatch):
+    monkeypatch.setattr(knn, "WIDE_FROM", 1)
+    x = with_energies(4000, .97 ** np.arange(256))
+    cells, lines = Cells.train(Vectors(x), 200), []
+    D, I, info = knn.build_knn_graph(None, 12, cells=cells, say=lines.append)
+    assert "in 128 of 256" in lines[0] and "64 candidates" in lines[1] and cells.codes.words(256) == 65
+    assert info["rounds"] and info["recall"] >= .95 and recall(I, x, x, 12) >= .94
+
+
 def test_best_of_longer_lists():
     x = clustered(300)
     cells = Cells.train(Vectors(x), 10)
