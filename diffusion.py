@@ -119,8 +119,9 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     """
     from graph_utils.neighbours import words
     from lowshot import knn
+    from lowshot.cells import BLOCK
     nbg = n - nbase - nnovel
-    vectors, blocks = 4 * dim * (nbase + nt), min(n, 65536) * (6 * dim + 8 * (k + knn.SPARE))
+    vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     edges = 1.6 * k * n                         # entries of W: most edges are not mutual, 2 k n would be the most
     panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
@@ -131,8 +132,10 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
         mapped, listed = 4 * dim * nbg, k + knn.SPARE_LISTED
         # base images among themselves: in bfloat16, candidates
         steps["complete"] = vectors + lists + max(blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE))
-        if n - nnovel >= knn.EXACT_BELOW:       # cells in bytes, candidate lists and their reverse; then similarities
-            steps["complete"] = vectors + blocks + lists + 24 * n + max(dim * n + 16 * listed * n, mapped + 4 * listed * n)
+        if n - nnovel >= knn.EXACT_BELOW:
+            # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
+            steps["complete"] = (vectors + lists + 130e6 + 24 * n
+                                 + max(dim * n + 16 * listed * n, mapped + 4 * listed * n))
     return int(90e6 + max(steps.values()))
 
 
