@@ -115,7 +115,8 @@ def panels(is_novel, width):
 def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     """Peak memory of this process in bytes: the largest of its steps.
 
-    The completion maps the background's file, whose pages count as well, although the system may drop them.
+    The completion maps the background's file, whose pages count as well, although the system may drop them; so do further
+    runs if it is small.
     """
     from graph_utils.neighbours import words
     from lowshot import knn
@@ -125,11 +126,12 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     lists = 8 * k * (n + nt)                    # I and D
     edges = 1.6 * k * n                         # entries of W: most edges are not mutual, 2 k n would be the most
     panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
-    steps = {"add novel images": vectors + blocks + lists,
+    mapped = 4 * dim * nbg
+    steps = {"add novel images": vectors + blocks + lists + (mapped if n - nnovel < knn.EXACT_BELOW else 0),
              "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored:
-        mapped, listed = 4 * dim * nbg, k + knn.SPARE_LISTED
+        listed = k + knn.SPARE_LISTED
         # base images among themselves: in bfloat16, candidates
         steps["complete"] = vectors + lists + max(blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE))
         if n - nnovel >= knn.EXACT_BELOW:

@@ -113,7 +113,9 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
     with knn.show_progress() as progress:
         if n < knn.EXACT_BELOW:
-            D[nbg:], I[nbg:] = knn.cross_insert(base, x[:nbg], D[:nbg], I[:nbg], nbg, k, progress)
+            background = knn.Vectors(NormalisedRows(x.matrices[0]), vectors.scale[:nbg]) if nbg else knn.Vectors(x[:0])
+            D[nbg:], I[nbg:] = knn.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
+            background.release()
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
             return Graph(I, D, test_I, test_D, None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
