@@ -103,9 +103,9 @@ class Vectors:
         x = self.rows(which)
         return x if self.scale is None else x * self.scale[which, None]
 
-    def converted(self, format, start, stop, **out):
-        """Rows start .. stop - 1, scaled, in "bytes" or "bfloat16" (graph_utils.neighbours.FORMATS)."""
-        return nb.FORMATS[format](self.stretch(start, stop), self.factors(slice(start, stop)), **out)
+    def converted(self, convert, start, stop, **out):
+        """Rows start .. stop - 1 by convert(x, scale, **out): nb.to_bytes, nb.to_bfloat16 or Codes."""
+        return convert(self.stretch(start, stop), self.factors(slice(start, stop)), **out)
 
 
 def default_nlist(n):
@@ -147,7 +147,7 @@ def assign(vectors, centroids, progress=None, first=0):
     C, cell = nb.to_bytes(centroids), np.empty(vectors.n - first, np.int32)
     for i in range(first, vectors.n, BLOCK):
         j = min(i + BLOCK, vectors.n)
-        cell[i - first:j - first] = nearest_cell(vectors.converted("bytes", i, j), C)
+        cell[i - first:j - first] = nearest_cell(vectors.converted(nb.to_bytes, i, j), C)
         if progress is not None:
             progress(j)
     return cell
@@ -237,7 +237,7 @@ class Cells:
         self.X = nb.aligned_zeros((self.n, self.C.shape[1]), np.int32)
         position = self.position()
         for i, j in self.vectors.blocks():
-            self.X[position[i:j]] = codes(self.vectors.stretch(i, j), self.vectors.factors(slice(i, j)))
+            self.X[position[i:j]] = self.vectors.converted(codes, i, j)
             if progress is not None:
                 progress(j)
 

@@ -97,7 +97,7 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
 def _candidates(Q, X, K, progress, self):
     """(keys, error): the K best by products in bfloat16, and bounds of the errors of these, float32 (Q.n,)."""
     lost = np.empty(Q.n, np.float32)
-    queries = np.concatenate([Q.converted("bfloat16", i, j, residual=lost[i:j]) for i, j in Q.blocks()])
+    queries = np.concatenate([Q.converted(nb.to_bfloat16, i, j, residual=lost[i:j]) for i, j in Q.blocks()])
     K = min(K, X.n)
     if self:
         lost_most = float(lost.max())
@@ -106,7 +106,7 @@ def _candidates(Q, X, K, progress, self):
         lost_most, keys = 0.0, np.zeros((Q.n, K), np.int64)
         for i, j in X.blocks():
             residual = np.empty(j - i, np.float32)
-            nb.search_all(queries, X.converted("bfloat16", i, j, residual=residual), K, keys, i)
+            nb.search_all(queries, X.converted(nb.to_bfloat16, i, j, residual=residual), K, keys, i)
             lost_most = max(lost_most, float(residual.max()))
             progress("vectors compared with all queries", j, X.n)
     return keys, _error(lost, lost_most, Q.longest, X.longest)
@@ -206,7 +206,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         return D_new, I_new
     progress = progress or _silent
     new_lost = np.empty(m, np.float32)
-    new_bf = np.concatenate([new.converted("bfloat16", i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
+    new_bf = np.concatenate([new.converted(nb.to_bfloat16, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
     columns = I.shape[1]
     # what stays in doubt is compared with all of X in float32, which is slow where X is large
@@ -596,7 +596,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))
-    queries = np.concatenate([cells.codes(Q.stretch(i, j), Q.factors(slice(i, j))) for i, j in Q.blocks()])
+    queries = np.concatenate([Q.converted(cells.codes, i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.C), kind="stable").astype(np.int32)
     keys = np.zeros((Q.n, K), np.int64)
