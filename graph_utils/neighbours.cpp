@@ -321,9 +321,23 @@ class Scanner {
         np_ = np;
     }
 
-    // Compares them with rows first .. last - 1 of X. `rows` are the rows' own lists, which the queries may enter.
+    // Compares them with rows first .. last - 1 of X, numbered from offset + first on. `rows` are the rows' own lists, which
+    // the queries may enter.
     template <class Rows>
     void scan(const uint32_t* X, int64_t first, int64_t last, int64_t offset, Lists& lists, Rows rows) {
+        scan_rows(X, first, last, [](int64_t j) { return j; }, offset, lists, rows);
+    }
+
+    // Compares them with the m rows of X that are listed.
+    void scan_listed(const uint32_t* X, int64_t m, const int32_t* listed, Lists& lists) {
+        scan_rows(X, 0, m, [listed](int64_t j) { return (int64_t)listed[j]; }, 0, lists, NoLists{});
+    }
+
+    Lists lists;
+
+  private:
+    template <class RowOf, class Rows>
+    void scan_rows(const uint32_t* X, int64_t first, int64_t last, RowOf row_of, int64_t offset, Lists& lists, Rows rows) {
         worst_.resize(list_.size());
         for (int64_t i = 0; i < m_; i++) worst_[i] = lists.worst[list_[i]];
         for (size_t i = m_; i < list_.size(); i++) worst_[i] = std::numeric_limits<float>::infinity();
@@ -332,7 +346,7 @@ class Scanner {
             const int nr = (int)std::min<int64_t>(kTile, last - j);
             float bounds[kTile];        // what it takes to enter a row's list: it rises, so an old one lets too much through
             for (int r = 0; r < nr; r++) {
-                Kernel::row(X + (j + r) * stride, np_, tile_.get(), r);
+                Kernel::row(X + row_of(j + r) * stride, np_, tile_.get(), r);
                 bounds[r] = rows.takes(j + r) ? rows.bound(j + r) : std::numeric_limits<float>::infinity();
             }
             for (int64_t i = 0; i < m_; i += kTile) {
@@ -346,7 +360,7 @@ class Scanner {
                         const int c = __builtin_ctz(better);
                         better &= better - 1;
                         const int32_t list = list_[i + c];
-                        lists.add(list, s[c], (uint32_t)(offset + j + r));
+                        lists.add(list, s[c], (uint32_t)(offset + row_of(j + r)));
                         worst[c] = lists.worst[list];
                     }
                     if (!rows.takes(j + r)) continue;
@@ -363,9 +377,6 @@ class Scanner {
         }
     }
 
-    Lists lists;
-
-  private:
     Buffer<char> tile_, panels_;
     std::vector<int32_t> list_;
     std::vector<float> worst_;
@@ -455,6 +466,32 @@ void search_self_with(int64_t first, int64_t last, const uint32_t* X, int64_t np
     });
 }
 
+// Base vectors that are listed for each group of queries.
+struct Near {
+    const int32_t* group;       // of each query
+    int64_t m;
+    const int32_t* listed;      // m for each group
+
+    // The query after the last one from i on that is of the same group; not beyond i1.
+    int64_t run(int64_t i, int64_t i1) const { return std::find_if(group + i, group + i1, [&](int32_t g) { return g != group[i]; }) - group; }
+};
+
+template <class Kernel>
+void search_near_with(int64_t nq, const uint32_t* Q, const int32_t* order, int64_t np, Near near, const uint32_t* X, int64_t K,
+                      int64_t* keys) {
+    const int64_t stride = Kernel::Format::stride(np);
+    auto row = [&](int64_t i) { return order ? (int64_t)order[i] : i; };
+    parallel_blocks<Scanner<Kernel>>(nq, 4 * kGroup, [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
+        for (int64_t i = i0, next; i < i1; i = next) {
+            next = near.run(i, std::min(i1, i + kGroup));
+            scanner.lists.start(next - i, K);
+            scanner.queries(next - i, np, [&](int64_t j) { return Q + row(i + j) * stride; }, [](int64_t j) { return j; });
+            scanner.scan_listed(X, near.m, near.listed + near.group[i] * near.m, scanner.lists);
+            for (int64_t j = i; j < next; j++) scanner.lists.store(j - i, keys + row(j) * K);
+        }
+    });
+}
+
 template <class Kernel>
 struct CellScratch {
     Scanner<Kernel> coarse, fine;
@@ -486,9 +523,9 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
 
 template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
-                       int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end, const uint32_t* X,
-                       int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers, uint64_t* x_keys,
-                       float* x_worst) {
+                       Near near, int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end,
+                       const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers,
+                       uint64_t* x_keys, float* x_worst) {
     const int64_t stride = Kernel::Format::stride(np);
     std::unique_ptr<Inserter> inserter;
     if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
@@ -498,11 +535,15 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * stride;
         t.visits.clear();
-        for (int64_t j0 = 0; j0 < m; j0 += kGroup) {
-            const int64_t mj = std::min(kGroup, m - j0);
+        for (int64_t j0 = 0, mj; j0 < m; j0 += mj) {
+            mj = std::min(kGroup, m - j0);
+            if (near.listed) mj = near.run(i0 + j0, i0 + j0 + mj) - (i0 + j0);
             t.coarse.lists.start(mj, nprobe);
             t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * stride; }, [](int64_t i) { return i; });
-            t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists, NoLists{});
+            if (near.listed)
+                t.coarse.scan_listed(centroids, near.m, near.listed + near.group[i0 + j0] * near.m, t.coarse.lists);
+            else
+                t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists, NoLists{});
             for (int64_t i = 0; i < mj; i++) {
                 const uint64_t* best = t.coarse.lists.best(i);
                 const size_t before = t.visits.size();
@@ -838,15 +879,59 @@ void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool
     DISPATCH(search_self_with, bytes, first, last, (const uint32_t*)X, np, K, keys);
 }
 
-void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids, int64_t nprobe,
-                  int64_t enough, const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys,
-                  const int64_t* middle, const int32_t* numbers, int64_t* x_keys, float* x_worst) {
+namespace {
+
+Near checked_near(int64_t nq, const int32_t* group, int64_t ngroup, int64_t m, const int32_t* listed, int64_t nb) {
+    for (int64_t i = 0; i < nq; i++)
+        if (group[i] < 0 || group[i] >= ngroup) throw std::invalid_argument("a query's group is out of range");
+    for (int64_t e = 0; e < ngroup * m; e++)
+        if (listed[e] < 0 || listed[e] >= nb) throw std::invalid_argument("a listed vector is out of range");
+    return Near{group, m, listed};
+}
+
+}  // namespace
+
+void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, bool bytes, const int32_t* group,
+                 int64_t ngroup, int64_t m, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K, int64_t* keys) {
+    check_width(np);
+    check_numbers(nb);
+    if (K < 1) throw std::invalid_argument("search_near: K is less than 1");
+    if (order)
+        for (int64_t i = 0; i < nq; i++)
+            if (order[i] < 0 || order[i] >= nq) throw std::invalid_argument("search_near: a query is out of range");
+    const Near near = checked_near(nq, group, ngroup, m, listed, nb);
+    DISPATCH(search_near_with, bytes, nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
+}
+
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids,
+                  const int32_t* own, int64_t m, const int32_t* listed, int64_t nprobe, int64_t enough, const int64_t* begin,
+                  const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
+                  const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
-    DISPATCH(search_cells_with, bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, std::min(nprobe, nlist),
-             enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys, x_worst);
+    const Near near = own ? checked_near(nq, own, nlist, m, listed, nlist) : Near{nullptr, 0, nullptr};
+    DISPATCH(search_cells_with, bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
+             std::min(nprobe, nlist), enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
+             x_worst);
+}
+
+void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* order, int64_t ngroup, const int64_t* end, float* out) {
+    for (int64_t i = 0; i < m; i++)
+        if (order[i] < 0 || order[i] >= n) throw std::invalid_argument("group_sums: a row is out of range");
+    for (int64_t g = 0; g < ngroup; g++)
+        if (end[g] < (g ? end[g - 1] : 0) || end[g] > m) throw std::invalid_argument("group_sums: ends do not rise to the number of rows");
+    parallel_blocks<Nothing>(ngroup, 16, [&](int64_t g0, int64_t g1, Nothing&) {
+        std::fill(out + g0 * d, out + g1 * d, 0.0f);
+        for (int64_t g = g0; g < g1; g++)
+            for (int64_t i = g ? end[g - 1] : 0; i < end[g]; i++) {
+                if (i + 4 < m)
+                    for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(x + order[i + 4] * d + j);
+                const float* row = x + order[i] * d;
+                for (int64_t j = 0; j < d; j++) out[g * d + j] += row[j];
+            }
+    });
 }
 
 void known_lists(int64_t n, const int32_t* X, int64_t np, bool bytes, const int32_t* order, const int32_t* position,

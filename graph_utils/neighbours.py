@@ -137,16 +137,45 @@ def search_self(X, K, progress=None, block=1 << 14):
     return keys
 
 
-def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=None):
+def search_near(Q, group, listed, X, K, order=None):
+    """The K best for each of Q (nq, words) among those rows of X (nb, words) that are listed for its group.
+
+    group int32 (nq,); listed int32 (ngroup, m): rows of X. order int32 (nq,): then group[i] is that of row order[i] of Q; an
+    order that puts rows of one group together is the quick one. Returns keys, int64 (nq, K), in the order of Q.
+    """
+    nq, width = Q.shape
+    np_, in_bytes = _format(Q, "Q")
+    keys = np.zeros((nq, K), np.int64)
+    for array, shape, name in ((group, (nq,), "group"), (listed, (None, None), "listed"), (X, (None, width), "X"),
+                               (order, (nq,), "order")):
+        if array is not None:
+            _check(array, np.int32, shape, name)
+    core.search_near(nq, Q, order, np_, in_bytes, group, *listed.shape, listed, len(X), X, K, keys)
+    return keys
+
+
+def group_sums(x, order, end):
+    """Sums of rows of x float32 (n, d), float32 (ngroup, d): those of group g are order[end[g - 1]:end[g]], order int32."""
+    n, d = _check(x, np.float32, (None, None), "x").shape
+    out = np.empty((len(end), d), np.float32)
+    core.group_sums(n, d, x, len(_check(order, np.int32, (None,), "order")), order, len(end),
+                    _check(end, np.int64, (None,), "end"), out)
+    return out
+
+
+def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=None, near=None):
     """Join to keys (nq, K) the best of rows begin[c]..end[c]-1 of X for the nprobe cells c that are nearest to each
     query, and of more cells until they hold `enough` vectors (K by default).
 
     insert: None, or (middle int64 (nlist,), numbers int32 (nq,), x_keys int64 (n, K), x_worst float32 (n,)): the queries
     enter, under these numbers, the lists x_keys of the rows begin[c]..middle[c]-1 that they are compared with. x_worst
     are the worst products in x_keys, see worst_products; both are updated.
+    near: None, or (own int32 (nq,), listed int32 (nlist, m)): a cell near each query, and the m nearest to each cell. The
+    nearest to a query are then looked for among those listed for its own alone; successive queries should have the same.
     """
     nq, width = Q.shape
     np_, in_bytes = _format(Q, "Q")
+    own, listed = near or (None, None)
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
     if insert:
@@ -154,10 +183,14 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
         _check(numbers, np.int32, (nq,), "numbers")
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
-    core.search_cells(nq, Q, np_, in_bytes, nlist, _check(centroids, np.int32, (None, width), "centroids"), nprobe,
-                      K if enough is None else enough, _check(begin, np.int64, (nlist,), "begin"),
-                      _check(end, np.int64, (nlist,), "end"), _check(X, np.int32, (None, width), "X"), K,
-                      _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
+    if near:
+        _check(own, np.int32, (nq,), "own")
+        _check(listed, np.int32, (nlist, None), "listed")
+    core.search_cells(nq, Q, np_, in_bytes, nlist, _check(centroids, np.int32, (None, width), "centroids"), own,
+                      listed.shape[1] if near else 0, listed, nprobe, K if enough is None else enough,
+                      _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
+                      _check(X, np.int32, (None, width), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
+                      x_keys, x_worst)
 
 
 def worst_products(keys, block=1 << 16):

@@ -10,6 +10,9 @@ from lowshot.packages import faiss
 
 BLOCK = 1 << 14                     # vectors in hand at a time: memory that is freed and taken again stays mapped, and in cache
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
+FEW_CELLS = 1024                    # of no more than these the nearest is found by comparing with all
+STAY_NEAR = 16                      # from one round of k-means to the next, vectors stay within the nearest 1/16 of the cells
+SAME_CELL = .997                    # share of the vectors whose nearest centroid is found by way of few others
 
 
 class Vectors:
@@ -121,14 +124,18 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     x = vectors.scaled_rows(sample)
     X = nb.to_bytes(x)
     centroids = np.ascontiguousarray(x[rs.choice(m, nlist, replace=m < nlist)])
+    cell = order = None
     for iteration in range(iterations):
-        cell = nearest_cell(X, nb.to_bytes(centroids))
-        order = np.argsort(cell, kind="stable")
+        C = nb.to_bytes(centroids)
+        if cell is None or nlist <= FEW_CELLS:
+            cell = nearest_cell(X, C)
+        else:
+            cell = nearest_of_listed(X, cell, nearest_cells(C, C, nlist // STAY_NEAR), C, order)
+        order = np.argsort(cell, kind="stable").astype(np.int32)
         sizes = np.bincount(cell, minlength=nlist)
-        filled = sizes > 0
-        sums = np.zeros_like(centroids)
-        sums[filled] = np.add.reduceat(x[order], (np.cumsum(sizes) - sizes)[filled], axis=0)
-        sums[~filled] = x[rs.choice(m, int((~filled).sum()))]
+        sums = nb.group_sums(x, order, np.cumsum(sizes))
+        empty = np.flatnonzero(sizes == 0)
+        sums[empty] = x[rs.choice(m, len(empty))]
         norms = np.sqrt(np.einsum("ij,ij->i", sums, sums))
         norms[norms == 0] = 1
         centroids = sums / norms[:, None]
@@ -137,17 +144,50 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     return centroids
 
 
+def nearest_cells(X, C, m):
+    """The m most similar centroids of each vector, in no order, int32 (len(X), m). X, C: vectors and centroids in one
+    format."""
+    return nb.numbers(nb.search_all(X, C, m)).astype(np.int32)
+
+
 def nearest_cell(X, C):
-    """The most similar centroid of each vector, int64 (len(X),). X, C: vectors and centroids in one format."""
-    return nb.numbers(nb.search_all(X, C, 1)[:, 0])
+    """The most similar centroid of each vector, int32 (len(X),)."""
+    return nearest_cells(X, C, 1)[:, 0]
 
 
-def assign(vectors, centroids, progress=None, first=0):
-    """The cell of each vector from number `first` on, int32 (n - first,), a block at a time."""
+def nearest_of_listed(X, group, listed, C, order=None):
+    """The same of those centroids alone that are listed for a vector's group, listed int32 (ngroup, m), group int32
+    (len(X),). order: an order of the vectors by group, if it is known."""
+    if order is None:
+        order = np.argsort(group, kind="stable").astype(np.int32)
+    return nb.numbers(nb.search_near(X, group[order], listed, C, 1, order)[:, 0]).astype(np.int32)
+
+
+def assign(vectors, centroids, progress=None, first=0, seed=0):
+    """The cell of each vector from number `first` on, int32 (n - first,), a block at a time.
+
+    A vector is compared with few centroids of centroids, and then with those near the most similar one: as many as find
+    the most similar cell of SAME_CELL of a sample of the vectors; the others get one that is hardly less similar.
+    """
     C, cell = nb.to_bytes(centroids), np.empty(vectors.n - first, np.int32)
+    top, listed = None, None
+    if len(C) > FEW_CELLS and vectors.n - first > len(C):
+        few = train_centroids(Vectors(centroids), int(2 * len(C) ** .5), seed)
+        top = nb.to_bytes(few)
+        sample = np.random.RandomState(seed).choice(np.arange(first, vectors.n), min(vectors.n - first, 4000), replace=False)
+        X = nb.to_bytes(vectors.scaled_rows(np.sort(sample)))
+        similar = few @ centroids.T
+        group = nearest_cell(X, top)
+        mine = similar[group, nearest_cell(X, C)]
+        before = np.sort((similar[group] > mine[:, None]).sum(axis=1))
+        m = int(before[int(SAME_CELL * len(before))]) + 1
+        if len(top) + m < len(C) / 2:
+            listed = nearest_cells(top, C, m)
     for i in range(first, vectors.n, BLOCK):
         j = min(i + BLOCK, vectors.n)
-        cell[i - first:j - first] = nearest_cell(vectors.converted(nb.to_bytes, i, j), C)
+        X = vectors.converted(nb.to_bytes, i, j)
+        cell[i - first:j - first] = nearest_cell(X, C) if listed is None else \
+            nearest_of_listed(X, nearest_cell(X, top), listed, C)
         if progress is not None:
             progress(j)
     return cell

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.cells import BLOCK, Cells, Codes, Vectors, main_directions, nearest_cell
+from lowshot.cells import BLOCK, Cells, Codes, Vectors, main_directions, nearest_cell, nearest_cells
 from lowshot.packages import faiss
 from lowshot.script import Progress
 
@@ -40,6 +40,9 @@ SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that sh
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
                             # where lists are longer
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
+ROUND = 1 << 13             # comparisons per node that take as long as a round of neighbours-of-neighbours, at least
+NEARLY_ALL = .995           # recall up to which more cells are searched where they take a quarter of that
+MISSED = .001               # recall that may be lost where the nearest cells are looked for among few
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_LEAST = 64             # how long the lists are then at least
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
@@ -264,16 +267,37 @@ class Sample:
         self.candidates = nb.numbers(keys)
         self.D, self.I = _exact_of(keys, error, Q, X, k, progress or _silent, False)
 
-    def recall_by_nprobe(self, cells, position):
-        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ..."""
+    def recall_by_nprobe(self, cells, position, listed=None):
+        """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ...
+
+        listed: bool (m, nlist), cells of which the nearest are taken; all if None.
+        """
         nlist = len(cells.centroids)
-        S = cells.codes.projected(self.x) @ cells.codes.projected(cells.centroids).T
-        rank = np.empty(S.shape, np.int32)
-        np.put_along_axis(rank, np.argsort(-S, axis=1, kind="stable"), np.arange(nlist, dtype=np.int32)[None], 1)
-        have = self.I >= 0
+        far = -cells.codes.projected(self.x) @ cells.codes.projected(cells.centroids).T
+        if listed is not None:
+            far[~listed] = np.inf
         cell = np.searchsorted(cells.end, position[np.maximum(self.I, 0)], "right")
-        rank = np.take_along_axis(rank, cell, 1)
-        return np.cumsum(np.bincount(rank[have], minlength=nlist)) / max(1, have.sum())
+        mine = np.take_along_axis(far, cell, 1)
+        far.sort(axis=1)
+        rank = np.stack([np.searchsorted(row, x) for row, x in zip(far, mine)])
+        found = rank[(self.I >= 0) & np.isfinite(mine)]
+        return np.cumsum(np.bincount(found, minlength=nlist)) / max(1, (self.I >= 0).sum())
+
+    def near_cells(self, cells, position, nprobe):
+        """For each cell those near it among which a node of its own finds the nprobe nearest, int32 (nlist, m): so many that
+        MISSED of the true neighbours are lost by it at the most. None where that saves little."""
+        nlist = len(cells.centroids)
+        own = np.searchsorted(cells.end, position[self.number], "right")
+        C = cells.codes.projected(cells.centroids)
+        similar = C[own] @ C.T
+        wanted = self.recall_by_nprobe(cells, position)[nprobe - 1] - MISSED
+        m = 2 * nprobe
+        while m <= nlist // 4:
+            least = -np.partition(-similar, m - 1, axis=1)[:, m - 1:m]
+            if self.recall_by_nprobe(cells, position, similar >= least)[nprobe - 1] >= wanted:
+                return nearest_cells(cells.C, cells.C, m)
+            m *= 2
+        return None
 
     def compared(self, choices, longest):
         """A Comparison for each of some codes, with at most `longest` candidates."""
@@ -367,8 +391,12 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         p = nprobe or max(min(cells_reaching(curve, wanted + comparison.lost(K)), max(1, len(curve) // 8)),
                           min(affordable, len(curve)))
     else:
-        # from here on neighbours of neighbours are the quicker way
+        # from here on neighbours of neighbours are the quicker way, unless a round takes longer than the cells that are left
         p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
+        alone = cells_reaching(curve, wanted + min(comparison.lost(K), (1 - wanted) / 4) + MISSED)
+        round_cells = ROUND * len(curve) // n
+        if not nprobe and alone - p < round_cells:
+            p = max(alone, min(cells_reaching(curve, max(NEARLY_ALL, wanted)), alone + round_cells // 4))
         if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             # in all dimensions: with half of them lists would be long for their sake alone
             needed = compared_by(sample, cells, recall, progress, say, half=False).needed(recall)
@@ -379,7 +407,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     rounds, have = lists.rounds, 0.0
     p = lists.nprobe or p           # of a run that was killed
     while True:
-        lists.search(p, progress)
+        lists.search(p, progress, None if nprobe else sample.near_cells(cells, position, p))
         have = lists.recall(sample, needed)
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
         gained = 1.0
@@ -501,25 +529,29 @@ class Lists:
         else:
             self.keys[:] = 0
 
-    def search(self, nprobe, progress):
-        """Join the best of each node's nprobe nearest cells."""
+    def search(self, nprobe, progress, near=None):
+        """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells()."""
         c, n = self.cells, self.cells.n
         if self.searched and self.nprobe != nprobe:
             self.restart()
         self.nprobe = nprobe
         if self.n0:
-            self._search_new(nprobe, progress)
+            self._search_new(nprobe, progress, near)
         for i in range(self.searched, n, SEARCH_BLOCK):
             block = slice(i, min(i + SEARCH_BLOCK, n))
             self.keys[block] = 0        # of a run that was killed in this block
-            nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.end, c.X, self.keys[block])
+            nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.end, c.X, self.keys[block],
+                            near=self._near(near, np.arange(i, block.stop)))
             self.searched = block.stop
             if self.checkpoint is not None:
                 self.checkpoint.save(self)
             progress("nodes compared with near cells", block.stop, n)
         self._mark_new()
 
-    def _search_new(self, nprobe, progress):
+    def _near(self, near, rows):
+        return None if near is None else (np.searchsorted(self.cells.end, rows, "right").astype(np.int32), near)
+
+    def _search_new(self, nprobe, progress, near):
         """Compare the new nodes with near cells; they enter the lists of the known nodes there as well."""
         c = self.cells
         new = self._new_rows()
@@ -528,7 +560,7 @@ class Lists:
             rows = new[i:i + SEARCH_BLOCK]
             keys = self.keys[rows]
             nb.search_cells(c.X[rows], c.C, nprobe, c.begin, c.end, c.X, keys,
-                            insert=(self.middle, rows, self.keys, worst))
+                            insert=(self.middle, rows, self.keys, worst), near=self._near(near, rows))
             self.keys[rows] = keys
             progress("new nodes compared with near cells", i + len(rows), len(new))
         self.searched = c.n

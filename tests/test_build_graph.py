@@ -161,6 +161,7 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     x = make_raw(tmp_path, 3000)
     monkeypatch.setattr(build_graph, "CHECKPOINT_FROM", 1000)
     monkeypatch.setattr(knn, "SEARCH_BLOCK", 1024)
+    monkeypatch.setattr(knn, "ROUND", 0)
     monkeypatch.setenv("DDIR", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["build_graph.py", "3000", "--index", "IVF200,Flat", "--k", "16", "--recall", ".95",
                                       "--dim", str(DIM)])

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from graph_utils import neighbours as nb
-from lowshot import knn
-from lowshot.cells import Cells, Codes, Vectors, chained, default_nlist, main_directions, train_centroids
+from lowshot import cells as cells_module, knn
+from lowshot.cells import Cells, Codes, Vectors, chained, default_nlist, main_directions, nearest_of_listed, train_centroids
 from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.layout import padded_to_power_of_two
 from lowshot.packages import faiss
@@ -135,13 +135,17 @@ def test_cross_insert_of_duplicates():
     check_exact(D, I, old, np.concatenate([old, new]), 6)
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("n,k,nlist", [(1, 1, 1), (3, 8, 3), (500, 10, 40), (3000, 16, None)])
-def test_graph_by_cells(n, k, nlist):
+def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):
+    if rounds:
+        monkeypatch.setattr(knn, "ROUND", 0)
     x = clustered(n)
     cells = Cells.train(Vectors(x), nlist)
     lines = []
     D, I, info = knn.build_knn_graph(None, k, recall=.97, cells=cells, say=lines.append)
-    assert info["recall"] >= .97 and lines
+    assert info["recall"] >= .97 and lines and (info["rounds"] > 0) <= rounds
+    assert n < 3000 or (info["rounds"] > 0) == rounds
     assert recall(I[:, :min(k, n)], x, x, min(k, n)) > .96
     assert (I == np.arange(n)[:, None]).any(axis=1).all() and (I[:, min(k, n):] == -1).all()
     have = I >= 0
@@ -157,7 +161,9 @@ def test_measured_recall_is_the_recall():
     assert abs(info["recall"] - recall(I, x, x, 10)) < .03
 
 
-def test_graph_of_hard_data_reaches_the_recall_asked_for():
+@pytest.mark.parametrize("round_costs", [0, 1 << 13])
+def test_graph_of_hard_data_reaches_the_recall_asked_for(round_costs, monkeypatch):
+    monkeypatch.setattr(knn, "ROUND", round_costs)
     x = clustered(6000, d=64, spread=3.)
     results = [knn.build_knn_graph(None, 12, recall=r, cells=Cells.train(Vectors(x), 150)) for r in (.8, .99)]
     for (D, I, info), wanted in zip(results, (.8, .99)):
@@ -214,6 +220,26 @@ def test_the_curve_predicts_what_a_number_of_cells_finds():
     for nprobe in (1, 4, 16):
         D, I, info = knn.build_knn_graph(None, 10, nprobe=nprobe, cells=cells)
         assert abs(info["recall"] - curve[nprobe - 1]) < .01
+
+
+@pytest.mark.parametrize("spread", [.6, 1.2])
+def test_cells_near_a_nodes_own_hold_its_nearest(spread, monkeypatch):
+    x = clustered(6000, spread=spread)
+    cells = Cells.train(Vectors(x), 300)
+    sample = knn.Sample(cells.vectors, cells.vectors, 10, 0)
+    cells.use(Codes())
+    position, p = cells.position(), 6
+    near = sample.near_cells(cells, position, p)
+    assert near.dtype == np.int32 and near.shape[0] == 300 and 2 * p <= near.shape[1] <= 75
+    assert all(len(set(row)) == len(row) for row in near) and (near == np.arange(300)[:, None]).any(axis=1).all()
+    curve = sample.recall_by_nprobe(cells, position)
+    plain, quick = (knn.Lists(cells, position, 20) for _ in range(2))
+    plain.search(p, knn._silent)
+    quick.search(p, knn._silent, near)
+    assert abs(plain.recall(sample, 20) - curve[p - 1]) < .01
+    assert abs(quick.recall(sample, 20) - plain.recall(sample, 20)) <= 3 * knn.MISSED
+    assert not np.array_equal(plain.keys, quick.keys)
+    assert sample.near_cells(cells, position, 40) is None       # saves nothing
 
 
 @pytest.mark.parametrize("n0,n1", [(1500, 400), (1000, 0), (3, 800)])
@@ -301,6 +327,30 @@ def test_cells_hold_each_vector_once_near_its_centroid():
         assert codes.words(x.shape[1]) == cells.X.shape[1]
 
 
+@pytest.mark.parametrize("spread,few", [(.2, True), (.4, True), (2., False)])
+def test_cells_found_by_way_of_few_centroids_are_the_nearest(spread, few, monkeypatch):
+    """Where few would have to be nearly all, all are compared."""
+    x = clustered(5000, clusters=200, spread=spread)
+    vectors = Vectors(NormalisedRows(x))
+    y = clustered(900, clusters=200, spread=spread, seed=1)
+    plain = train_centroids(vectors, 400)
+    monkeypatch.setattr(cells_module, "FEW_CELLS", 60)
+    monkeypatch.setattr(cells_module, "STAY_NEAR", 4)
+    centroids = train_centroids(vectors, 400)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-5)
+    assert not np.array_equal(plain, centroids)
+    assert (y @ centroids.T).max(axis=1).mean() > (y @ plain.T).max(axis=1).mean() - .01
+    compared = []
+    monkeypatch.setattr(cells_module, "nearest_of_listed", lambda X, group, listed, *rest: compared.append(listed.shape[1])
+                        or nearest_of_listed(X, group, listed, *rest))
+    for first in (0, 700):
+        cell = cells_module.assign(vectors, centroids, first=first)
+        S = x[first:] @ centroids.T
+        assert (S.argmax(axis=1) == cell).mean() > .98          # by bytes, too
+        assert (S.max(axis=1) - S[np.arange(len(S)), cell]).mean() < 2e-3
+    assert len(compared) == 2 * few and max(compared, default=0) < 160
+
+
 def test_chain_visits_each_centroid_once_nearest_next():
     c = clustered(50, spread=2.)
     chain = chained(c)
@@ -319,14 +369,17 @@ def test_kmeans_with_fewer_vectors_than_centroids_and_with_zeros():
     assert (I == np.arange(5)[:, None]).any(axis=1).all()
 
 
-def test_same_seed_same_graph():
+def test_same_seed_same_graph(monkeypatch):
+    monkeypatch.setattr(knn, "ROUND", 0)
     x = clustered(3000, spread=1.5)
     a, b = (knn.build_knn_graph(None, 10, cells=Cells.train(Vectors(x), 60, seed=3), seed=3) for _ in range(2))
     assert np.array_equal(a[1], b[1]) and np.array_equal(a[0], b[0]) and a[2] == b[2]
 
 
-def test_many_duplicates():
+@pytest.mark.parametrize("round_costs", [0, 1 << 13])
+def test_many_duplicates(round_costs, monkeypatch):
     """Unreadable images all have the same features: more of them than neighbours."""
+    monkeypatch.setattr(knn, "ROUND", round_costs)
     x = clustered(1500)
     x[200:900] = x[3]
     x[900:1000] = 0

@@ -211,6 +211,66 @@ def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, n
 
 
 @pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("nq,n,d,ngroup,m,K", [(1, 1, 32, 1, 1, 1), (300, 70, 48, 9, 33, 5), (2500, 40, 32, 2, 40, 3),
+                                               (50, 30, 32, 7, 4, 6)])
+def test_search_near_compares_with_the_rows_listed_for_the_group(nq, n, d, ngroup, m, K, ordered, stored):
+    convert, rounded = FORMATS[stored]
+    q, x, rs = unit_vectors(nq, d, 1), unit_vectors(n, d, 2), np.random.RandomState(3)
+    listed = np.stack([rs.permutation(n)[:m] for _ in range(ngroup)]).astype(np.int32)
+    group = rs.randint(0, ngroup, nq).astype(np.int32)
+    order = np.argsort(group, kind="stable").astype(np.int32) if ordered else None
+    keys = nb.search_near(convert(q), group[order] if ordered else group, listed, convert(x), K, order)
+    S = rounded(q).astype(np.float64) @ rounded(x).T
+    there = listed[group]
+    best = np.take_along_axis(there, np.argsort(-np.take_along_axis(S, there, 1), axis=1, kind="stable"), 1)[:, :K]
+    found = nb.numbers(np.sort(keys.view(np.uint64))[:, ::-1].view(np.int64))
+    assert (found[:, best.shape[1]:] == -1).all()
+    np.testing.assert_allclose(np.take_along_axis(S, found[:, :best.shape[1]], 1), np.take_along_axis(S, best, 1), atol=2e-6)
+    assert all(len(set(row[row >= 0])) == min(m, K) for row in found)
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("nprobe", [1, 3, 8])
+def test_search_cells_looks_at_listed_cells_only(nprobe, stored):
+    convert, rounded = FORMATS[stored]
+    nq, n, d, nlist, K, m = 2300, 700, 48, 20, 10, 6
+    q, x, centroids = unit_vectors(nq, d, 1), unit_vectors(n, d, 2), unit_vectors(nlist, d, 3)
+    end = np.cumsum(np.random.RandomState(4).multinomial(n, np.ones(nlist) / nlist))
+    begin = np.concatenate([[0], end[:-1]])
+    own = np.sort(np.random.RandomState(5).randint(0, nlist, nq)).astype(np.int32)
+    listed = np.argsort(-(centroids @ centroids.T), axis=1)[:, :m].astype(np.int32)
+    keys = np.zeros((nq, K), np.int64)
+    nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0, near=(own, listed))
+    S = rounded(q).astype(np.float64) @ rounded(x).T
+    coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
+    found = nb.numbers(keys)
+    for i in range(nq):
+        near = listed[own[i]]
+        cells = near[np.argsort(-coarse[i, near])][:nprobe]
+        there = np.concatenate([np.arange(begin[c], end[c]) for c in cells])
+        mine = found[i][found[i] >= 0]
+        np.testing.assert_allclose(-np.sort(-S[i, mine]), -np.sort(-S[i, there])[:K], atol=2e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_group_sums(threads):
+    rs = np.random.RandomState(0)
+    x = rs.randn(500, 33).astype(np.float32)
+    order = rs.permutation(500)[:450].astype(np.int32)
+    end = np.array([0, 3, 3, 200, 449, 450])
+    old = core.get_num_threads()
+    core.set_num_threads(threads)
+    try:
+        sums = nb.group_sums(x, order, end)
+    finally:
+        core.set_num_threads(old)
+    for got, rows in zip(sums, np.split(order, end[:-1])):
+        np.testing.assert_allclose(got, x[rows].astype("f8").sum(axis=0), atol=1e-4)
+    assert nb.group_sums(x[:0], order[:0], np.zeros(3, np.int64)).tolist() == np.zeros((3, 33)).tolist()
+
+
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("nq,n,d,nlist,K,nprobe", [(1, 50, 32, 7, 3, 2), (300, 700, 48, 20, 10, 3), (2500, 900, 32, 20, 12, 20)])
 def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nlist, K, nprobe, threads, stored):
@@ -494,6 +554,14 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_cells(nb.to_bfloat16(np.ones((2, 64))), x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x,
                                np.zeros((2, 2), "i8")), "centroids: contiguous int32"),
     (lambda x: nb.search_cells(x, x, 0, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8")), "nprobe"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.full((1, 3), 8, "i4"), x, 1), "listed vector is out of range"),
+    (lambda x: nb.search_near(x, np.ones(8, "i4"), np.zeros((1, 3), "i4"), x, 1), "group is out of range"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.zeros((1, 3), "i4"), x, 1, np.arange(1, 9, dtype="i4")),
+     "query is out of range"),
+    (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"),
+                               near=(np.zeros(8, "i4"), np.zeros((7, 2), "i4"))), "listed: contiguous int32 8xany"),
+    (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([3], "i4"), np.array([1])), "row is out of range"),
+    (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([2], "i4"), np.array([2])), "ends do not rise"),
     (lambda x: nb.search_all(x, x, 3, insert=(np.zeros((7, 2), "i8"), np.zeros(8, "f4"))), "x_keys: contiguous int64 8xany"),
     (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.full((4, 2), 8, "i4"), 0,
                               np.zeros((8, 3), "i8")), "out of range"),
