@@ -10,8 +10,8 @@ writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the norm
     python build_graph.py 60000 --k 30 --dim 128
     python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
 
-Below 131,072 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and then with
-neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with
+Below 131,072 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and where these
+would be many also with neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with
 the index if it is complete, and beyond 2,000,000 vectors with the lists found so far.
 """
 import os
@@ -115,16 +115,15 @@ def predicted_memory(n, d, k):
     if n < knn.EXACT_BELOW:         # the index, vectors in bfloat16, candidates; then similarities
         K = k + knn.SPARE
         return int(libraries + vectors + 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k)))
-    making_index = vectors + in_bytes + 24 * n
     rounds = in_bytes + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
     similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
-    return int(libraries + blocks + max(making_index, rounds, similarities))
+    return int(libraries + blocks + max(rounds, similarities))
 
 
 def stored_index(path, vectors, args, progress, log):
     """The Faiss index on disk, made if it is not there: (index, Cells of an IVF,Flat index or None)."""
     from lowshot import knn
-    from lowshot.cells import Cells, assign, default_nlist, train_centroids
+    from lowshot.cells import Cells, default_nlist
     from lowshot.index_files import check_index, read_index, write_ivf_flat
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
@@ -144,10 +143,7 @@ def stored_index(path, vectors, args, progress, log):
     if isinstance(index, faiss.IndexIVFFlat) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
         if index.nlist > n:
             raise ValueError(f"--index {factory}: {index.nlist} lists for {n} vectors")
-        centroids = train_centroids(vectors, index.nlist, args.seed,
-                                    progress=lambda i: progress("rounds of k-means", i, 6))
-        cell = assign(vectors, centroids, lambda i: progress("vectors assigned to cells", i, n))
-        cells = Cells(vectors, centroids, cell)
+        cells = Cells.train(vectors, index.nlist, args.seed, progress)
         write_ivf_flat(path, cells, progress=progress)
         return read_index(path, n, d), cells
     if not index.is_trained:

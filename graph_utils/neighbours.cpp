@@ -469,11 +469,20 @@ void search_self_with(int64_t first, int64_t last, const uint32_t* X, int64_t np
 // Base vectors that are listed for each group of queries.
 struct Near {
     const int32_t* group;       // of each query
-    int64_t m;
-    const int32_t* listed;      // m for each group
+    const int64_t* offsets;
+    const int32_t* listed;      // for group g from offsets[g] to offsets[g + 1] - 1
 
     // The query after the last one from i on that is of the same group; not beyond i1.
-    int64_t run(int64_t i, int64_t i1) const { return std::find_if(group + i, group + i1, [&](int32_t g) { return g != group[i]; }) - group; }
+    int64_t run(int64_t i, int64_t i1) const {
+        return std::find_if(group + i, group + i1, [&](int32_t g) { return g != group[i]; }) - group;
+    }
+
+    // Compares the scanner's queries with what is listed for query i.
+    template <class Kernel>
+    void scan(Scanner<Kernel>& scanner, const uint32_t* X, int64_t i) const {
+        const int64_t* offset = offsets + group[i];
+        scanner.scan_listed(X, offset[1] - offset[0], listed + offset[0], scanner.lists);
+    }
 };
 
 template <class Kernel>
@@ -481,12 +490,13 @@ void search_near_with(int64_t nq, const uint32_t* Q, const int32_t* order, int64
                       int64_t* keys) {
     const int64_t stride = Kernel::Format::stride(np);
     auto row = [&](int64_t i) { return order ? (int64_t)order[i] : i; };
-    parallel_blocks<Scanner<Kernel>>(nq, 4 * kGroup, [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
+    const int64_t share = nq / (4 * omp_get_max_threads()) + 1;     // small, as lists differ in length
+    parallel_blocks<Scanner<Kernel>>(nq, std::min(4 * kGroup, share), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
         for (int64_t i = i0, next; i < i1; i = next) {
             next = near.run(i, std::min(i1, i + kGroup));
             scanner.lists.start(next - i, K);
             scanner.queries(next - i, np, [&](int64_t j) { return Q + row(i + j) * stride; }, [](int64_t j) { return j; });
-            scanner.scan_listed(X, near.m, near.listed + near.group[i] * near.m, scanner.lists);
+            near.scan(scanner, X, i);
             for (int64_t j = i; j < next; j++) scanner.lists.store(j - i, keys + row(j) * K);
         }
     });
@@ -541,7 +551,7 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
             t.coarse.lists.start(mj, nprobe);
             t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * stride; }, [](int64_t i) { return i; });
             if (near.listed)
-                t.coarse.scan_listed(centroids, near.m, near.listed + near.group[i0 + j0] * near.m, t.coarse.lists);
+                near.scan(t.coarse, centroids, i0 + j0);
             else
                 t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists, NoLists{});
             for (int64_t i = 0; i < mj; i++) {
@@ -881,47 +891,51 @@ void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool
 
 namespace {
 
-Near checked_near(int64_t nq, const int32_t* group, int64_t ngroup, int64_t m, const int32_t* listed, int64_t nb) {
+Near checked_near(int64_t nq, const int32_t* group, int64_t ngroup, const int64_t* offsets, const int32_t* listed, int64_t nb) {
     for (int64_t i = 0; i < nq; i++)
         if (group[i] < 0 || group[i] >= ngroup) throw std::invalid_argument("a query's group is out of range");
-    for (int64_t e = 0; e < ngroup * m; e++)
+    for (int64_t g = 0; g < ngroup; g++)
+        if (offsets[g] < 0 || offsets[g + 1] < offsets[g]) throw std::invalid_argument("offsets of listed vectors do not rise");
+    for (int64_t e = ngroup ? offsets[0] : 0; ngroup && e < offsets[ngroup]; e++)
         if (listed[e] < 0 || listed[e] >= nb) throw std::invalid_argument("a listed vector is out of range");
-    return Near{group, m, listed};
+    return Near{group, offsets, listed};
 }
 
 }  // namespace
 
 void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, bool bytes, const int32_t* group,
-                 int64_t ngroup, int64_t m, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K, int64_t* keys) {
+                 int64_t ngroup, const int64_t* offsets, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K,
+                 int64_t* keys) {
     check_width(np);
     check_numbers(nb);
     if (K < 1) throw std::invalid_argument("search_near: K is less than 1");
     if (order)
         for (int64_t i = 0; i < nq; i++)
             if (order[i] < 0 || order[i] >= nq) throw std::invalid_argument("search_near: a query is out of range");
-    const Near near = checked_near(nq, group, ngroup, m, listed, nb);
+    const Near near = checked_near(nq, group, ngroup, offsets, listed, nb);
     DISPATCH(search_near_with, bytes, nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, int64_t m, const int32_t* listed, int64_t nprobe, int64_t enough, const int64_t* begin,
-                  const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t enough,
+                  const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
-    const Near near = own ? checked_near(nq, own, nlist, m, listed, nlist) : Near{nullptr, 0, nullptr};
+    const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{nullptr, nullptr, nullptr};
     DISPATCH(search_cells_with, bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
              std::min(nprobe, nlist), enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
              x_worst);
 }
 
-void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* order, int64_t ngroup, const int64_t* end, float* out) {
+void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* order, int64_t ngroup, const int64_t* end,
+                float* out) {
     for (int64_t i = 0; i < m; i++)
         if (order[i] < 0 || order[i] >= n) throw std::invalid_argument("group_sums: a row is out of range");
     for (int64_t g = 0; g < ngroup; g++)
-        if (end[g] < (g ? end[g - 1] : 0) || end[g] > m) throw std::invalid_argument("group_sums: ends do not rise to the number of rows");
+        if (end[g] < (g ? end[g - 1] : 0) || end[g] > m) throw std::invalid_argument("group_sums: ends of groups do not rise");
     parallel_blocks<Nothing>(ngroup, 16, [&](int64_t g0, int64_t g1, Nothing&) {
         std::fill(out + g0 * d, out + g1 * d, 0.0f);
         for (int64_t g = g0; g < g1; g++)

@@ -50,18 +50,20 @@ void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool
 // The K best of those base vectors that are listed for each query's group. Quick if successive queries are of one group.
 //
 // Q          in  nq x np words in bfloat16, or np + 1 in bytes; X nb alike
-// order      in  nq, or null: the i-th query is row order[i] of Q and of keys
-// group      in  nq, of the i-th query; listed ngroup x m: rows of X
+// order      in  a permutation, or null: the i-th query is row order[i] of Q and of keys
+// group      in  nq, of the i-th query
+// listed     in  rows of X, none twice for a group: those for group g from offsets[g], ngroup + 1, to offsets[g + 1] - 1
 // keys       out nq x K
 void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, bool bytes, const int32_t* group,
-                 int64_t ngroup, int64_t m, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K, int64_t* keys);
+                 int64_t ngroup, const int64_t* offsets, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K,
+                 int64_t* keys);
 
 // The K best of the base vectors in each query's nprobe nearest cells, joined with what keys held (and more cells, while
 // they hold fewer than K vectors). Quick if successive queries are near each other.
 //
 // centroids  in  nlist x np words, or np + 1 in bytes; Q and X alike
-// own        in  nq, or null: a cell near each query. Only the m cells listed for that one, in listed nlist x m, are then looked
-//                at for the nearest. Quick if successive queries have the same
+// own        in  nq, or null: a cell near each query. Only cells listed for that one, as in search_near, are then looked at for
+//                the nearest. Quick if successive queries have the same
 // begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
 // enough     in  cells are added to the nprobe nearest until they hold this many vectors
 //
@@ -70,8 +72,8 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 // middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
 // x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, int64_t m, const int32_t* listed, int64_t nprobe, int64_t enough, const int64_t* begin,
-                  const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t enough,
+                  const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst);
 
 // Sums of rows of x, group by group.

@@ -137,20 +137,32 @@ def search_self(X, K, progress=None, block=1 << 14):
     return keys
 
 
+def _listed(group, listed, nq):
+    """(group, number of groups, offsets, rows) of what is listed for groups of queries, see search_near."""
+    if isinstance(listed, np.ndarray):
+        listed = np.arange(len(listed) + 1) * listed.shape[1], listed.ravel()
+    offsets, rows = listed
+    _check(rows, np.int32, (None,), "listed")
+    _check(offsets, np.int64, (None,), "offsets")
+    if not len(offsets) or offsets[-1] > len(rows):
+        raise ValueError(f"offsets of listed vectors end at {offsets[-1:]}, {len(rows)} are listed")
+    return _check(group, np.int32, (nq,), "group"), len(offsets) - 1, offsets, rows
+
+
 def search_near(Q, group, listed, X, K, order=None):
     """The K best for each of Q (nq, words) among those rows of X (nb, words) that are listed for its group.
 
-    group int32 (nq,); listed int32 (ngroup, m): rows of X. order int32 (nq,): then group[i] is that of row order[i] of Q; an
-    order that puts rows of one group together is the quick one. Returns keys, int64 (nq, K), in the order of Q.
+    group int32 (nq,); listed: int32 (ngroup, m), distinct rows of X; or (offsets int64 (ngroup + 1,), int32): those for
+    group g from offsets[g] to offsets[g + 1] - 1. order int32 (nq,), a permutation: then group[i] is that of row order[i] of
+    Q; one that puts rows of a group together is the quick one. Returns keys, int64 (nq, K), in the order of Q.
     """
     nq, width = Q.shape
     np_, in_bytes = _format(Q, "Q")
     keys = np.zeros((nq, K), np.int64)
-    for array, shape, name in ((group, (nq,), "group"), (listed, (None, None), "listed"), (X, (None, width), "X"),
-                               (order, (nq,), "order")):
-        if array is not None:
-            _check(array, np.int32, shape, name)
-    core.search_near(nq, Q, order, np_, in_bytes, group, *listed.shape, listed, len(X), X, K, keys)
+    if order is not None:
+        _check(order, np.int32, (nq,), "order")
+    core.search_near(nq, Q, order, np_, in_bytes, *_listed(group, listed, nq), len(X), _check(X, np.int32, (None, width), "X"),
+                     K, keys)
     return keys
 
 
@@ -170,12 +182,12 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
     insert: None, or (middle int64 (nlist,), numbers int32 (nq,), x_keys int64 (n, K), x_worst float32 (n,)): the queries
     enter, under these numbers, the lists x_keys of the rows begin[c]..middle[c]-1 that they are compared with. x_worst
     are the worst products in x_keys, see worst_products; both are updated.
-    near: None, or (own int32 (nq,), listed int32 (nlist, m)): a cell near each query, and the m nearest to each cell. The
+    near: None, or (own int32 (nq,), listed int32 (nlist, m)): a cell near each query, and m >= nprobe near each cell. The
     nearest to a query are then looked for among those listed for its own alone; successive queries should have the same.
     """
     nq, width = Q.shape
     np_, in_bytes = _format(Q, "Q")
-    own, listed = near or (None, None)
+    own = offsets = listed = None
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
     if insert:
@@ -184,10 +196,12 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
     if near:
-        _check(own, np.int32, (nq,), "own")
-        _check(listed, np.int32, (nlist, None), "listed")
+        _check(near[1], np.int32, (nlist, None), "listed")
+        if near[1].shape[1] < min(nprobe, nlist):
+            raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
+        own, _, offsets, listed = _listed(*near, nq)
     core.search_cells(nq, Q, np_, in_bytes, nlist, _check(centroids, np.int32, (None, width), "centroids"), own,
-                      listed.shape[1] if near else 0, listed, nprobe, K if enough is None else enough,
+                      offsets, listed, nprobe, K if enough is None else enough,
                       _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
                       _check(X, np.int32, (None, width), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
                       x_keys, x_worst)

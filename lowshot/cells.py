@@ -12,7 +12,7 @@ BLOCK = 1 << 14                     # vectors in hand at a time: memory that is 
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
 FEW_CELLS = 1024                    # of no more than these the nearest is found by comparing with all
 STAY_NEAR = 16                      # from one round of k-means to the next, vectors stay within the nearest 1/16 of the cells
-SAME_CELL = .997                    # share of the vectors whose nearest centroid is found by way of few others
+SAME_CELL = .997                    # share of a sample whose nearest centroid is found by way of few others
 
 
 class Vectors:
@@ -117,7 +117,8 @@ def default_nlist(n):
 
 
 def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
-    """Spherical k-means on a sample. Returns float32 (nlist, d), of norm 1 (0 where all vectors are zero)."""
+    """Spherical k-means on a sample. Returns centroids float32 (nlist, d), of norm 1 (0 where all vectors are zero), and the
+    sample in bytes and its cells, int32."""
     rs = np.random.RandomState(seed)
     m = min(vectors.n, TRAINING_PER_CELL * nlist)
     sample = np.sort(rs.choice(vectors.n, m, replace=False)) if m < vectors.n else np.arange(m)
@@ -141,7 +142,7 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
         centroids = sums / norms[:, None]
         if progress is not None:
             progress(iteration + 1)
-    return centroids
+    return centroids, (X, cell)
 
 
 def nearest_cells(X, C, m):
@@ -156,38 +157,51 @@ def nearest_cell(X, C):
 
 
 def nearest_of_listed(X, group, listed, C, order=None):
-    """The same of those centroids alone that are listed for a vector's group, listed int32 (ngroup, m), group int32
-    (len(X),). order: an order of the vectors by group, if it is known."""
+    """The most similar of the centroids listed for each vector's group, int32 (len(X),). group int32 (len(X),); listed as in
+    nb.search_near. order: an order of the vectors by group, if it is known."""
     if order is None:
         order = np.argsort(group, kind="stable").astype(np.int32)
     return nb.numbers(nb.search_near(X, group[order], listed, C, 1, order)[:, 0]).astype(np.int32)
 
 
-def assign(vectors, centroids, progress=None, first=0, seed=0):
+def ways_to_cells(centroids, X, cell, seed=0):
+    """Few vectors, in bytes, and for each of them the centroids to look at where it is the most similar of the few, as listed in
+    nb.search_near; None where that saves little.
+
+    Listed are the nearest, so many that the most similar centroid of SAME_CELL of the vectors is among them; and all that
+    any of them was found with, so that no cell is out of reach of its own vectors. X, cell: vectors in bytes, int32 (m,).
+    """
+    nlist, C = len(centroids), nb.to_bytes(centroids)
+    few, _ = train_centroids(Vectors(centroids), int(2 * nlist ** .5), seed)
+    top = nb.to_bytes(few)
+    group = nearest_cell(X, top)
+    far = -few @ centroids.T
+    rows = np.random.RandomState(seed).choice(len(X), min(len(X), 4000), replace=False)
+    mine = far[group[rows], nearest_cell(X[rows], C)]
+    far.sort(axis=1)
+    before = np.sort([np.searchsorted(far[g], x) for g, x in zip(group[rows], mine)])
+    near = nearest_cells(top, C, int(before[int(SAME_CELL * len(before))]) + 1)
+    pairs = np.union1d((np.arange(len(top))[:, None] * nlist + near).ravel(), group.astype(np.int64) * nlist + cell)
+    offsets = np.searchsorted(pairs, np.arange(len(top) + 1) * nlist)
+    if len(top) + np.diff(offsets)[group].mean() > nlist / 2:
+        return None
+    return top, (offsets, (pairs % nlist).astype(np.int32))
+
+
+def assign(vectors, centroids, ways=None, progress=None, first=0):
     """The cell of each vector from number `first` on, int32 (n - first,), a block at a time.
 
-    A vector is compared with few centroids of centroids, and then with those near the most similar one: as many as find
-    the most similar cell of SAME_CELL of a sample of the vectors; the others get one that is hardly less similar.
+    ways: of ways_to_cells(), or None. With them a few vectors get a cell that is not the most similar one.
     """
     C, cell = nb.to_bytes(centroids), np.empty(vectors.n - first, np.int32)
-    top, listed = None, None
-    if len(C) > FEW_CELLS and vectors.n - first > len(C):
-        few = train_centroids(Vectors(centroids), int(2 * len(C) ** .5), seed)
-        top = nb.to_bytes(few)
-        sample = np.random.RandomState(seed).choice(np.arange(first, vectors.n), min(vectors.n - first, 4000), replace=False)
-        X = nb.to_bytes(vectors.scaled_rows(np.sort(sample)))
-        similar = few @ centroids.T
-        group = nearest_cell(X, top)
-        mine = similar[group, nearest_cell(X, C)]
-        before = np.sort((similar[group] > mine[:, None]).sum(axis=1))
-        m = int(before[int(SAME_CELL * len(before))]) + 1
-        if len(top) + m < len(C) / 2:
-            listed = nearest_cells(top, C, m)
     for i in range(first, vectors.n, BLOCK):
         j = min(i + BLOCK, vectors.n)
         X = vectors.converted(nb.to_bytes, i, j)
-        cell[i - first:j - first] = nearest_cell(X, C) if listed is None else \
-            nearest_of_listed(X, nearest_cell(X, top), listed, C)
+        if ways is None:
+            cell[i - first:j - first] = nearest_cell(X, C)
+        else:
+            top, listed = ways
+            cell[i - first:j - first] = nearest_of_listed(X, nearest_cell(X, top), listed, C)
         if progress is not None:
             progress(j)
     return cell
@@ -285,9 +299,12 @@ class Cells:
     def train(cls, vectors, nlist=None, seed=0, progress=None):
         """Cells found by k-means. progress: called with (stage, done, total)."""
         at = (lambda *a: None) if progress is None else progress
-        centroids = train_centroids(vectors, nlist or default_nlist(vectors.n), seed,
-                                    progress=lambda i: at("rounds of k-means", i, 6))
-        return cls(vectors, centroids, assign(vectors, centroids, lambda i: at("vectors assigned to cells", i, vectors.n)))
+        centroids, sample = train_centroids(vectors, nlist or default_nlist(vectors.n), seed,
+                                            progress=lambda i: at("rounds of k-means", i, 6))
+        ways = ways_to_cells(centroids, *sample, seed) if len(centroids) > FEW_CELLS else None
+        del sample
+        return cls(vectors, centroids, assign(vectors, centroids, ways,
+                                              lambda i: at("vectors assigned to cells", i, vectors.n)))
 
     def position(self):
         """int32 (n,): the row of X of each number."""

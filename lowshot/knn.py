@@ -41,7 +41,7 @@ REVERSE = 32                # reverse neighbours that take part in a round of ne
                             # where lists are longer
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1 << 13             # comparisons per node that take as long as a round of neighbours-of-neighbours, at least
-NEARLY_ALL = .995           # recall up to which more cells are searched where they take a quarter of that
+NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
 MISSED = .001               # recall that may be lost where the nearest cells are looked for among few
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_LEAST = 64             # how long the lists are then at least
@@ -283,18 +283,20 @@ class Sample:
         found = rank[(self.I >= 0) & np.isfinite(mine)]
         return np.cumsum(np.bincount(found, minlength=nlist)) / max(1, (self.I >= 0).sum())
 
-    def near_cells(self, cells, position, nprobe):
-        """For each cell those near it among which a node of its own finds the nprobe nearest, int32 (nlist, m): so many that
-        MISSED of the true neighbours are lost by it at the most. None where that saves little."""
+    def near_cells(self, cells, position, nprobe, recall):
+        """For each cell those near it among which a node of its own finds the nprobe nearest, int32 (nlist, m): so many that no
+        more of the sample's true neighbours are lost by it than MISSED. None where that saves little.
+
+        recall: that of the nprobe nearest of all cells.
+        """
         nlist = len(cells.centroids)
         own = np.searchsorted(cells.end, position[self.number], "right")
         C = cells.codes.projected(cells.centroids)
         similar = C[own] @ C.T
-        wanted = self.recall_by_nprobe(cells, position)[nprobe - 1] - MISSED
         m = 2 * nprobe
         while m <= nlist // 4:
             least = -np.partition(-similar, m - 1, axis=1)[:, m - 1:m]
-            if self.recall_by_nprobe(cells, position, similar >= least)[nprobe - 1] >= wanted:
+            if self.recall_by_nprobe(cells, position, similar >= least)[nprobe - 1] >= recall - MISSED:
                 return nearest_cells(cells.C, cells.C, m)
             m *= 2
         return None
@@ -353,8 +355,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     """The graph of each vector's k nearest, itself included.
 
     Sets below EXACT_BELOW are compared whole. Of larger ones, the vectors of each node's nprobe nearest cells are
-    compared with it, and then neighbours of neighbours, until recall@k as measured on a sample is reached. Similarities
-    are exact float32 products; those in known lists stay as they are. Deterministic for a seed, whatever the number of
+    compared with it, and then neighbours of neighbours, or more cells where that is quicker, until recall@k as measured on
+    a sample is reached. Similarities are exact float32 products; those in known lists stay as they are. Deterministic for a seed, whatever the number of
     threads.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
@@ -388,7 +390,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
         # little further, as codes err; and as far as it takes a second or two
         affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
-        p = nprobe or max(min(cells_reaching(curve, wanted + comparison.lost(K)), max(1, len(curve) // 8)),
+        p = nprobe or max(min(cells_reaching(curve, wanted + comparison.lost(K) + MISSED), max(1, len(curve) // 8)),
                           min(affordable, len(curve)))
     else:
         # from here on neighbours of neighbours are the quicker way, unless a round takes longer than the cells that are left
@@ -397,17 +399,22 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         round_cells = ROUND * len(curve) // n
         if not nprobe and alone - p < round_cells:
             p = max(alone, min(cells_reaching(curve, max(NEARLY_ALL, wanted)), alone + round_cells // 4))
-        if not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
+        elif not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             # in all dimensions: with half of them lists would be long for their sake alone
             needed = compared_by(sample, cells, recall, progress, say, half=False).needed(recall)
             curve = sample.recall_by_nprobe(cells, position)
             p, K, reverse = cells_reaching(curve, WIDE_START), max(needed, longest_list(k)), 2 * REVERSE
             say(f"neighbours are far and wide: {K} candidates are kept for each, compared in all dimensions")
         lists = Lists(cells, position, K, None, checkpoint)
+
+    def near(p):
+        # a cell's own nodes have to be enough for the work on its list
+        return None if nprobe or n - n0 < 16 * len(curve) else sample.near_cells(cells, position, p, curve[p - 1])
+
     rounds, have = lists.rounds, 0.0
     p = lists.nprobe or p           # of a run that was killed
     while True:
-        lists.search(p, progress, None if nprobe else sample.near_cells(cells, position, p))
+        lists.search(p, progress, near(p))
         have = lists.recall(sample, needed)
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
         gained = 1.0

@@ -211,28 +211,39 @@ def test_search_cells_compares_with_the_nearest_cells_only(nq, n, d, nlist, K, n
 
 
 @pytest.mark.parametrize("stored", FORMATS)
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("ordered,threads", [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize("nq,n,d,ngroup,m,K", [(1, 1, 32, 1, 1, 1), (300, 70, 48, 9, 33, 5), (2500, 40, 32, 2, 40, 3),
                                                (50, 30, 32, 7, 4, 6)])
-def test_search_near_compares_with_the_rows_listed_for_the_group(nq, n, d, ngroup, m, K, ordered, stored):
+def test_search_near_compares_with_the_rows_listed_for_the_group(nq, n, d, ngroup, m, K, ordered, threads, stored):
     convert, rounded = FORMATS[stored]
     q, x, rs = unit_vectors(nq, d, 1), unit_vectors(n, d, 2), np.random.RandomState(3)
     listed = np.stack([rs.permutation(n)[:m] for _ in range(ngroup)]).astype(np.int32)
     group = rs.randint(0, ngroup, nq).astype(np.int32)
     order = np.argsort(group, kind="stable").astype(np.int32) if ordered else None
-    keys = nb.search_near(convert(q), group[order] if ordered else group, listed, convert(x), K, order)
     S = rounded(q).astype(np.float64) @ rounded(x).T
-    there = listed[group]
-    best = np.take_along_axis(there, np.argsort(-np.take_along_axis(S, there, 1), axis=1, kind="stable"), 1)[:, :K]
-    found = nb.numbers(np.sort(keys.view(np.uint64))[:, ::-1].view(np.int64))
-    assert (found[:, best.shape[1]:] == -1).all()
-    np.testing.assert_allclose(np.take_along_axis(S, found[:, :best.shape[1]], 1), np.take_along_axis(S, best, 1), atol=2e-6)
-    assert all(len(set(row[row >= 0])) == min(m, K) for row in found)
+    # as many for each, or some for some, and none for the last
+    some = [row[:rs.randint(m + 1)] for row in listed[:-1]] + [listed[0, :0]]
+    ragged = np.cumsum([0] + [len(row) for row in some]), np.concatenate(some)
+    old = core.get_num_threads()
+    core.set_num_threads(threads)
+    try:
+        results = [(nb.search_near(convert(q), group[order] if ordered else group, given, convert(x), K, order), rows)
+                   for given, rows in ((listed, listed), (ragged, some))]
+    finally:
+        core.set_num_threads(old)
+    for keys, rows in results:
+        found = nb.numbers(np.sort(keys.view(np.uint64))[:, ::-1].view(np.int64))
+        for i in range(nq):
+            want = -np.sort(-S[i, rows[group[i]]])[:K]
+            assert (found[i, len(want):] == -1).all() and np.isin(found[i, :len(want)], rows[group[i]]).all()
+            assert len(set(found[i, :len(want)])) == len(want)
+            np.testing.assert_allclose(S[i, found[i, :len(want)]], want, atol=2e-6)
 
 
 @pytest.mark.parametrize("stored", FORMATS)
-@pytest.mark.parametrize("nprobe", [1, 3, 8])
-def test_search_cells_looks_at_listed_cells_only(nprobe, stored):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("nprobe", [1, 3, 6])
+def test_search_cells_looks_at_listed_cells_only(nprobe, threads, stored):
     convert, rounded = FORMATS[stored]
     nq, n, d, nlist, K, m = 2300, 700, 48, 20, 10, 6
     q, x, centroids = unit_vectors(nq, d, 1), unit_vectors(n, d, 2), unit_vectors(nlist, d, 3)
@@ -241,7 +252,12 @@ def test_search_cells_looks_at_listed_cells_only(nprobe, stored):
     own = np.sort(np.random.RandomState(5).randint(0, nlist, nq)).astype(np.int32)
     listed = np.argsort(-(centroids @ centroids.T), axis=1)[:, :m].astype(np.int32)
     keys = np.zeros((nq, K), np.int64)
-    nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0, near=(own, listed))
+    old = core.get_num_threads()
+    core.set_num_threads(threads)
+    try:
+        nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0, near=(own, listed))
+    finally:
+        core.set_num_threads(old)
     S = rounded(q).astype(np.float64) @ rounded(x).T
     coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
     found = nb.numbers(keys)
@@ -560,8 +576,12 @@ def test_no_queries_and_no_vectors():
      "query is out of range"),
     (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"),
                                near=(np.zeros(8, "i4"), np.zeros((7, 2), "i4"))), "listed: contiguous int32 8xany"),
+    (lambda x: nb.search_cells(x, x, 3, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"),
+                               near=(np.zeros(8, "i4"), np.zeros((8, 2), "i4"))), "fewer than nprobe 3"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), (np.array([0, 4]), np.zeros(3, "i4")), x, 1), "3 are listed"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), (np.array([0, 3, 2]), np.zeros(3, "i4")), x, 1), "do not rise"),
     (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([3], "i4"), np.array([1])), "row is out of range"),
-    (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([2], "i4"), np.array([2])), "ends do not rise"),
+    (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([2], "i4"), np.array([2])), "ends of groups do not rise"),
     (lambda x: nb.search_all(x, x, 3, insert=(np.zeros((7, 2), "i8"), np.zeros(8, "f4"))), "x_keys: contiguous int64 8xany"),
     (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.full((4, 2), 8, "i4"), 0,
                               np.zeros((8, 3), "i8")), "out of range"),
