@@ -10,9 +10,9 @@ writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the norm
     python build_graph.py 60000 --k 30 --dim 128
     python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
 
-Below 131,072 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and where these
-would be many also with neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with
-the index if it is complete, and beyond 2,000,000 vectors with the lists found so far.
+Below 131,072 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and, where these
+would be many, with neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off
+goes on: with the index if it is complete, and beyond 2,000,000 vectors with the lists found so far.
 """
 import os
 import time

@@ -924,7 +924,7 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t 
     check_numbers(nlist);
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
-    const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{nullptr, nullptr, nullptr};
+    const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
     DISPATCH(search_cells_with, bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
              std::min(nprobe, nlist), enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
              x_worst);

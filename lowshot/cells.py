@@ -128,10 +128,7 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     cell = order = None
     for iteration in range(iterations):
         C = nb.to_bytes(centroids)
-        if cell is None or nlist <= FEW_CELLS:
-            cell = nearest_cell(X, C)
-        else:
-            cell = nearest_of_listed(X, cell, nearest_cells(C, C, nlist // STAY_NEAR), C, order)
+        cell = nearest_cell(X, C) if cell is None or nlist <= FEW_CELLS else still_nearest(X, cell, C, order)
         order = np.argsort(cell, kind="stable").astype(np.int32)
         sizes = np.bincount(cell, minlength=nlist)
         sums = nb.group_sums(x, order, np.cumsum(sizes))
@@ -164,17 +161,22 @@ def nearest_of_listed(X, group, listed, C, order=None):
     return nb.numbers(nb.search_near(X, group[order], listed, C, 1, order)[:, 0]).astype(np.int32)
 
 
-def ways_to_cells(centroids, X, cell, seed=0):
-    """Few vectors, in bytes, and for each of them the centroids to look at where it is the most similar of the few, as listed in
-    nb.search_near; None where that saves little.
+def still_nearest(X, cell, C, order=None):
+    """The most similar centroid of each vector, of those near the one that was, `cell`."""
+    return nearest_of_listed(X, cell, nearest_cells(C, C, len(C) // STAY_NEAR), C, order)
 
-    Listed are the nearest, so many that the most similar centroid of SAME_CELL of the vectors is among them; and all that
-    any of them was found with, so that no cell is out of reach of its own vectors. X, cell: vectors in bytes, int32 (m,).
+
+def ways_to_cells(centroids, X, cell, seed=0):
+    """Few vectors, in bytes, and for each of them the centroids to look at where it is the most similar of the few, listed as
+    in nb.search_near; None where that saves little.
+
+    Listed are the nearest, so many that the most similar centroid of SAME_CELL of the vectors is among them; and those of any
+    of the vectors, so that no cell is out of reach of its own. X, cell: of train_centroids().
     """
     nlist, C = len(centroids), nb.to_bytes(centroids)
     few, _ = train_centroids(Vectors(centroids), int(2 * nlist ** .5), seed)
     top = nb.to_bytes(few)
-    group = nearest_cell(X, top)
+    cell, group = still_nearest(X, cell, C), nearest_cell(X, top)
     far = -few @ centroids.T
     rows = np.random.RandomState(seed).choice(len(X), min(len(X), 4000), replace=False)
     mine = far[group[rows], nearest_cell(X[rows], C)]
@@ -235,6 +237,10 @@ class Codes:
             faiss.copy_array_to_vector(projection.ravel(), self.transform.A)
             self.transform.is_trained = True
 
+    @property
+    def plain(self):
+        return self.format == "bytes" and self.transform is None
+
     def projected(self, x):
         """x float32 (n, d) in the dimensions that are compared."""
         return x if self.transform is None else self.transform.apply(x)
@@ -269,6 +275,7 @@ class Cells:
     centroids  float32 (nlist, d), in the order of the chain
     and, once it is known what stands for the vectors, after use():
     codes      Codes; X int32 (n, words): the vectors; C: the centroids
+    chosen     whether these codes were compared with others
     Memory: that of the codes, and 12 bytes per vector.
     """
 
@@ -276,7 +283,7 @@ class Cells:
         chain = chained(centroids)
         rank = np.empty(len(chain), np.int32)
         rank[chain] = np.arange(len(chain), dtype=np.int32)
-        self.vectors, self.codes, self.X = vectors, None, None
+        self.vectors, self.codes, self.X, self.chosen = vectors, None, None, False
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
         self.chain = chain

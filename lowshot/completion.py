@@ -119,10 +119,11 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
             return Graph(I, D, test_I, test_D, None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
-        # the graph gives the vectors in cells up
+        # before codes are chosen; and the graph gives the vectors in cells up
+        new = knn.Sample(vectors, vectors, k, 0, progress, first=nbg if len(base) else 0, cells=cells)
         search_done = knn.search_begun(cells, test, k, recall=0.99, progress=progress, say=log)
         knn.build_knn_graph(None, k, recall=0.96, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                            progress=progress, say=log, release=True)
+                            progress=progress, say=log, release=True, sample=new)
         test_D, test_I, info = search_done()
         log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
         return Graph(I, D, test_I, test_D, locality_order(I), vectors.scale)

@@ -30,6 +30,7 @@ EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
+BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
 LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
 SPARE_LISTED = 8            # candidates beyond k at least, where nothing is proven
@@ -117,18 +118,23 @@ def _candidates(Q, X, K, progress, self):
 
 def _exact_of(keys, error, Q, X, k, progress, self):
     """exact_knn(), given what _candidates() found; keys are changed."""
+    D, I, unsure = _best_and_unsure(keys, error, Q, X, k, self)
+    for i in range(0, len(unsure), 4096):
+        rows = unsure[i:i + 4096]
+        D[rows], I[rows] = _float32_knn(Q.scaled_rows(rows), X, k)
+        if self:
+            _put_self(D, I, rows)
+        progress("queries compared in float32", i + len(rows), len(unsure))
+    return D, I
+
+
+def _best_and_unsure(keys, error, Q, X, k, self=False):
+    """(D, I) of the k best of each list of candidates, and those lists that may lack a better one than these. keys: the best
+    by products that err by `error` (n,) at the most; they are changed."""
     worst = nb.worst_products(keys)
     _leave_possible(keys, k, error)
     D, I = _best_of(keys, Q, X, k, self)
-    if keys.shape[1] < X.n:
-        unsure = np.flatnonzero(D[:, -1] < worst + error)
-        for i in range(0, len(unsure), 4096):
-            rows = unsure[i:i + 4096]
-            D[rows], I[rows] = _float32_knn(Q.scaled_rows(rows), X, k)
-            if self:
-                _put_self(D, I, rows)
-            progress("queries compared in float32", i + len(rows), len(unsure))
-    return D, I
+    return D, I, np.flatnonzero(D[:, -1] < worst + error) if keys.shape[1] < X.n else np.empty(0, np.int64)
 
 
 def _error(lost, lost_most, q_longest, x_longest):
@@ -237,13 +243,9 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
             found_I[found_I >= 0] += first_new_number
             D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
         progress("nodes compared with new ones", j, X.n)
-    error, worst = _error(new_lost, X_lost_most, new.longest, X.longest), nb.worst_products(keys_new)
-    _leave_possible(keys_new, k, error)
-    found_D, found_I = _best_of(keys_new, new, X, k)
-    if keys_new.shape[1] < X.n:
-        unsure = np.flatnonzero(found_D[:, -1] < worst + error)
-        if len(unsure):
-            found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
+    found_D, found_I, unsure = _best_and_unsure(keys_new, _error(new_lost, X_lost_most, new.longest, X.longest), new, X, k)
+    if len(unsure):
+        found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
 
 
@@ -254,18 +256,45 @@ class Sample:
 
     number int32 (m,); D, I: their k nearest by exact search. candidates: int64 (m, k + MANY_SPARE) the nearest, in no order,
     hardly any of them wrong.
+    cells: Cells of X, or None. Where these hold all dimensions in bytes, or nothing yet, that serves to find candidates: in
+    less than half the time, and up to BYTES_ERR standard errors of a product.
     """
 
-    def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0):
+    def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0, cells=None):
         rs, n = np.random.RandomState(seed), vectors.n - first
         self.number = np.sort(first + rs.choice(n, min(size, n), replace=False)).astype(np.int32)
         self.k, self.X = k, X
         self.x = vectors.scaled_rows(self.number)
-        Q = _vectors(self.x)
-        # in tight clusters the errors of bfloat16 leave many in doubt, and float32 is slow
-        keys, error = _candidates(Q, X, k + MANY_SPARE, progress or _silent, False)
-        self.candidates = nb.numbers(keys)
-        self.D, self.I = _exact_of(keys, error, Q, X, k, progress or _silent, False)
+        Q, progress = _vectors(self.x), progress or _silent
+        # in tight clusters the errors of candidates leave many in doubt, and float32 is slow
+        K = k + MANY_SPARE
+        if cells is None or cells.codes is not None and not cells.codes.plain:
+            keys, error = _candidates(Q, X, K, progress, False)
+            self.candidates = nb.numbers(keys)
+            self.D, self.I = _exact_of(keys, error, Q, X, k, progress, False)
+        else:
+            keys, error = self._by_bytes(Q, X, K, cells, progress)
+            self.candidates = nb.numbers(keys)
+            self.D, self.I, unsure = _best_and_unsure(keys, error, Q, X, k)
+            if len(unsure):
+                self.D[unsure], self.I[unsure] = exact_knn(self.x[unsure], X, k, progress, spare=MANY_SPARE)
+
+    @staticmethod
+    def _by_bytes(Q, X, K, cells, progress):
+        """(keys, error) as of _candidates(). A step of bytes errs like a uniform variable, whose variance is 1 / 12."""
+        if cells.codes is None:
+            cells.use(Codes(), lambda done: progress("vectors sorted by cell", done, cells.n))
+        keys, queries = np.zeros((Q.n, min(K, X.n)), np.int64), Q.converted(cells.codes, 0, Q.n)
+        step = 0.0
+        for i in range(0, X.n, SEARCH_BLOCK):
+            part = cells.X[i:i + SEARCH_BLOCK]
+            nb.search_all(queries, part, keys.shape[1], keys, i)
+            step = max(step, float(part[:, -1].copy().view(np.float32).max()))
+            progress("vectors compared with a sample", i + len(part), X.n)
+        variance = (queries[:, -1].copy().view(np.float32) * X.longest) ** 2 + (step * Q.longest) ** 2
+        numbers = nb.numbers(keys)
+        keys = nb.make_keys(nb.similarities(keys), np.where(numbers < 0, -1, cells.order[numbers]))
+        return keys, BYTES_ERR * np.sqrt(variance / 12).astype(np.float32)
 
     def recall_by_nprobe(self, cells, position, listed=None):
         """Share of the true neighbours in the nprobe nearest cells, float64 (nlist,): for nprobe = 1, 2, ...
@@ -351,18 +380,19 @@ def cells_reaching(curve, wanted):
 # ---- graphs
 
 def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
-                    checkpoint=None, release=False):
+                    checkpoint=None, release=False, sample=None):
     """The graph of each vector's k nearest, itself included.
 
     Sets below EXACT_BELOW are compared whole. Of larger ones, the vectors of each node's nprobe nearest cells are
     compared with it, and then neighbours of neighbours, or more cells where that is quicker, until recall@k as measured on
-    a sample is reached. Similarities are exact float32 products; those in known lists stay as they are. Deterministic for a seed, whatever the number of
-    threads.
+    a sample is reached. Similarities are exact float32 products; those in known lists stay as they are. Deterministic for
+    a seed, whatever the number of threads.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
     is that of the other nodes.
     cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
     release: give up the vectors in cells before the similarities are computed, to save memory.
+    sample: Sample of the nodes, of those that are new if lists are given; made here if None.
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
     Returns D, I, info (recall, nprobe, rounds, exact).
     """
@@ -379,7 +409,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     position = cells.position()
     n0 = len(initial[0]) if initial is not None and len(initial[0]) < n else 0
     # known lists are as they are: it is the new nodes, and their entries in these lists, that have to be found
-    sample = Sample(vectors, vectors, min(k, n), seed, progress, first=n0)
+    sample = sample or Sample(vectors, vectors, min(k, n), seed, progress, first=n0, cells=cells)
     wanted, reverse = with_margin(recall), REVERSE
     comparison = compared_by(sample, cells, recall, progress, say)
     needed = comparison.needed(recall)
@@ -486,11 +516,11 @@ def compared_by(sample, cells, recall, progress, say, half=True):
     dimensions may do.
     """
     d, longest = sample.x.shape[1], longest_list(sample.k)
-    if cells.codes is not None and (half or cells.codes.transform is None):
+    if cells.chosen and (half or cells.codes.transform is None):
         [now] = sample.compared([cells.codes], longest)
         if now.codes.format == "bfloat16" or now.suffices(recall, now.needed(recall)):
             return now
-    m, choices = -(-d // 128) * 64, [Codes("bytes")]
+    m, choices = -(-d // 128) * 64, [cells.codes if cells.codes is not None and cells.codes.plain else Codes()]
     if half and m < d:
         choices.append(Codes("bytes", main_directions(cells.vectors, m)))
     best = min(sample.compared(choices, longest), key=lambda c: c.cost(recall, d))
@@ -499,7 +529,9 @@ def compared_by(sample, cells, recall, progress, say, half=True):
         [best] = sample.compared([Codes("bfloat16")], longest)
     elif best.codes.transform is not None:
         say(f"vectors are compared in {m} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
-    cells.use(best.codes, lambda done: progress("vectors sorted by cell", done, cells.n))
+    if best.codes is not cells.codes:
+        cells.use(best.codes, lambda done: progress("vectors sorted by cell", done, cells.n))
+    cells.chosen = True
     return best
 
 
@@ -631,7 +663,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW:
         found = *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
-    sample = Sample(Q, X, k, seed, progress)
+    sample = Sample(Q, X, k, seed, progress, cells=cells)
     K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))

@@ -154,6 +154,23 @@ def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in I)
 
 
+@pytest.mark.parametrize("spread,unsure", [(.6, False), (.0005, True)])
+def test_a_sample_by_bytes_has_the_true_neighbours(spread, unsure, monkeypatch):
+    """Clusters as tight as rounding, too: there the candidates leave some in doubt, and these are searched again."""
+    monkeypatch.setattr(knn, "MANY_SPARE", 50)
+    monkeypatch.setattr(knn, "SEARCH_BLOCK", 700)
+    again, exact = [], knn.exact_knn
+    monkeypatch.setattr(knn, "exact_knn", lambda x, *args, **options: again.append(len(x)) or exact(x, *args, **options))
+    x = clustered(3000, spread=spread)
+    cells = Cells.train(Vectors(x), 60)
+    sample = knn.Sample(cells.vectors, cells.vectors, 10, 0, first=500, size=300, cells=cells)
+    assert cells.codes.plain and (sum(again) > 0) == unsure and sample.number.min() >= 500
+    check_exact(sample.D, sample.I, x[sample.number], x, 10)
+    assert sample.candidates.shape == (300, 60) and all(len(set(row)) == 60 for row in sample.candidates)
+    few = knn.Sample(cells.vectors, Vectors(x[:40].copy()), 10, 0, cells=Cells.train(Vectors(x[:40].copy()), 4))
+    check_exact(few.D, few.I, x[few.number], x[:40], 10)
+
+
 def test_measured_recall_is_the_recall():
     x = clustered(4000, spread=1.5)
     D, I, info = knn.build_knn_graph(None, 10, nprobe=3, cells=Cells.train(Vectors(x), 100))
