@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Stage 4: the k-nearest-neighbour graph of the background (paper, section 3.1).
+"""Stage 3: the k-nearest-neighbour graph of the background (paper, section 3.1).
 
 reads   $DDIR/features/f100m/concatenated_PCAR256.raw    its first NBG vectors, L2-normalised as they are read
 writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the normalised vectors, inner product
         $DDIR/knngraph/ndis{NBG}_k32_I_11.int32          neighbours of each image, itself included, best first
         $DDIR/knngraph/ndis{NBG}_k32_D_11.float32        their inner products
+        $DDIR/logs/build_graph/ndis{NBG}_k32.json        one record: arguments, recall, seconds, memory
 
     python build_graph.py 1000000
     python build_graph.py 60000 --k 30 --dim 128
@@ -75,13 +76,22 @@ def main():
             for path in (path_I, path_D, ddir.index(n)):
                 remove(path)
         vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
-        if all(os.path.exists(p) and os.path.getsize(p) == 4 * n * k for p in (path_I, path_D)) \
-                and os.path.exists(ddir.index(n)):
+        have_index = os.path.exists(ddir.index(n))
+        complete = os.path.exists(path_I) and os.path.exists(path_D)
+        if complete:
+            for path in (path_I, path_D):
+                if os.path.getsize(path) != 4 * n * k:
+                    raise ValueError(f"{path} has {os.path.getsize(path)} bytes, {4 * n * k} expected: --overwrite makes it "
+                                     "again")
             check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
-            log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
-            return
+            if have_index:
+                log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
+                return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
+        if complete:
+            log(f"{path_I} is complete, and kept (--overwrite makes it again)")
+            return
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
         search_with_faiss = gpus or (cells is None and not isinstance(index, faiss.IndexFlat))
         files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)

@@ -4,7 +4,7 @@
 Reads   $DDIR/features/{train,val}.hdf5           network features of labelled and test images
         $DDIR/features/f100m/PCAR256.vt           the PCA, and the background's vectors after it:
         $DDIR/features/f100m/concatenated_PCAR256.raw
-        $DDIR/knngraph/ndis{nbg}_k32_*            the background's graph (build_graph.py)
+        $DDIR/knngraph/ndis{nbg}_k32_*            the background's graph (build_graph.py), and ndis{nbg}.index, its cells
         $DDIR/label_idx.json                      the class split
 Writes  $DDIR/logs/diffusion/*.json               one record: arguments, accuracy per iteration, times, memory
         $DDIR/knngraph/completed_*                the part of the graph that further runs share
@@ -13,7 +13,8 @@ The labelled images join the background in one graph of k nearest neighbours, W0
 and each row divided by its sum. L (nodes x classes) has a one where an image is labelled; each iteration is
 L <- W L, then every column is divided by its sum. A test image's score for a class is the sum of L over its k
 nearest nodes. Printed per iteration: nnz, the mean number of classes with a non-zero score per test image, and top-5
-accuracy over all test images and over those of the novel classes.
+accuracy over all test images and over those of the novel classes. "iter 2/20" is the third iteration of 20: what
+--niter 3 ends with.
 
     python diffusion.py --mode test --nlabeled 2 --seed 1 --nbg 1000000 --k 30 --niter 3
     python diffusion.py --mode val --nlabeled 5 --seed 1 --nbg 0 --k 30 --niter 40
@@ -48,8 +49,9 @@ def arguments():
     g = p.add_argument_group("diffusion")
     g.add_argument("--niter", type=number(int, 0), default=3, help="iterations")
     g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
-                   help="classes diffused at a time: memory is 8 bytes x nodes x this, at most 64; the results do not "
-                        "depend on it. auto: what is quickest, 32 on a CPU, or as many as the free memory allows")
+                   help="classes diffused at a time, rounded up to a multiple of 16, at most 64; 0: 64. Memory is 8 bytes x "
+                        "nodes x this; the results do not depend on it. auto: what is quickest, 32 with the library's "
+                        "kernel, or as many as the free memory allows")
     g.add_argument("--noprune", action="store_true",
                    help="compute all rows of L in every iteration, also those that no label has reached or that no test "
                         "image reads; the results are the same")

@@ -1,11 +1,12 @@
-"""Logistic regression on the labelled images: the baseline of the paper (section 4.2).
+"""Stage 4: logistic regression on the labelled images, the baseline of the paper (section 4.2).
 
 A linear classifier with bias is trained on the 2048-d features as they are, by stochastic gradient descent on the
 softmax loss of class-balanced mini-batches: a class at random, then one of its labelled images. Evaluation is the top-5
 accuracy on the images of val.hdf5 whose class is in the split.
 
 Reads    $DDIR/features/train.hdf5, val.hdf5 (the rows of the split's classes only), $DDIR/label_idx.json
-Writes   $DDIR/logs/logreg/{mode}_nl{nlabeled}_seed{seed}_bs{batchsize}_lr{lr}_wd{wd}_mi{maxiter}.json
+Writes   $DDIR/logs/logreg/{mode}_nl{nlabeled}_seed{seed}_bs{batchsize}_lr{lr}_wd{wd}_mi{maxiter}.json, with _bfloat16 before
+         .json where --precision bfloat16 is given
 
     python logreg.py --mode test --nlabeled 2 --seed 1 --maxiter 29500 --lr 0.001 --wd 0.01 --batchsize 128
 

@@ -8,7 +8,8 @@ Each argument names a data directory with features/f100m/concatenated_PCAR256.ra
 nearest found, for 1000 random vectors, against exact search by Faiss. Seconds are for the graph of all n vectors:
 build_graph.py from start to end, reading, training and the index file included; the others without reading, and Faiss
 without training and adding. Where a peer takes queries one by one, it is timed on some random ones, and the time is
-multiplied by n over their number: the table says so. pynndescent and hnswlib run whole (numba's compilation excluded).
+multiplied by n over their number: the table says so. pynndescent runs whole (numba's compilation excluded), and so does
+the building of hnswlib's index.
 """
 import argparse
 import json

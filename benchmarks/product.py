@@ -5,7 +5,7 @@ Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (bui
         $DDIR/features/f100m/concatenated_PCAR256.raw  to measure the graph's recall, if it is there
 Prints a Markdown table, and writes it to --out.
 
-Ours: panels of 64 columns, no array of values, with column sums and scaling; the graph renumbered by
+Ours: panels of 32 columns, no array of values, with column sums and scaling; the graph renumbered by
 lowshot.ordering, and in the order of the files. MKL: its general product of a CSR matrix and a row-major L, with the
 nodes in the order of the files as in the paper, and renumbered. scipy, torch (CSR tensors) and sparse_dot_mkl: the
 same W in the order of the files, the product alone. All get the same L, threads and number of columns; the best of

@@ -609,7 +609,7 @@ struct OneToMany {
     OneToMany() { Kernel::begin(); }
     ~OneToMany() { Kernel::end(); }
     Buffer<char> row, panel;
-    std::vector<uint32_t> others;
+    std::vector<uint32_t> others, next;
     alignas(64) float products[kTile * kTile];
 };
 
@@ -620,16 +620,22 @@ void known_lists_with(int64_t n, const uint32_t* X, int64_t np, const int32_t* o
     parallel_blocks<OneToMany<Kernel>>(n, 256, [&](int64_t i0, int64_t i1, OneToMany<Kernel>& t) {
         t.row.reserve(Kernel::tile_bytes(np));
         t.panel.reserve(Kernel::tile_bytes(np));
+        // the rows of a node's neighbours; their vectors arrive while another node is computed
+        auto look_up = [&](int64_t p, std::vector<uint32_t>& rows) {
+            rows.clear();
+            if (p >= i1 || order[p] >= n0) return;
+            const int32_t* known = I + order[p] * k;
+            for (int64_t j = 0; j < k && known[j] >= 0; j++) rows.push_back((uint32_t)position[known[j]]);
+            for (const uint32_t u : rows)
+                for (int64_t w = 0; w < stride; w += 16) __builtin_prefetch(X + (int64_t)u * stride + w);
+        };
+        look_up(i0, t.next);
         for (int64_t p = i0; p < i1; p++) {
+            std::swap(t.others, t.next);
+            look_up(p + 1, t.next);
             uint64_t* list = keys + p * K;
             std::fill(list, list + K, (uint64_t)0);
-            if (order[p] >= n0) continue;
-            const int32_t* known = I + order[p] * k;
-            t.others.clear();
-            for (int64_t j = 0; j < k && known[j] >= 0; j++) t.others.push_back((uint32_t)position[known[j]]);
             const int64_t m = (int64_t)t.others.size();
-            for (const uint32_t u : t.others)
-                for (int64_t w = 0; w < stride; w += 16) __builtin_prefetch(X + (int64_t)u * stride + w);
             if (m) Kernel::row(X + p * stride, np, t.row.get(), 0);
             float least = std::numeric_limits<float>::infinity();
             for (int64_t j0 = 0; j0 < m; j0 += kTile) {

@@ -269,11 +269,12 @@ def test_jobs(e, system, ddir, parameters, source):
 def run_jobs(jobs, parallel, environment=os.environ):
     """Run the jobs whose record is not complete, `parallel` at a time; raise ValueError naming those that failed.
 
-    Each job's output goes to its log file, its command is printed. parallel = 0 prints the commands only.
+    Each job's output goes to its log file, its command is printed. parallel = 0 prints the commands only, to stdout.
     """
     todo = [job for job in jobs if job.result() is None]
-    log(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
-        + (f", {parallel} at a time" if todo and parallel > 1 else ""))
+    print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
+          + (f", {parallel} at a time" if todo and parallel > 1 else ""),
+          file=sys.stdout if parallel else sys.stderr, flush=True)
     if not todo:
         return
     added = {"DDIR": environment["DDIR"]}

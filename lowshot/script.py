@@ -17,7 +17,10 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help is the script's docstring, with defaults, and whose errors take one line."""
 
     class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            # where there is no default, or the help tells it already, none is added
+            none = action.default in (None, "", False) or "(default" in action.help
+            return action.help if none else super()._get_help_string(action)
 
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, formatter_class=self._Formatter, **kwargs)

@@ -97,6 +97,28 @@ def test_by_cells(tmp_path):
     assert np.array_equal(again[1], I) and np.array_equal(again[0], D)
 
 
+def test_a_stored_graph_is_never_replaced_unasked(tmp_path):
+    """One that came without an index gets one; one of another size is an error."""
+    make_raw(tmp_path, 500)
+    assert run(tmp_path, 500, "--k", 8).returncode == 0
+    folder = tmp_path / "knngraph"
+    paths = [folder / "ndis500_k8_I_11.int32", folder / "ndis500_k8_D_11.float32"]
+    before = [p.read_bytes() for p in paths]
+    os.unlink(folder / "ndis500.index")
+    done = run(tmp_path, 500, "--k", 8)
+    assert done.returncode == 0 and "kept" in done.stdout and [p.read_bytes() for p in paths] == before
+    assert faiss.read_index(str(folder / "ndis500.index")).ntotal == 500
+    for path, content in zip(paths, before):
+        path.write_bytes(content[:-4])
+        done = run(tmp_path, 500, "--k", 8)
+        assert done.returncode == 1 and "16000 expected" in done.stderr and path.name in done.stderr
+        assert path.read_bytes() == content[:-4]
+        path.write_bytes(content)
+    paths[0].write_bytes(before[0][:-4])
+    assert run(tmp_path, 500, "--k", 8, "--overwrite").returncode == 0
+    assert [p.read_bytes() for p in paths] == before
+
+
 def test_threads_do_not_change_the_graph(tmp_path):
     graphs = []
     for threads in ("1", "3"):
