@@ -76,15 +76,14 @@ def main():
             for path in (path_I, path_D, ddir.index(n)):
                 remove(path)
         vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
-        have_index = os.path.exists(ddir.index(n))
-        complete = os.path.exists(path_I) and os.path.exists(path_D)
+        complete = os.path.exists(path_I)       # D gets its name first
         if complete:
             for path in (path_I, path_D):
-                if os.path.getsize(path) != 4 * n * k:
-                    raise ValueError(f"{path} has {os.path.getsize(path)} bytes, {4 * n * k} expected: --overwrite makes it "
-                                     "again")
+                have = os.path.getsize(path) if os.path.exists(path) else 0
+                if have != 4 * n * k:
+                    raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
             check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
-            if have_index:
+            if os.path.exists(ddir.index(n)):
                 log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
                 return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)

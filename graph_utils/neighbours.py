@@ -140,6 +140,7 @@ def search_self(X, K, progress=None, block=1 << 14):
 def _listed(group, listed, nq):
     """(group, number of groups, offsets, rows) of what is listed for groups of queries, see search_near."""
     if isinstance(listed, np.ndarray):
+        _check(listed, np.int32, (None, None), "listed")
         listed = np.arange(len(listed) + 1) * listed.shape[1], listed.ravel()
     offsets, rows = listed
     _check(rows, np.int32, (None,), "listed")

@@ -254,10 +254,10 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
 class Sample:
     """Some of `vectors`, of those from number `first` on, and their true neighbours among the Vectors X.
 
-    number int32 (m,); D, I: their k nearest by exact search. candidates: int64 (m, k + MANY_SPARE) the nearest, in no order,
-    hardly any of them wrong.
-    cells: Cells of X, or None. Where these hold all dimensions in bytes, or nothing yet, that serves to find candidates: in
-    less than half the time, and up to BYTES_ERR standard errors of a product.
+    number int32 (m,); D, I: their k nearest by exact search. candidates: int64 (m, k + MANY_SPARE), the nearest by products in
+    bytes or bfloat16, in no order; in very tight clusters these miss some of the k nearest.
+    cells: Cells of X, or None. Where these hold all dimensions in bytes, that serves to find candidates, in less than half the
+    time; products are then taken to err by BYTES_ERR standard errors at the most. Cells that hold nothing get the vectors so.
     """
 
     def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0, cells=None):
@@ -512,7 +512,7 @@ def compared_by(sample, cells, recall, progress, say, half=True):
     """The Comparison that is the cheapest for this recall; cells then hold the vectors by its codes.
 
     Bytes of half the dimensions or of all; where vectors differ by hardly more than bytes do, as in clusters of nearly the
-    same image, bfloat16. The codes that cells hold already are kept if they serve this sample too. half: whether half the
+    same image, bfloat16. Codes that were chosen before are kept if they serve this sample too. half: whether half the
     dimensions may do.
     """
     d, longest = sample.x.shape[1], longest_list(sample.k)

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
             # where there is no default, or the help tells it already, none is added
-            none = action.default in (None, "", False) or "(default" in action.help
+            none = action.default is None or action.default is False or action.default == "" or "(default" in action.help
             return action.help if none else super()._get_help_string(action)
 
     def __init__(self, doc, **kwargs):

@@ -114,6 +114,9 @@ def test_a_stored_graph_is_never_replaced_unasked(tmp_path):
         assert done.returncode == 1 and "16000 expected" in done.stderr and path.name in done.stderr
         assert path.read_bytes() == content[:-4]
         path.write_bytes(content)
+    os.rename(paths[1], folder / "D")
+    done = run(tmp_path, 500, "--k", 8)
+    assert done.returncode == 1 and "has 0 bytes" in done.stderr and paths[0].read_bytes() == before[0]
     paths[0].write_bytes(before[0][:-4])
     assert run(tmp_path, 500, "--k", 8, "--overwrite").returncode == 0
     assert [p.read_bytes() for p in paths] == before

@@ -83,6 +83,23 @@ def test_by_cells(data, monkeypatch, index):
         assert len(set(row.tolist())) == K
 
 
+@pytest.mark.parametrize("nbg,nbase", [(NBG, 200), (NBG, 0), (0, 300)])
+def test_test_images_are_searched_by_cells(data, monkeypatch, nbg, nbase):
+    """More of them than are searched exactly; with cells that are given up before their similarities are computed."""
+    ddir, v = data
+    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    monkeypatch.setattr(knn, "SAMPLE", 40)
+    searched = []
+    search_cells = knn.nb.search_cells
+    monkeypatch.setattr(knn.nb, "search_cells", lambda Q, *a, **k: searched.append(len(Q)) or search_cells(Q, *a, **k))
+    base, novel, test = np.arange(nbase), np.arange(300, 340), np.arange(100)
+    I, test_I, order = complete(ddir, nbg, base, test, novel, v["train"])
+    assert len(test) in searched
+    x = np.concatenate([v["background"][:nbg], v["train"][base], v["train"][novel]])
+    assert recall(I, reference.neighbours(x, x, K)) >= 0.95
+    assert recall(test_I, reference.neighbours(v["val"][test], x, K)) >= 0.97
+
+
 def test_the_stored_part_is_read_as_it_was_made(data):
     ddir, _ = data
     key = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30))

@@ -262,7 +262,9 @@ def test_run_jobs(tmp_path, capsys):
 def test_jobs_0_prints_commands(tmp_path, capsys):
     jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
     experiments.run_jobs(jobs, 0, {"DDIR": "/some where"})
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == "2 jobs, 0 of them complete\n"
     assert len(lines) == 2 and lines[0].startswith("DDIR='/some where' ") and not os.path.exists(tmp_path / "logs")
 
 

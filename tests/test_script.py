@@ -36,9 +36,13 @@ def test_number_refuses(kind, low, high, text, message):
 def test_parser_help_is_the_docstring_with_defaults(capsys):
     parser = Parser("Title.\n\n    python x.py --k 3\n", prog="x.py")
     parser.add_argument("--k", type=number(int, 1), default=30, help="neighbours")
+    parser.add_argument("--seed", type=int, default=0, help="seed")
+    parser.add_argument("--cfg", help="description")
+    parser.add_argument("--workers", help="threads (default: one per CPU)")
     with pytest.raises(SystemExit) as e:
         parser.parse_args(["--help"])
     out = capsys.readouterr().out
+    assert "seed (default: 0)" in out and out.count("(default") == 3
     assert e.value.code == 0 and "\n    python x.py --k 3\n" in out and "neighbours (default: 30)" in out
     with pytest.raises(SystemExit) as e:
         parser.parse_args(["--k", "0"])
