@@ -93,6 +93,8 @@ def main():
             return
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
         search_with_faiss = gpus or (cells is None and not isinstance(index, faiss.IndexFlat))
+        if not search_with_faiss:
+            index = None        # what was read of its file would count as memory
         files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)
         if search_with_faiss:
             info = faiss_graph(index, vectors, k, args, gpus, files, progress)
