@@ -313,6 +313,10 @@ class Cells:
         return cls(vectors, centroids, assign(vectors, centroids, ways,
                                               lambda i: at("vectors assigned to cells", i, vectors.n)))
 
+    def cell_of(self, rows):
+        """The cell of rows of X, int64, in the shape of rows."""
+        return np.searchsorted(self.end, rows, "right")
+
     def position(self):
         """int32 (n,): the row of X of each number."""
         position = np.empty(self.n, np.int32)

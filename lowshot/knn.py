@@ -305,7 +305,7 @@ class Sample:
         far = -cells.codes.projected(self.x) @ cells.codes.projected(cells.centroids).T
         if listed is not None:
             far[~listed] = np.inf
-        cell = np.searchsorted(cells.end, position[np.maximum(self.I, 0)], "right")
+        cell = cells.cell_of(position[np.maximum(self.I, 0)])
         mine = np.take_along_axis(far, cell, 1)
         far.sort(axis=1)
         rank = np.stack([np.searchsorted(row, x) for row, x in zip(far, mine)])
@@ -319,9 +319,8 @@ class Sample:
         recall: that of the nprobe nearest of all cells.
         """
         nlist = len(cells.centroids)
-        own = np.searchsorted(cells.end, position[self.number], "right")
         C = cells.codes.projected(cells.centroids)
-        similar = C[own] @ C.T
+        similar = C[cells.cell_of(position[self.number])] @ C.T
         m = 2 * nprobe
         while m <= nlist // 4:
             least = -np.partition(-similar, m - 1, axis=1)[:, m - 1:m]
@@ -588,7 +587,7 @@ class Lists:
         self._mark_new()
 
     def _near(self, near, rows):
-        return None if near is None else (np.searchsorted(self.cells.end, rows, "right").astype(np.int32), near)
+        return None if near is None else (self.cells.cell_of(rows).astype(np.int32), near)
 
     def _search_new(self, nprobe, progress, near):
         """Compare the new nodes with near cells; they enter the lists of the known nodes there as well."""

@@ -373,7 +373,7 @@ def test_cells_found_by_way_of_few_centroids_are_the_nearest(spread, few, monkey
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_minority_far_from_all_others_finds_its_cells(apart, monkeypatch):
+def test_a_minority_far_from_all_others_finds_its_cells(apart):
     """A quarter of a percent of the vectors, in dimensions of their own or not: the share of misses is nobody's all."""
     rs = np.random.RandomState(0)
     n, few, d = 24000, 60, 64

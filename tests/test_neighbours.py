@@ -1,4 +1,5 @@
 """graph_utils/neighbours.py: candidate search and NN-descent against dense numpy, by all kinds of products."""
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,16 @@ SIZES = [(1, 1, 5, 1), (5, 7, 33, 1), (37, 61, 40, 30), (64, 32, 32, 32), (2100,
 
 
 pytestmark = pytest.mark.usefixtures("products")
+
+
+@contextlib.contextmanager
+def with_threads(n):
+    old = core.get_num_threads()
+    core.set_num_threads(n)
+    try:
+        yield
+    finally:
+        core.set_num_threads(old)
 
 
 def unit_vectors(n, d, seed=0):
@@ -104,26 +115,19 @@ def test_search_all_finds_the_best_products_of_rounded_vectors(nq, n, d, K, stor
                                          (3300, 64, 20, 1100)])
 def test_search_self_finds_what_search_all_finds(n, d, K, block, threads, stored):
     X = FORMATS[stored][0](unit_vectors(n, d, 1))
-    old, done = core.get_num_threads(), []
-    core.set_num_threads(threads)
-    try:
+    done = []
+    with with_threads(threads):
         keys = nb.search_self(X, K, done.append, block)
-    finally:
-        core.set_num_threads(old)
     np.testing.assert_array_equal(np.sort(keys), np.sort(nb.search_all(X, X, K)))
     assert done[-1] == n and len(done) == -(-n // block)
 
 
 def test_among_equals_the_number_of_threads_does_not_choose():
     X = nb.to_bfloat16(np.repeat(unit_vectors(40, 32), 40, axis=0))
-    old = core.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 5):
-            core.set_num_threads(threads)
+    found = []
+    for threads in (1, 2, 5):
+        with with_threads(threads):
             found.append(np.sort(nb.search_self(X, 10)))
-    finally:
-        core.set_num_threads(old)
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
     assert (nb.numbers(found[0]) // 40 == np.arange(1600)[:, None] // 40).all()
 
@@ -138,12 +142,8 @@ def test_queries_enter_the_lists_of_all_rows(nq, n, d, K, L, threads, stored):
     bound = np.linspace(-.1, .2, n).astype(np.float32)
     bound[::3] = -np.inf
     x_keys = np.repeat(nb.make_keys(bound, np.full(n, nb.NONE))[:, None], L, axis=1)
-    old = core.get_num_threads()
-    core.set_num_threads(threads)
-    try:
+    with with_threads(threads):
         keys = nb.search_all(convert(q), convert(x), K, insert=(x_keys, bound))
-    finally:
-        core.set_num_threads(old)
     np.testing.assert_array_equal(np.sort(keys), np.sort(nb.search_all(convert(q), convert(x), K)))
     np.testing.assert_array_equal(bound, nb.worst_products(x_keys))
     S = rounded(x).astype(np.float64) @ rounded(q).T.astype(np.float64)
@@ -224,13 +224,9 @@ def test_search_near_compares_with_the_rows_listed_for_the_group(nq, n, d, ngrou
     # as many for each, or some for some, and none for the last
     some = [row[:rs.randint(m + 1)] for row in listed[:-1]] + [listed[0, :0]]
     ragged = np.cumsum([0] + [len(row) for row in some]), np.concatenate(some)
-    old = core.get_num_threads()
-    core.set_num_threads(threads)
-    try:
+    with with_threads(threads):
         results = [(nb.search_near(convert(q), group[order] if ordered else group, given, convert(x), K, order), rows)
                    for given, rows in ((listed, listed), (ragged, some))]
-    finally:
-        core.set_num_threads(old)
     for keys, rows in results:
         found = nb.numbers(np.sort(keys.view(np.uint64))[:, ::-1].view(np.int64))
         for i in range(nq):
@@ -252,12 +248,8 @@ def test_search_cells_looks_at_listed_cells_only(nprobe, threads, stored):
     own = np.sort(np.random.RandomState(5).randint(0, nlist, nq)).astype(np.int32)
     listed = np.argsort(-(centroids @ centroids.T), axis=1)[:, :m].astype(np.int32)
     keys = np.zeros((nq, K), np.int64)
-    old = core.get_num_threads()
-    core.set_num_threads(threads)
-    try:
+    with with_threads(threads):
         nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0, near=(own, listed))
-    finally:
-        core.set_num_threads(old)
     S = rounded(q).astype(np.float64) @ rounded(x).T
     coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
     found = nb.numbers(keys)
@@ -275,12 +267,8 @@ def test_group_sums(threads):
     x = rs.randn(500, 33).astype(np.float32)
     order = rs.permutation(500)[:450].astype(np.int32)
     end = np.array([0, 3, 3, 200, 449, 450])
-    old = core.get_num_threads()
-    core.set_num_threads(threads)
-    try:
+    with with_threads(threads):
         sums = nb.group_sums(x, order, end)
-    finally:
-        core.set_num_threads(old)
     for got, rows in zip(sums, np.split(order, end[:-1])):
         np.testing.assert_allclose(got, x[rows].astype("f8").sum(axis=0), atol=1e-4)
     assert nb.group_sums(x[:0], order[:0], np.zeros(3, np.int64)).tolist() == np.zeros((3, 33)).tolist()
@@ -304,13 +292,9 @@ def test_queries_enter_the_lists_of_the_rows_they_are_compared_with(nq, n, d, nl
     worst = nb.worst_products(x_keys)
     assert np.isneginf(worst[::3]).all() or K == 1
     before, keys = x_keys.copy(), np.zeros((nq, K), np.int64)
-    old = core.get_num_threads()
-    core.set_num_threads(threads)
-    try:
+    with with_threads(threads):
         nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0,
                         insert=(middle, numbers, x_keys, worst))
-    finally:
-        core.set_num_threads(old)
     alone = np.zeros((nq, K), np.int64)
     nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), alone, 0)
     np.testing.assert_array_equal(np.sort(keys), np.sort(alone))
@@ -427,15 +411,14 @@ def test_results_do_not_depend_on_threads(stored):
     X = convert(x)
     results = []
     for threads in (1, 4, 3, 8, 2, 4):
-        core.set_num_threads(threads)
-        keys = np.zeros((900, 10), np.int64)
-        begin = np.arange(0, 900, 100)
-        nb.search_cells(X, X[::100].copy(), 2, begin, begin + 100, X, keys)
-        keys[keys != 0] |= nb.NEW
-        for r in range(3):
-            nb.descent_round(X, keys, seed=r, R=5)
-        results.append(np.sort(keys, axis=1))
-    core.set_num_threads(len(os.sched_getaffinity(0)))
+        with with_threads(threads):
+            keys = np.zeros((900, 10), np.int64)
+            begin = np.arange(0, 900, 100)
+            nb.search_cells(X, X[::100].copy(), 2, begin, begin + 100, X, keys)
+            keys[keys != 0] |= nb.NEW
+            for r in range(3):
+                nb.descent_round(X, keys, seed=r, R=5)
+            results.append(np.sort(keys, axis=1))
     assert all(np.array_equal(results[0], r) for r in results)
 
 
