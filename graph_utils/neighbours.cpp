@@ -825,8 +825,10 @@ void use_products(const std::string& name) { chosen_products() = checked_product
 #define DISPATCH_FORMAT(FUNCTION, FORMAT, ...)                                          \
     (IF_AMX(FUNCTION, FORMAT, __VA_ARGS__) IF_AVX512_##FORMAT(FUNCTION, __VA_ARGS__)    \
          FUNCTION<tiles::Float32<tiles::FORMAT>>(__VA_ARGS__))
-#define DISPATCH(FUNCTION, bytes, ...) \
-    (bytes ? DISPATCH_FORMAT(FUNCTION, Bytes, __VA_ARGS__) : DISPATCH_FORMAT(FUNCTION, Bfloat16, __VA_ARGS__))
+#define DISPATCH(FUNCTION, bits, ...)                                   \
+    (bits == 8 ? DISPATCH_FORMAT(FUNCTION, Bytes, __VA_ARGS__)          \
+     : bits == 16 ? DISPATCH_FORMAT(FUNCTION, Bfloat16, __VA_ARGS__)    \
+                  : FUNCTION<tiles::Float32<tiles::Single>>(__VA_ARGS__))
 
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
@@ -878,21 +880,21 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
     });
 }
 
-void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, bool bytes, int64_t first,
+void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int bits, int64_t first,
                 int64_t K, const float* bound, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(first + nb);
     if (K < 1 || (x_keys && x_K < 1)) throw std::invalid_argument("search_all: K is less than 1");
     if (x_keys && !x_worst) throw std::invalid_argument("search_all: x_worst is missing");
-    DISPATCH(search_all_with, bytes, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys, x_K,
+    DISPATCH(search_all_with, bits, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys, x_K,
              (uint64_t*)x_keys, x_worst);
 }
 
-void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool bytes, int64_t K, int64_t* keys) {
+void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, int bits, int64_t K, int64_t* keys) {
     check_width(np);
     check_numbers(last);
     if (K < 1 || first < 0 || first > last) throw std::invalid_argument("search_self: K is less than 1, or first out of range");
-    DISPATCH(search_self_with, bytes, first, last, (const uint32_t*)X, np, K, keys);
+    DISPATCH(search_self_with, bits, first, last, (const uint32_t*)X, np, K, keys);
 }
 
 namespace {
@@ -909,7 +911,7 @@ Near checked_near(int64_t nq, const int32_t* group, int64_t ngroup, const int64_
 
 }  // namespace
 
-void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, bool bytes, const int32_t* group,
+void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, int bits, const int32_t* group,
                  int64_t ngroup, const int64_t* offsets, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K,
                  int64_t* keys) {
     check_width(np);
@@ -919,10 +921,10 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
         for (int64_t i = 0; i < nq; i++)
             if (order[i] < 0 || order[i] >= nq) throw std::invalid_argument("search_near: a query is out of range");
     const Near near = checked_near(nq, group, ngroup, offsets, listed, nb);
-    DISPATCH(search_near_with, bytes, nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
+    DISPATCH(search_near_with, bits, nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
 }
 
-void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids,
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
                   const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t enough,
                   const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst) {
@@ -931,7 +933,7 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t 
     if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
     const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
-    DISPATCH(search_cells_with, bytes, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
+    DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
              std::min(nprobe, nlist), enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
              x_worst);
 }
@@ -954,14 +956,14 @@ void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* 
     });
 }
 
-void known_lists(int64_t n, const int32_t* X, int64_t np, bool bytes, const int32_t* order, const int32_t* position,
+void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_t* order, const int32_t* position,
                  int64_t n0, int64_t k, const int32_t* I, float margin, int64_t K, int64_t* keys) {
     check_width(np);
     check_numbers(n);
     if (n0 > n || k > K || k < 1) throw std::invalid_argument("known_lists: more known lists than nodes, or longer than K");
     for (int64_t e = 0; e < n0 * k; e++)
         if (I[e] >= n) throw std::invalid_argument("known_lists: a neighbour is out of range");
-    DISPATCH(known_lists_with, bytes, n, (const uint32_t*)X, np, order, position, n0, k, I, margin, K, (uint64_t*)keys);
+    DISPATCH(known_lists_with, bits, n, (const uint32_t*)X, np, order, position, n0, k, I, margin, K, (uint64_t*)keys);
 }
 
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {
@@ -1010,12 +1012,12 @@ void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* of
         }
 }
 
-int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t K, const int32_t* lists, const int64_t* offsets,
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K, const int32_t* lists, const int64_t* offsets,
                    const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
                    float* worst) {
     check_width(np);
     if (first < 0 || last > n) throw std::invalid_argument("join_range: nodes out of range");
-    return DISPATCH(join_range_with, bytes, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
+    return DISPATCH(join_range_with, bits, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
                     (uint64_t*)keys, worst);
 }
 

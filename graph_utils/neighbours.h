@@ -1,11 +1,11 @@
 // K-nearest-neighbour search and graphs by inner product.
 //
 // Matrices are row major. Candidates are found with vectors in bytes, a quarter of the memory of float32 and, on CPUs with
-// products of them, four to many times its speed, or in bfloat16, whose errors are four times smaller, and small enough to
-// prove that candidates hold the best; what is kept is computed again from the float32 vectors at the end (exact_products).
-// Vectors in bfloat16 have d padded with zeros to a multiple of 32, and are np = d / 2 words of two elements. Vectors in
-// bytes have d padded to a multiple of 64, and are np = d / 4 words of four elements and one more, the scale: an element
-// is (byte - 128) scale, where 127 scale is the largest of the vector.
+// products of them, four to many times its speed; in bfloat16, whose errors are four times smaller, and small enough to
+// prove that candidates hold the best; or, where vectors are nearly the same, in float32. What is kept is computed again
+// from the float32 vectors at the end (exact_products). `bits` is the size of an element. Vectors are padded with zeros to
+// np words, a multiple of 16: of one element in float32, of two in bfloat16, of four in bytes, and one word more, the
+// scale: an element is (byte - 128) scale, where 127 scale is the largest of the vector.
 //
 // A candidate list is K keys, 64-bit: the inner product in the upper half as an order-preserving integer; in the lower
 // half 2^31 - 1 minus the neighbour's number, and in the lowest bit whether the neighbour is new to a round of
@@ -33,28 +33,28 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
 
 // The K best of base vectors first .. first + nb - 1 for each query, joined with what keys held.
 //
-// Q nq x np, X nb x np words in bfloat16, or np + 1 in bytes; keys in/out nq x K (zeros to begin with)
+// Q nq x np, X nb x np words, or np + 1 in bytes; keys in/out nq x K (zeros to begin with)
 // bound      in  nq or null: products that are not greater are left out
 // x_keys     in/out  null, or the lists of the base vectors, nb x x_K: the queries enter them, under the numbers of their
 //                    rows in Q, and are marked as new there
 // x_worst    in/out  nb: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
-void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, bool bytes, int64_t first,
+void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int bits, int64_t first,
                 int64_t K, const float* bound, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst);
 
 // The same for vectors among themselves, with half the products: rows first .. last - 1 of X are compared with each other
 // and with those before. Memory: 8 bytes for each of 2.5 K candidates of `last` vectors.
 //
-// X last x np words in bfloat16, or np + 1 in bytes; keys in/out last x K
-void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, bool bytes, int64_t K, int64_t* keys);
+// X last x np words, or np + 1 in bytes; keys in/out last x K
+void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, int bits, int64_t K, int64_t* keys);
 
 // The K best of those base vectors that are listed for each query's group. Quick if successive queries are of one group.
 //
-// Q          in  nq x np words in bfloat16, or np + 1 in bytes; X nb alike
+// Q          in  nq x np words, or np + 1 in bytes; X nb alike
 // order      in  a permutation, or null: the i-th query is row order[i] of Q and of keys
 // group      in  nq, of the i-th query
 // listed     in  rows of X, none twice for a group: those for group g from offsets[g], ngroup + 1, to offsets[g + 1] - 1
 // keys       out nq x K
-void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, bool bytes, const int32_t* group,
+void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np, int bits, const int32_t* group,
                  int64_t ngroup, const int64_t* offsets, const int32_t* listed, int64_t nb, const int32_t* X, int64_t K,
                  int64_t* keys);
 
@@ -71,7 +71,7 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 //                    compared with, of each cell the rows begin .. middle - 1, and are marked as new there
 // middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
 // x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
-void search_cells(int64_t nq, const int32_t* Q, int64_t np, bool bytes, int64_t nlist, const int32_t* centroids,
+void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
                   const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t enough,
                   const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst);
@@ -90,7 +90,7 @@ void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* 
 // I          in  n0 x k: neighbours of the first n0 nodes, as nodes; -1 after the last
 // margin     in  places after k known neighbours get a bar: what is worse than these by more does not enter
 // keys       out n x K, K >= k, by rows of X; zeros for other nodes
-void known_lists(int64_t n, const int32_t* X, int64_t np, bool bytes, const int32_t* order, const int32_t* position,
+void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_t* order, const int32_t* position,
                  int64_t n0, int64_t k, const int32_t* I, float margin, int64_t K, int64_t* keys);
 
 // One round of neighbours-of-neighbours on a graph (NN-descent: Dong et al., WWW 2011). Deterministic.
@@ -107,7 +107,7 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
 int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse);
 // Returns the number of insertions.
-int64_t join_range(int64_t n, const int32_t* X, int64_t np, bool bytes, int64_t K, const int32_t* lists,
+int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K, const int32_t* lists,
                    const int64_t* offsets, const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last,
                    int64_t* keys, float* worst);
 

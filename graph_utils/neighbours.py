@@ -1,8 +1,8 @@
 """K-nearest-neighbour search and graphs by inner product: shapes, dtypes and allocation for neighbours.cpp.
 
 Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where that is too coarse, as
-int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Candidate lists are
-int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for none, in no
+int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Where even bfloat16 is
+too coarse they are float32 arrays, padded (`to_float32`). Candidate lists are int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for none, in no
 order. `exact_products` turns them into float32 similarities and numbers.
 """
 import numpy as np
@@ -72,10 +72,17 @@ def to_bytes(x, scale=None):
     return out
 
 
-def _format(X, name):
-    """(words without the scale, whether in bytes) of vectors (n, words)."""
-    width = _check(X, np.int32, (None, None), name).shape[1]
-    return width - width % 16, width % 16 == 1
+def _words(X, name, like=None):
+    """Vectors (n, words) as int32; ValueError if they are not held as `like` is."""
+    if like is None:
+        like = np.empty((0, X.shape[-1]), np.float32 if X.dtype == np.float32 else np.int32)
+    return _check(X, like.dtype, (None, like.shape[1]), name).view(np.int32)
+
+
+def _format(X):
+    """(words without the scale, bits of an element) of vectors (n, words)."""
+    width = X.shape[1]
+    return width - width % 16, 32 if X.dtype == np.float32 else 8 if width % 16 else 16
 
 
 def to_bfloat16(x, scale=None, out=None, residual=None):
@@ -95,27 +102,34 @@ def to_bfloat16(x, scale=None, out=None, residual=None):
     return out
 
 
-FORMATS = {"bytes": to_bytes, "bfloat16": to_bfloat16}
+def to_float32(x, scale=None):
+    """x float32 (n, d), each row times scale (n,) if given, with zeros to a multiple of 16 columns."""
+    n, d = x.shape
+    out = np.zeros((n, max(1, -(-d // 16)) * 16), np.float32)
+    np.multiply(x, 1 if scale is None else scale[:, None], out=out[:, :d])
+    return out
+
+
+FORMATS = {"bytes": to_bytes, "bfloat16": to_bfloat16, "float32": to_float32}
 
 
 def search_all(Q, X, K, keys=None, first=0, bound=None, insert=None):
     """The K best of X (nb, words) for each of Q (nq, words), numbered from `first`, joined with `keys`. Returns keys.
 
-    Both in bfloat16, or both in bytes.
+    Both are held in the same way.
 
     bound: float32 (nq,), products that are not greater are left out.
     insert: None, or (x_keys int64 (nb, L), x_worst float32 (nb,)): the queries enter, under the numbers of their rows,
     the lists x_keys of the rows of X, in the place of the worst, or of the first of the worst. x_worst are the worst
     products in x_keys, see worst_products; both are updated.
     """
-    nq, width = Q.shape
-    np_, in_bytes = _format(Q, "Q")
+    nq = len(Q)
     keys = np.zeros((nq, K), np.int64) if keys is None else _check(keys, np.int64, (nq, K), "keys")
     x_keys, x_worst = insert or (None, None)
     if insert:
         _check(x_keys, np.int64, (len(X), None), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
-    core.search_all(nq, Q, len(X), _check(X, np.int32, (None, width), "X"), np_, in_bytes, first, K,
+    core.search_all(nq, _words(Q, "Q"), len(X), _words(X, "X", Q), *_format(Q), first, K,
                     None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys,
                     x_keys.shape[1] if insert else 0, x_keys, x_worst)
     return keys
@@ -127,11 +141,10 @@ def search_self(X, K, progress=None, block=1 << 14):
     progress: called with the number of rows that have been compared with all before them. Memory: 20 K bytes per row
     besides the keys. Returns keys, int64 (n, K).
     """
-    n = len(X)
-    np_, in_bytes = _format(X, "X")
+    n, words = len(X), _words(X, "X")
     keys = np.zeros((n, K), np.int64)
     for i in range(0, n, block):
-        core.search_self(i, min(i + block, n), X, np_, in_bytes, K, keys)
+        core.search_self(i, min(i + block, n), words, *_format(X), K, keys)
         if progress is not None:
             progress(min(i + block, n))
     return keys
@@ -157,13 +170,11 @@ def search_near(Q, group, listed, X, K, order=None):
     group g from offsets[g] to offsets[g + 1] - 1. order int32 (nq,), a permutation: then group[i] is that of row order[i] of
     Q; one that puts rows of a group together is the quick one. Returns keys, int64 (nq, K), in the order of Q.
     """
-    nq, width = Q.shape
-    np_, in_bytes = _format(Q, "Q")
+    nq = len(Q)
     keys = np.zeros((nq, K), np.int64)
     if order is not None:
         _check(order, np.int32, (nq,), "order")
-    core.search_near(nq, Q, order, np_, in_bytes, *_listed(group, listed, nq), len(X), _check(X, np.int32, (None, width), "X"),
-                     K, keys)
+    core.search_near(nq, _words(Q, "Q"), order, *_format(Q), *_listed(group, listed, nq), len(X), _words(X, "X", Q), K, keys)
     return keys
 
 
@@ -186,8 +197,7 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
     near: None, or (own int32 (nq,), listed int32 (nlist, m)): a cell near each query, and m >= nprobe near each cell. The
     nearest to a query are then looked for among those listed for its own alone; successive queries should have the same.
     """
-    nq, width = Q.shape
-    np_, in_bytes = _format(Q, "Q")
+    nq = len(Q)
     own = offsets = listed = None
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
@@ -201,11 +211,10 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
         if near[1].shape[1] < min(nprobe, nlist):
             raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
         own, _, offsets, listed = _listed(*near, nq)
-    core.search_cells(nq, Q, np_, in_bytes, nlist, _check(centroids, np.int32, (None, width), "centroids"), own,
-                      offsets, listed, nprobe, K if enough is None else enough,
-                      _check(begin, np.int64, (nlist,), "begin"), _check(end, np.int64, (nlist,), "end"),
-                      _check(X, np.int32, (None, width), "X"), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers,
-                      x_keys, x_worst)
+    core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), own, offsets, listed, nprobe,
+                      K if enough is None else enough, _check(begin, np.int64, (nlist,), "begin"),
+                      _check(end, np.int64, (nlist,), "end"), _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"),
+                      middle, numbers, x_keys, x_worst)
 
 
 def worst_products(keys, block=1 << 16):
@@ -224,12 +233,11 @@ def known_lists(X, order, position, I, margin, keys):
     in the keys. Places after k neighbours get a bar, `margin` below the worst of them.
     """
     n = len(X)
-    np_, in_bytes = _format(_check(X, np.int32, (None, None), "X"), "X")
     I = np.ascontiguousarray(I)
     for array, dtype, shape, name in ((order, np.int32, (n,), "order"), (position, np.int32, (n,), "position"),
                                       (I, np.int32, (None, None), "I"), (keys, np.int64, (n, None), "keys")):
         _check(array, dtype, shape, name)
-    core.known_lists(n, X, np_, in_bytes, order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
+    core.known_lists(n, _words(X, "X"), *_format(X), order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
 
 
 def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
@@ -240,8 +248,8 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     Returns the number of insertions. Memory: 8 bytes per entry of keys besides.
     """
     n, K = keys.shape
-    np_, in_bytes = _format(_check(X, np.int32, (n, None), "X"), "X")
-    _check(keys, np.int64, (n, K), "keys")
+    words = _words(X, "X")
+    _check(keys, np.int64, (len(X), K), "keys")
     lists = np.empty((n, K), np.int32)
     worst = np.empty(n, np.float32)
     core.start_round(n, K, keys, lists, worst)
@@ -250,7 +258,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
     core.reverse_lists(n, K, lists, offsets, reverse)
     inserted = 0
     for i in range(0, n, block):
-        inserted += core.join_range(n, X, np_, in_bytes, K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
+        inserted += core.join_range(n, words, *_format(X), K, lists, offsets, reverse, R, seed, i, min(i + block, n), keys,
                                     worst)
         if progress is not None:
             progress(min(i + block, n))

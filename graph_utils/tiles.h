@@ -1,8 +1,8 @@
-// Inner products of 32 by 32 vectors in bfloat16 or in bytes: by AMX or AVX-512's products where the CPU has them, else
-// by float32 arithmetic.
+// Inner products of 32 by 32 vectors in float32, in bfloat16 or in bytes: of the latter two by AMX or AVX-512's products
+// where the CPU has them, else by float32 arithmetic.
 //
-// Vectors are stored as np words of 32 bits, np a multiple of 16, element 0 in the lowest bits: two elements each in
-// bfloat16, four in bytes. A byte is an element plus 128, which is a multiple of the vector's scale, a float32 that
+// Vectors are stored as np words of 32 bits, np a multiple of 16, element 0 in the lowest bits: one element each in
+// float32, two in bfloat16, four in bytes. A byte is an element plus 128, which is a multiple of the vector's scale, a float32 that
 // follows as one more word. All ways are symmetric to the last bit, and independent of where in a tile a vector stands:
 // they add the products in the same order for (a, b) as for (b, a), and products of bytes are whole numbers.
 //
@@ -123,6 +123,17 @@ struct Bfloat16 {
     static int64_t stride(int64_t np) { return np; }        // words from one vector to the next
     static float element(uint32_t word, int i) {
         word = i ? word & 0xffff0000u : word << 16;
+        float x;
+        std::memcpy(&x, &word, 4);
+        return x;
+    }
+    static float scale(const uint32_t*, int64_t) { return 1.0f; }
+};
+
+struct Single {
+    static constexpr int kPerWord = 1;
+    static int64_t stride(int64_t np) { return np; }
+    static float element(uint32_t word, int) {
         float x;
         std::memcpy(&x, &word, 4);
         return x;

@@ -226,7 +226,7 @@ def chained(centroids):
 class Codes:
     """What stands for vectors when many are compared: all their dimensions, or the projection on some, in few bits.
 
-    format: "bytes" or "bfloat16"; projection: float32 (m, d), or None.
+    format: "bytes", "bfloat16" or "float32"; projection: float32 (m, d), or None.
     """
 
     def __init__(self, format="bytes", projection=None):
@@ -246,12 +246,11 @@ class Codes:
         return x if self.transform is None else self.transform.apply(x)
 
     def __call__(self, x, scale=None):
-        """x, each row times scale (n,) if given, as int32 (n, words)."""
+        """x, each row times scale (n,) if given, in this format (n, words): see graph_utils.neighbours."""
         return nb.FORMATS[self.format](self.projected(x), scale)
 
     def words(self, d):
-        m = d if self.transform is None else self.transform.d_out
-        return nb.words_of_bytes(m) if self.format == "bytes" else nb.words(m)
+        return self(np.empty((0, d), np.float32)).shape[1]
 
 
 def main_directions(vectors, m, seed=0):
@@ -274,7 +273,7 @@ class Cells:
     begin, end int64 (nlist,): rows of each cell
     centroids  float32 (nlist, d), in the order of the chain
     and, once it is known what stands for the vectors, after use():
-    codes      Codes; X int32 (n, words): the vectors; C: the centroids
+    codes      Codes; X (n, words), int32 or float32: the vectors; C: the centroids
     chosen     whether these codes were compared with others
     Memory: that of the codes, and 12 bytes per vector.
     """
@@ -295,7 +294,7 @@ class Cells:
     def use(self, codes, progress=None):
         self.codes, self.X = codes, None
         self.C = codes(self.centroids)
-        self.X = nb.aligned_zeros((self.n, self.C.shape[1]), np.int32)
+        self.X = nb.aligned_zeros((self.n, self.C.shape[1]), self.C.dtype)
         position = self.position()
         for i, j in self.vectors.blocks():
             self.X[position[i:j]] = self.vectors.converted(codes, i, j)

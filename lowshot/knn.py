@@ -24,7 +24,7 @@ import numpy as np
 from graph_utils import neighbours as nb
 from lowshot.cells import BLOCK, Cells, Codes, Vectors, main_directions, nearest_cell, nearest_cells
 from lowshot.packages import faiss
-from lowshot.script import Progress
+from lowshot.script import Progress, size
 
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
@@ -511,21 +511,23 @@ def compared_by(sample, cells, recall, progress, say, half=True):
     """The Comparison that is the cheapest for this recall; cells then hold the vectors by its codes.
 
     Bytes of half the dimensions or of all; where vectors differ by hardly more than bytes do, as in clusters of nearly the
-    same image, bfloat16. Codes that were chosen before are kept if they serve this sample too. half: whether half the
+    same image, bfloat16, and where that is too coarse as well, float32. Codes that were chosen before are kept if they serve this sample too. half: whether half the
     dimensions may do.
     """
     d, longest = sample.x.shape[1], longest_list(sample.k)
     if cells.chosen and (half or cells.codes.transform is None):
         [now] = sample.compared([cells.codes], longest)
-        if now.codes.format == "bfloat16" or now.suffices(recall, now.needed(recall)):
+        if now.codes.format == "float32" or now.suffices(recall, now.needed(recall)):
             return now
     m, choices = -(-d // 128) * 64, [cells.codes if cells.codes is not None and cells.codes.plain else Codes()]
     if half and m < d:
         choices.append(Codes("bytes", main_directions(cells.vectors, m)))
     best = min(sample.compared(choices, longest), key=lambda c: c.cost(recall, d))
     if best.cost(recall, d) == np.inf:
-        say("vectors are nearly the same: compared in bfloat16, in twice the memory and time of bytes")
-        [best] = sample.compared([Codes("bfloat16")], longest)
+        finer = sample.compared([Codes("bfloat16"), Codes("float32")], longest)
+        best = next((c for c in finer if c.cost(recall, d) < np.inf), finer[-1])
+        more = 4 * cells.n * (best.codes.words(d) - Codes().words(d))
+        say(f"vectors are nearly the same: compared in {best.codes.format}, slower and in {size(more)} more memory than bytes")
     elif best.codes.transform is not None:
         say(f"vectors are compared in {m} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
     if best.codes is not cells.codes:

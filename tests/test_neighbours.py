@@ -45,7 +45,7 @@ def in_levels(x):
     return np.rint(x / np.where(step == 0, 1, step)) * step
 
 
-FORMATS = {"bfloat16": (nb.to_bfloat16, rounded), "bytes": (nb.to_bytes, in_levels)}
+FORMATS = {"float32": (nb.to_float32, lambda x: x), "bfloat16": (nb.to_bfloat16, rounded), "bytes": (nb.to_bytes, in_levels)}
 
 
 def unpacked(words, d):
@@ -385,14 +385,14 @@ def test_bars_are_none_and_keep_the_worse_out(stored):
     convert, rounded = FORMATS[stored]
     x = clustered(400, 64, 5)
     X, S = convert(x), rounded(x).astype(np.float64) @ rounded(x).T
-    bars = np.quantile(S, .99, axis=1).astype(np.float32)
+    bars = np.sort(S)[:, -5:-3].mean(axis=1).astype(np.float32)
     keys = np.repeat(nb.make_keys(bars[:, None], np.full((400, 1), nb.NONE)), 20, axis=1)
     assert (nb.numbers(keys) == -1).all()
     np.testing.assert_array_equal(nb.worst_products(keys), bars)
     whole, begin = np.array([400]), np.array([0])
     nb.search_cells(X, X[:1].copy(), 1, begin, whole, X, keys, 0)
     for row, bar, found in zip(S, bars, nb.numbers(keys)):
-        assert set(found[found >= 0]) == set(np.flatnonzero(row > bar)) and len(set(found[found >= 0])) <= 5
+        assert set(found[found >= 0]) == set(np.flatnonzero(row > bar)) and len(set(found[found >= 0])) == 4
     keys[keys != 0] |= nb.NEW
     before = nb.numbers(keys)
     nb.descent_round(X, keys)
