@@ -41,7 +41,7 @@ SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that sh
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
                             # where lists are longer
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
-ROUND = 1 << 13             # comparisons per node that take as long as a round of neighbours-of-neighbours, at least
+ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
 MISSED = .001               # recall that may be lost where the nearest cells are looked for among few
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
@@ -425,7 +425,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         # from here on neighbours of neighbours are the quicker way, unless a round takes longer than the cells that are left
         p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
         alone = cells_reaching(curve, wanted + min(comparison.lost(K), (1 - wanted) / 4) + MISSED)
-        round_cells = ROUND * len(curve) // n
+        round_cells = int(ROUND * (K + REVERSE) ** 2 * len(curve) / n)
         if not nprobe and alone - p < round_cells:
             p = max(alone, min(cells_reaching(curve, max(NEARLY_ALL, wanted)), alone + round_cells // 4))
         elif not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
