@@ -1072,12 +1072,13 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
             // a list may name a neighbour twice, if the process that made it was killed
             const auto same = [](auto& a, auto& b) { return a.second == b.second; };
             t.list.erase(std::unique(t.list.begin(), t.list.end(), same), t.list.end());
-            if (self && k < (int64_t)t.list.size()) {
-                // rounding, or vectors of zeros, may have put it behind the k best
+            if (self) {
+                // rounding, or a smaller norm, may have put it behind others
                 const auto at = std::find_if(t.list.begin(), t.list.end(), [&](auto& entry) { return entry.second == q; });
-                if (at - t.list.begin() >= k) {
+                if (at->first >= t.list[0].first - 1e-6f * std::fabs(t.list[0].first))
+                    std::rotate(t.list.begin(), at, at + 1);
+                else if (at - t.list.begin() >= k)
                     t.list[k - 1] = *at;
-                }
             }
             for (int64_t j = 0; j < k; j++) {
                 const bool have = j < (int64_t)t.list.size();

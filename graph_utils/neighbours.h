@@ -117,8 +117,8 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
 // x_number  in   or null: original number of each number in the keys
 // Q0, Q1    in   query vectors: the first nQ0 in Q0, others in Q1 (may be null); q_scale in: factor of each, or null
 // X0, X1    in   the same for the base vectors
-// self      in   1: queries are the base vectors, and each heads the list of those that are as near as itself; it is
-//                put in if it is missing
+// self      in   1: queries are the base vectors, and each is in its own list: as the first, where none is nearer than
+//                itself by more than 1e-6 of the product, so that it is among the first k' of k as well
 // known     in   rows of D, I before this one hold products that need not be computed again
 // D, I      out  rows of k products and numbers, best first, -inf and -1 where there are fewer
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,

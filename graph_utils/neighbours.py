@@ -293,7 +293,7 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
     queries, base: float32 (., d), or pairs of such arrays that follow each other; q_scale, x_scale: factors of their
     rows. q_number int32 (m,): the query and the row of D, I of each list (default: in order). x_number int32: original
     numbers of the numbers in the keys. self: queries and base are the same; each is in its own list, and first in it
-    unless another is nearer by rounding. known: rows of D, I before this one hold exact products already, which are
+    where none is nearer by more than rounding. known: rows of D, I before this one hold exact products already, which are
     looked up there, not computed again. Returns D float32, I int32, with as many rows as there are queries.
     """
     m, K = keys.shape

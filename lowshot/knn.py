@@ -87,7 +87,7 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     Candidates come from products in bfloat16; they are compared in float32, and where the errors of bfloat16 could
     hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in its own
     list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks; queries
-    in bfloat16 and 8 bytes per candidate, with `self` 28.
+    in bfloat16 and 8 bytes per candidate, with `self` 28; and with `self` all vectors in float32 where most are in doubt.
     Returns D float32 (nq, k), I int32 (nq, k).
     """
     Q, X = _vectors(xq), _vectors(x)
@@ -119,11 +119,13 @@ def _candidates(Q, X, K, progress, self):
 def _exact_of(keys, error, Q, X, k, progress, self):
     """exact_knn(), given what _candidates() found; keys are changed."""
     D, I, unsure = _best_and_unsure(keys, error, Q, X, k, self)
+    if self and len(unsure) > Q.n / 2:
+        keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), keys.shape[1], lambda done: progress(
+            "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
+        return _best_of(keys, Q, X, k, self)
     for i in range(0, len(unsure), 4096):
-        rows = unsure[i:i + 4096]
-        D[rows], I[rows] = _float32_knn(Q.scaled_rows(rows), X, k)
-        if self:
-            _put_self(D, I, rows)
+        rows = unsure[i:i + 4096].astype(np.int32)
+        _best_of(_float32_candidates(Q.scaled_rows(rows), X, k), Q, X, k, self, rows, out=(D, I))
         progress("queries compared in float32", i + len(rows), len(unsure))
     return D, I
 
@@ -155,11 +157,11 @@ def _leave_possible(keys, k, error):
         part[part.view(np.uint64) < least.view(np.uint64)[:, None]] = 0
 
 
-def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None):
+def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None):
     """nb.exact_products() of candidates all over the file of X. They are read from it, a part after the other: a map of
     the file would keep in memory what is near them as well. Files of few vectors, and those whose vectors are all looked up
     (self), are mapped."""
-    D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
+    D, I = out or (np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32))
     if self or X.in_memory or X.n < EXACT_BELOW:
         return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, self, D, I)
     step = max(1, LOOKED_UP // keys.shape[1])
@@ -176,23 +178,19 @@ def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None):
     return D, I
 
 
-def _float32_knn(xq, X, k):
-    """Exact search in float32 throughout."""
-    D, I = np.full((len(xq), k), -np.inf, np.float32), np.full((len(xq), k), -1, np.int32)
+def _float32_candidates(xq, X, k):
+    """Keys of the best by products in float32, some more than k, int64 (len(xq), .)."""
+    queries = nb.to_float32(xq)
+    keys = np.zeros((len(xq), min(k + SPARE, X.n)), np.int64)
     for i in range(0, X.n, FLOAT32_BLOCK):
         j = min(i + FLOAT32_BLOCK, X.n)
-        x = X.stretch(i, j)
-        x = np.ascontiguousarray(x if X.scale is None else x * X.scale[i:j, None])
-        d, number = faiss.knn(np.ascontiguousarray(xq), x, min(k, j - i), metric=faiss.METRIC_INNER_PRODUCT)
-        D, I = nb.merge_lists(D, I, d, np.where(number < 0, -1, number + i).astype(np.int32), k)
-    return D, I
+        nb.search_all(queries, X.converted(nb.to_float32, i, j), keys.shape[1], keys, i)
+    return keys
 
 
-def _put_self(D, I, rows):
-    """Rows that lost themselves among others that are as near get themselves in the place of the last."""
-    for row in rows:
-        if row not in I[row]:
-            I[row] = np.concatenate([[row], I[row, :-1]]) if D[row, 0] == D[row, -1] else [*I[row, :-1], row]
+def _float32_knn(xq, X, k):
+    """Exact search in float32 throughout."""
+    return _best_of(_float32_candidates(xq, X, k), _vectors(xq), X, k)
 
 
 def merge_neighbours(D1, I1, D2, I2, k):
