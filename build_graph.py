@@ -62,7 +62,7 @@ def main():
     matrix_rows(raw, "<f4", d, n, "python train_apply_pca.py apply")
     # after the checks: these load Faiss and the compiled library
     from lowshot import knn
-    from lowshot.index_files import Checkpoint, GraphFiles, check_graph
+    from lowshot.index_files import Checkpoint, GraphFiles, check_graph, check_index, read_index
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
@@ -84,6 +84,7 @@ def main():
                     raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
             check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
             if os.path.exists(ddir.index(n)):
+                check_index(read_index(ddir.index(n), n, d), vectors, ddir.index(n), "--overwrite makes it again")
                 log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
                 return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)

@@ -278,9 +278,9 @@ def parse_arguments():
 
 def default_record(ddir, args):
     lr, wd = (",".join(f"{v:g}" for v in values) for values in (args.lr, args.wd))
-    precision = "" if args.precision == "float32" else f"_{args.precision}"
+    rest = (f"_mom{args.mom:g}" if args.mom != 0.9 else "") + (f"_{args.precision}" if args.precision != "float32" else "")
     return ddir.log("logreg", f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_bs{args.batchsize}_lr{lr}_wd{wd}"
-                              f"_mi{args.maxiter}{precision}.json")
+                              f"_mi{args.maxiter}{rest}.json")
 
 
 def choose_device(name):

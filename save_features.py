@@ -39,7 +39,7 @@ def main():
     from lowshot.networks import for_inference, load_checkpoint, make_network
 
     config = load_config(args.cfg)
-    check_outputs(args.outfile)
+    check_outputs(args.outfile or os.curdir)
     loader, transforms = config["loader"], config["transforms"]
     batchsize = args.batchsize or loader["batchsize"]
     device = choose_device(args.device)
@@ -103,7 +103,7 @@ def main():
                 report_speed(todo, seconds, [*memory, fed_from_memory()])
     if images.class_names:
         names = images.class_names
-        log(f"{len(names)} classes: 0 is {names[0]}, {len(names) - 1} is {names[-1]}")
+        log(f"{len(names)} classes in sorted order, from label 0, {names[0]}, to {len(names) - 1}, {names[-1]}")
     log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory "
         f"{size(peak_memory())} ({size(predicted)} predicted)")
 

@@ -49,6 +49,7 @@ def arguments():
 def train(args, block0, path):
     """Train on rows of block0 and write the transform."""
     from lowshot.packages import faiss
+    from lowshot.pca import load_pca
     with FeatureFile(block0) as f:
         n = f.n if args.ntrain is None else args.ntrain
         if n > f.n:
@@ -60,7 +61,12 @@ def train(args, block0, path):
                              "needed (--dim, --ntrain)")
         origin = {"dim": args.dim, "rows": n, "block0": identity(f)}
         if complete(path, origin, args.overwrite):
-            return
+            try:
+                load_pca(path)              # an error if it is not whole
+                return
+            except ValueError:
+                if not args.overwrite:
+                    raise
         # rows, the covariance matrix in float32 and float64, its eigenvectors, and a slab being read
         memory = 4 * n * f.d + 28 * f.d * f.d + 2 * SLAB_BYTES
         print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(memory))
@@ -81,9 +87,9 @@ def train(args, block0, path):
     if not (np.isfinite(variances).all() and np.isfinite(faiss.vector_to_array(pca.A)).all()):
         raise ValueError(f"{block0}: the features are too large, their covariances are NaN or infinite")
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
-    remove(path + ".json")                      # that of the file about to be replaced
     with whole(path) as temporary:
         faiss.write_VectorTransform(pca, temporary)
+        remove(path + ".json")                  # that of the file about to be replaced
     write_json(path + ".json", origin)
     log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "
         f"{clock(time.time() - start)}, peak memory {size(peak_memory())}")

@@ -11,7 +11,6 @@ without training and adding. Where a peer takes queries one by one, it is timed 
 multiplied by n over their number: the table says so. pynndescent runs whole (numba's compilation excluded), and so does
 the building of hnswlib's index.
 """
-import argparse
 import json
 import os
 import subprocess
@@ -23,6 +22,9 @@ import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from lowshot.features import matrix_rows  # noqa: E402
+from lowshot.script import Parser, number, run, write_text  # noqa: E402
+
 K = 30
 PEERS = ("ours", "float32", "faiss", "batch", "pynndescent30", "pynndescent60", "hnswlib")
 
@@ -158,10 +160,10 @@ def rows_of(data, ddir, peers):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("data", nargs="+", metavar="NAME=DDIR")
-    p.add_argument("-n", type=int, default=1000000, help="vectors")
-    p.add_argument("--dim", type=int, default=256)
+    p.add_argument("-n", type=number(int, K), default=1000000, help="vectors")
+    p.add_argument("--dim", type=number(int, 1), default=256, help="dimensions of the vectors")
     p.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)} (default: all)")
     p.add_argument("--out", metavar="FILE", help="write the table there as well")
     args = p.parse_args()
@@ -171,8 +173,11 @@ def main():
     lines = [f"k = {K}, {args.n:,} x {args.dim}, {len(os.sched_getaffinity(0))} CPUs", "",
              "| data | builder | seconds | recall@30 | times ours | measured |", "|---|---|---|---|---|---|"]
     for name_and_path in args.data:
-        name, _, path = name_and_path.partition("=")
+        name, equals, path = name_and_path.partition("=")
+        if not equals:
+            raise ValueError(f"NAME=DDIR was expected, found {name_and_path!r}")
         raw = os.path.join(os.path.abspath(path), "features", "f100m", f"concatenated_PCAR{args.dim}.raw")
+        matrix_rows(raw, "<f4", args.dim, args.n, f"python benchmarks/make_data.py {path} --raw --nbg {args.n}")
         data = Data(raw, args.n, args.dim)
         with tempfile.TemporaryDirectory() as ddir:
             first = None
@@ -183,9 +188,8 @@ def main():
     text = "\n".join(lines) + "\n"
     print("\n" + text)
     if args.out:
-        with open(args.out, "w") as f:
-            f.write(text)
+        write_text(args.out, text)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, log, number, read_json, run, whole  # noqa: E402
+from lowshot.script import Parser, check_outputs, log, number, read_json, run, whole  # noqa: E402
 
 INK, MUTED, GRID, BLACK = "#24292f", "#6b7280", "#e5e7eb", "#111827"
 RIGHT, WRONG = "#15803d", "#b91c1c"
@@ -51,6 +51,7 @@ def arguments():
 
 def main():
     args = arguments()
+    check_outputs(args.figure, args.sheet)
     ddir = DataDir()
     if args.figure:
         logs = args.logs or ddir.log()

@@ -199,14 +199,14 @@ def matrix_rows(path, dtype, columns, rows=None, maker=None):
     rows: rows the file must have at least, or None. maker: command line that makes the file, for the error text.
     Raises ValueError on a wrong size.
     """
-    hint = f": {maker} makes it" if maker else ""
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist{hint}")
+        raise ValueError(f"{path} does not exist{f': {maker} makes it' if maker else ''}")
     width = np.dtype(dtype).itemsize * columns
     have = os.path.getsize(path)
     if have % width or (rows is not None and have < rows * width) or have == 0:
         want = f"at least {rows * width} ({rows} rows of {width})" if rows else f"a multiple of {width}"
-        raise ValueError(f"{path} has {have} bytes, {want} expected: truncated or of another shape{hint}")
+        why = "truncated or of another shape" if have % width or not have else f"it holds {have // width} rows"
+        raise ValueError(f"{path} has {have} bytes, {want} expected: {why}{f'; {maker} --overwrite makes it again' if maker else ''}")
     return have // width
 
 

@@ -34,6 +34,7 @@ import os
 import re
 import struct
 import threading
+import warnings
 import zipfile
 import zlib
 
@@ -48,8 +49,11 @@ except ImportError:
 from lowshot.packages import load_torchvision
 from lowshot.script import read_json
 
+warnings.filterwarnings("ignore", module="PIL")     # of transparency, and of sizes
+
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 SMALL = 1 << 16         # bytes that are read before a file is asked for its size
+STRIP = 1 << 24         # pixels of a resized image from which on only the part that is kept is resized
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 DATASET_KEYS = {"yfcc100m": {"root", "length"}, "imagenet": {"meta", "root"}, "folder": {"root", "classes"},
@@ -290,7 +294,18 @@ class FileSet:
     def identity(self, i0, i1):
         digest = hashlib.sha256(self.names[i0:i1].tobytes())
         digest.update(self._labels[i0:i1].tobytes())
-        return {"sha256_names_labels": digest.hexdigest()}
+        digest.update(np.array([self._size(i) for i in range(i0, i1)]).tobytes())
+        return {"sha256_names_labels_sizes": digest.hexdigest()}
+
+    def _size(self, i):
+        try:
+            return os.stat(self._path(i)).st_size
+        except OSError:
+            return -1
+
+    def _path(self, i):
+        name = self.names[i]
+        return name if name[:1] == b"/" else self._folder + name
 
     def labels(self, i0, i1):
         return self._labels[i0:i1]
@@ -301,8 +316,7 @@ class FileSet:
     def read(self, i):
         # a few system calls: a Python file object takes as long as decoding a small image
         try:
-            name = self.names[i]
-            fd = os.open(name if name[:1] == b"/" else self._folder + name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._path(i), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as e:
             raise Missing(str(e))
         try:
@@ -351,7 +365,7 @@ def folder_set(root, classes=None):
         raise ValueError(f"{root} has a class {sorted(set(own) - set(class_names))[0]!r} that {classes} lacks")
     number = {name: i for i, name in enumerate(class_names)}
     names, labels = [], []
-    loose = [n for n in sorted(os.listdir(root)) if _is_image(n) and os.path.isfile(os.path.join(root, n))]
+    loose = [n for n in sorted(os.listdir(root)) if _is_image(n) and not os.path.isdir(os.path.join(root, n))]
     if loose and own:
         raise ValueError(f"{root} holds both images ({loose[0]} ...) and subfolders ({own[0]} ...): either images only,"
                          " or a subfolder per class, was expected")
@@ -359,8 +373,11 @@ def folder_set(root, classes=None):
         names, labels, class_names = loose, [0] * len(loose), None
     for name in own:
         before = len(names)
-        for folder, folders, files in os.walk(os.path.join(root, name)):
-            folders.sort()
+        seen = set()            # links may lead back
+        for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
+            seen.add(os.path.realpath(folder))
+            folders[:] = sorted(f for f in folders if not f.startswith(".")
+                                and os.path.realpath(os.path.join(folder, f)) not in seen)
             relative = os.path.relpath(folder, root)
             names += [os.path.join(relative, n) for n in sorted(files) if _is_image(n)]
         labels += [number[name]] * (len(names) - before)
@@ -423,7 +440,13 @@ def decode(data, out=None):
         except ValueError:
             pass                            # PIL is the judge of what is damaged
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+        if image.mode[0] not in "IF":
+            return np.asarray(image.convert("RGB"))
+        # grey of 16 bits, which convert() would clip at 255
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"an image of 8 or 16 bits was expected, found pixels {grey.min():g} to {grey.max():g}")
+        return np.repeat((grey >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 class Preprocess:
@@ -443,6 +466,8 @@ class Preprocess:
         if self.resize is not None and min(h, w) != self.resize:
             new_h = self.resize if h <= w else int(self.resize * h / w)
             new_w = self.resize if w <= h else int(self.resize * w / h)
+            if min(new_h, new_w) >= self.crop and new_h * new_w > STRIP:
+                return self._part_of_strip(x, new_h, new_w)
             x = np.asarray(Image.fromarray(x).resize((new_w, new_h), Image.BILINEAR))
             h, w = new_h, new_w
         c = self.crop
@@ -454,6 +479,13 @@ class Preprocess:
             h, w, _ = x.shape
         top, left = round((h - c) / 2), round((w - c) / 2)
         return x[top:top + c, left:left + c]
+
+    def _part_of_strip(self, x, new_h, new_w):
+        """The same where the whole image, resized, would take too much memory."""
+        (h, w, _), c = x.shape, self.crop
+        top, left = round((new_h - c) / 2), round((new_w - c) / 2)
+        box = left * w / new_w, top * h / new_h, (left + c) * w / new_w, (top + c) * h / new_h
+        return np.asarray(Image.fromarray(x).resize((c, c), Image.BILINEAR, box=box))
 
 
 GRAVE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}

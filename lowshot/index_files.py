@@ -11,6 +11,7 @@ from lowshot.packages import faiss
 from lowshot.script import allocate, read_json, remove, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
+SIMILAR_MEAN = 0.0005   # and similarities on average
 
 
 def read_index(path, n, d, factory=""):
@@ -70,6 +71,7 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
     """Compare some rows of a stored graph of n nodes with the vectors it should be of, the first n of `vectors`: ValueError,
     with the remedy, if it is of others."""
     I, D = (MatrixFile(path, dtype, columns, n) for path, dtype in ((path_I, "<i4"), (path_D, "<f4")))
+    differences = []
     for row in spread_rows(n, 64):
         number, similarity = I[row:row + 1][0], D[row:row + 1][0]
         have = (number >= 0) & (number < n)
@@ -79,6 +81,11 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
             raise ValueError(f"{path_D} says {similarity[have][wrong][0]:.4g} for the similarity of vectors {row} and "
                              f"{number[have][wrong][0]}, which is {exact[wrong][0]:.4g}: the graph was made from other "
                              f"vectors; {remedy}")
+        differences.append(np.abs(similarity[have] - exact))
+    mean = np.concatenate(differences or [np.zeros(1)]).mean()
+    if mean > SIMILAR_MEAN:
+        raise ValueError(f"{path_D} holds similarities that differ by {mean:.4g} on average from those of the vectors: the graph "
+                         f"was made from others, or in other dimensions; {remedy}")
 
 
 def check_index(index, vectors, path, remedy):

@@ -121,7 +121,10 @@ def make_network(name, num_classes=None, pretrained=False):
         raise ValueError(f"only {', '.join(NETWORKS)} take a classifier, not {name}")
     with warnings.catch_warnings():             # two of the old models announce a change of their initialisation
         warnings.simplefilter("ignore", FutureWarning)
-        network = models.get_model(name, weights="DEFAULT" if pretrained else None)
+        try:
+            network = models.get_model(name, weights="DEFAULT" if pretrained else None)
+        except OSError as e:                    # URLError is one
+            raise OSError(f"torchvision could not get its weights of {name} ({e}): --modelfile takes a file of weights")
     linear = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
     if not linear or linear[-1][1].out_features != 1000:
         raise ValueError(f"{name} does not end in a linear layer: its features cannot be taken from before one")

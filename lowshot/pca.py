@@ -18,7 +18,7 @@ def load_pca(path, columns=None, source=None):
         transform = faiss.read_VectorTransform(path)
     except RuntimeError as e:
         raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss VectorTransform: "
-                         f"{str(e).splitlines()[0]}")
+                         f"python train_apply_pca.py train --overwrite makes it again ({str(e).splitlines()[0]})")
     name = re.fullmatch(r"PCAR(\d+)\.vt", os.path.basename(path))
     if name and transform.d_out != int(name.group(1)):
         raise ValueError(f"{path} gives {transform.d_out} dimensions, its name says {name.group(1)}: "

@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import platform
+import re
 import resource
+import shutil
 import sys
 import time
 
@@ -155,6 +157,12 @@ def whole(path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        # some libraries tell neither which file nor why
+        if getattr(e, "filename", None) is None and re.search(r"No space|written|fwrite|write_|File too large", str(e)):
+            text = " ".join(str(e).split())[:200]
+            raise OSError(f"{path} could not be written, the disk has {size(shutil.disk_usage(folder).free)} free ({text})") from e
+        raise
     finally:
         remove(temporary)
 
@@ -231,7 +239,7 @@ def exclusive(path):
 def check_outputs(*paths):
     """ValueError or OSError where a file of one of these names cannot be written: before the work, not after it."""
     for path in filter(None, paths):
-        if os.path.isdir(path):
+        if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")
         folder = os.path.dirname(os.path.abspath(path))
         while not os.path.exists(folder):

@@ -299,6 +299,23 @@ def test_bad_input_is_one_line(tmp_path, spoil, args, words):
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
+    make_raw(tmp_path, 300)
+    raw = tmp_path / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw"
+    x = np.fromfile(raw, np.float32).reshape(300, DIM)
+    x[:, -2:] *= .2                 # two dimensions that change similarities by little more than .0005 on average
+    x.tofile(raw)
+    x[:, :-2].tofile(raw.with_name(f"concatenated_PCAR{DIM - 2}.raw"))
+    assert run(tmp_path, 300, "--k", 8).returncode == 0
+    index = tmp_path / "knngraph" / "ndis300.index"
+    os.truncate(index, 0)
+    assert "truncated or not a Faiss index" in run(tmp_path, 300, "--k", 8).stderr
+    os.unlink(index)
+    assert "in other dimensions; --overwrite" in run(tmp_path, 300, "--k", 8, dim=DIM - 2).stderr
+    done = run(tmp_path, 300, "--k", 8)
+    assert done.returncode == 0 and "and kept" in done.stdout and index.exists()
+
+
 @pytest.mark.parametrize("index", ["Flat", "IVF20,Flat"])
 def test_a_graph_of_other_vectors_is_not_taken_for_complete(tmp_path, index):
     make_raw(tmp_path, 300)

@@ -217,7 +217,7 @@ def test_map_matrix(tmp_path):
     assert np.array_equal(m, x) and not m.flags.writeable
     assert len(map_matrix(path, np.float32, 3, rows=4)) == 4 and len(map_matrix(path, np.float32, 3, rows=2)) == 4
     for arguments, message in [((5,), "48 bytes, a multiple of 20 expected"), ((3, 5), r"at least 60 \(5 rows of 12\)"),
-                               ((5, 2, "make it"), "expected: truncated or of another shape: make it makes it")]:
+                               ((5, 2, "make it"), "expected: truncated or of another shape; make it --overwrite makes it again")]:
         with pytest.raises(ValueError, match=message):
             map_matrix(path, np.float32, *arguments)
     open(path, "w").close()

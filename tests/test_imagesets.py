@@ -284,6 +284,34 @@ def test_folders_of_classes(tmp_path):
         folder_set(str(tmp_path / "train"))
 
 
+def test_links_are_followed_and_hidden_folders_are_not(tmp_path):
+    for name in ("elsewhere/sub/a.jpg", "train/cat/b.jpg", "train/cat/.checkpoints/c.jpg", "train/dog/d.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / "train/cat/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "train/cat")
+    (tmp_path / "train/dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    images = folder_set(str(tmp_path / "train"))
+    names = [os.path.normpath(images.name(i)) for i in range(len(images))]
+    assert names == ["cat/b.jpg", "cat/link/sub/a.jpg", "dog/d.jpg", "dog/gone.jpg"]
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(Missing):
+        folder_set(str(tmp_path / "flat")).read(0)
+
+
+def test_identity_follows_the_files(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    images = folder_set(str(tmp_path))
+    whole, part = images.identity(0, 3), images.identity(0, 2)
+    (tmp_path / "c.jpg").write_bytes(b"xx")
+    assert images.identity(0, 3) != whole and images.identity(0, 2) == part
+    (tmp_path / "c.jpg").unlink()
+    assert len({str(x) for x in (images.identity(0, 3), whole, part)}) == 3
+
+
 def test_flat_folder(tmp_path):
     for name in ("b.jpg", "a.webp", "é.png"):
         (tmp_path / name).write_bytes(picture(1, format="PNG"))
@@ -357,13 +385,27 @@ def test_damaged_images_are_errors(monkeypatch, quick):
                 decode(bad)
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits(format):
+    grey = np.random.RandomState(0).randint(0, 65536, (20, 30)).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, format)
+    x = decode(file.getvalue())
+    assert x.dtype == np.uint8 and np.array_equal(x, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
+    for other in (grey.astype(np.float32), grey.astype(np.int32) + 60000):
+        file = io.BytesIO()
+        Image.fromarray(other).save(file, "TIFF")
+        with pytest.raises(ValueError, match="8 or 16 bits"):
+            decode(file.getvalue())
+
+
 def preprocess(resize, crop):
     return Preprocess({"transforms": {"resize": resize, "crop": crop}})
 
 
 @pytest.mark.parametrize("resize,crop", [(256, 224), (40, 40), (41, 32), (None, 32), (None, 50)])
 @pytest.mark.parametrize("w,h", [(500, 375), (375, 500), (300, 301), (32, 32), (33, 90), (41, 41), (7, 500), (49, 51)])
-def test_preprocessing_equals_torchvision(resize, crop, w, h):
+def test_preprocessing_equals_torchvision(resize, crop, w, h, monkeypatch):
     from lowshot.packages import load_torchvision
     load_torchvision()
     from torchvision import transforms
@@ -372,6 +414,15 @@ def test_preprocessing_equals_torchvision(resize, crop, w, h):
     expected = transforms.Compose([*steps, transforms.CenterCrop(crop)])(Image.fromarray(plain(data)))
     found = preprocess(resize, crop)(data)
     assert found.shape == (crop, crop, 3) and np.array_equal(found, np.asarray(expected))
+    monkeypatch.setattr(imagesets, "STRIP", 0)          # the part alone, which may be rounded the other way
+    assert np.abs(preprocess(resize, crop)(data).astype(int) - found).max() <= 1
+
+
+def test_strips_take_no_memory():
+    for w, h in ((1, 20000), (20000, 1)):
+        data = picture(1, w, h, "PNG")
+        x, middle = preprocess(256, 224)(data), plain(data).reshape(-1, 3)[9998:10002]      # less than two pixels of it
+        assert x.shape == (224, 224, 3) and ((middle.min(0) <= x) & (x <= middle.max(0))).all()
 
 
 @pytest.mark.parametrize("batchsize", [1, 4, 10, 100])

@@ -188,7 +188,7 @@ def test_labels_of_the_other_kinds(data, script, tmp_path):
     (tmp_path / "m.yaml").write_text(f"dataset: {{kind: imagenet, meta: {tmp_path}/meta.json}}\n"
                                      "transforms: {resize: 32, crop: 32}")
     out = script(cfg=tmp_path / "f.yaml", outfile=tmp_path / "f.hdf5")
-    assert "2 classes: 0 is a, 1 is b" in out
+    assert "2 classes in sorted order, from label 0, a, to 1, b" in out
     script(cfg=tmp_path / "m.yaml", outfile=tmp_path / "m.hdf5")
     f, m = contents(tmp_path / "f.hdf5"), contents(tmp_path / "m.hdf5")
     assert f["all_labels"].tolist() == [0, 0, 1] and m["all_labels"].tolist() == [41, 7]

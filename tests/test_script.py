@@ -159,6 +159,14 @@ def test_whole_appears_only_when_it_ended_well(tmp_path):
                 f.write("sec")
             raise RuntimeError
     assert path.read_text() == "first" and os.listdir(path.parent) == ["out.npz"]
+    for error in (OSError("15360 requested and 992 written"), RuntimeError("Error in void faiss::write_index: fwrite failed"),
+                  OSError(errno.ENOSPC, "No space left on device")):
+        with pytest.raises(OSError, match="out.npz could not be written, the disk has .*B free"):
+            with whole(str(path)):
+                raise error
+    with pytest.raises(FileNotFoundError, match="another"):
+        with whole(str(path)):
+            open("another")
 
 
 def test_whole_under_a_kill(tmp_path):

@@ -183,6 +183,14 @@ def huge(root):
         f["all_feats"][4] = 3e38
 
 
+def test_a_truncated_pca_is_not_complete(root):
+    run(root, "train")
+    os.truncate(path(root, f"PCAR{DIM}.vt"), 0)
+    assert "train --overwrite makes it again" in run(root, "train", ok=False)
+    run(root, "train", "--overwrite")
+    assert "complete" in run(root, "train")
+
+
 def nan(root):
     with h5py.File(path(root, "block1.hdf5"), "r+") as f:
         f["all_feats"][4, 3] = np.nan
