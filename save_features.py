@@ -5,7 +5,8 @@ writes  OUTFILE, HDF5: all_feats float32 (n, d), all_labels int32 (n), count int
         Row r is image i0 + r. d is 2048 for ResNet50, 512 for ResNet10.
 
 Images that are missing or damaged get the features of a black image, are False in `readable`, and are counted at the
-end. A run that is cut off goes on where it stopped when the same command is given again; OUTFILE appears when complete.
+end. A run that is cut off goes on where it was saved last, 20 seconds before or less, when the same command is given
+again; OUTFILE appears when complete.
 
 The background in blocks of a million images, then the labelled images:
 
