@@ -28,13 +28,18 @@ import zipfile
 
 import numpy as np
 
-from graph_utils import FusedSGD, get_num_threads
-from lowshot.evaluate import accuracies
-from lowshot.features import FeatureFile, SLAB_BYTES
-from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number, peak_memory,
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Read by GCC's OpenMP when it is loaded. Its threads would wait for each other in a loop of 300,000 turns, and keep cores
+    # from the one that they wait for where other processes want these: with as many short steps as here, many times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from graph_utils import FusedSGD, get_num_threads  # noqa: E402
+from lowshot.evaluate import accuracies  # noqa: E402
+from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
+from lowshot.layout import DataDir  # noqa: E402
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number, peak_memory,  # noqa: E402
                             print_header, provenance, run, size, whole, write_json)
-from lowshot.split import labelled_images, load_split, test_images
+from lowshot.split import labelled_images, load_split, test_images  # noqa: E402
 
 
 class Sampler:

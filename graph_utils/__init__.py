@@ -4,12 +4,6 @@
     W = SymmetricGraph(I)                    # I (n, k) int32, neighbours of each node
     colsum = W.product(L, out, scale)        # out = diag(1 / row sums) W L diag(scale)
 """
-import os
-
-if "OMP_WAIT_POLICY" not in os.environ:
-    # GCC's OpenMP reads it when it is loaded. By default its threads wait for each other in a loop of 300,000 turns, and keep
-    # their cores from the one that they wait for where other processes want them: many times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     from graph_utils import core
 except ImportError as e:
