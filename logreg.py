@@ -37,8 +37,8 @@ from graph_utils import FusedSGD, get_num_threads  # noqa: E402
 from lowshot.evaluate import accuracies  # noqa: E402
 from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number, peak_memory,  # noqa: E402
-                            print_header, provenance, run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number,  # noqa: E402
+                            peak_memory, print_header, provenance, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images  # noqa: E402
 
 

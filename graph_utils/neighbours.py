@@ -1,9 +1,10 @@
 """K-nearest-neighbour search and graphs by inner product: shapes, dtypes and allocation for neighbours.cpp.
 
 Vectors to search among are held in bytes (`to_bytes`), or in bfloat16 (`to_bfloat16`) where that is too coarse, as
-int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Where even bfloat16 is
-too coarse they are float32 arrays, padded (`to_float32`). Candidate lists are int64 arrays (n, K) of keys: similarity and neighbour number in one integer, the greater the better, 0 for none, in no
-order. `exact_products` turns them into float32 similarities and numbers.
+int32 arrays (n, words); the number of words tells which, as only vectors in bytes end in a scale. Where even bfloat16
+is too coarse they are float32 arrays, padded (`to_float32`). Candidate lists are int64 arrays (n, K) of keys:
+similarity and neighbour number in one integer, the greater the better, 0 for none, in no order. `exact_products`
+turns them into float32 similarities and numbers.
 """
 import numpy as np
 

@@ -206,7 +206,8 @@ def matrix_rows(path, dtype, columns, rows=None, maker=None):
     if have % width or (rows is not None and have < rows * width) or have == 0:
         want = f"at least {rows * width} ({rows} rows of {width})" if rows else f"a multiple of {width}"
         why = "truncated or of another shape" if have % width or not have else f"it holds {have // width} rows"
-        raise ValueError(f"{path} has {have} bytes, {want} expected: {why}{f'; {maker} --overwrite makes it again' if maker else ''}")
+        again = f"; {maker} --overwrite makes it again" if maker else ""
+        raise ValueError(f"{path} has {have} bytes, {want} expected: {why}{again}")
     return have // width
 
 

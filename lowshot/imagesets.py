@@ -47,7 +47,7 @@ except ImportError:
     simplejpeg = None
 
 from lowshot.packages import load_torchvision
-from lowshot.script import read_json
+from lowshot.script import Progress, read_json
 
 warnings.filterwarnings("ignore", module="PIL")     # of transparency, and of sizes
 
@@ -294,7 +294,12 @@ class FileSet:
     def identity(self, i0, i1):
         digest = hashlib.sha256(self.names[i0:i1].tobytes())
         digest.update(self._labels[i0:i1].tobytes())
-        digest.update(np.array([self._size(i) for i in range(i0, i1)]).tobytes())
+        sizes = np.empty(i1 - i0, np.int64)
+        with Progress(len(sizes), "files looked up") as progress:
+            for i in range(i0, i1):
+                sizes[i - i0] = self._size(i)
+                progress.update(i + 1 - i0)
+        digest.update(sizes.tobytes())
         return {"sha256_names_labels_sizes": digest.hexdigest()}
 
     def _size(self, i):

@@ -509,8 +509,8 @@ def compared_by(sample, cells, recall, progress, say, half=True):
     """The Comparison that is the cheapest for this recall; cells then hold the vectors by its codes.
 
     Bytes of half the dimensions or of all; where vectors differ by hardly more than bytes do, as in clusters of nearly the
-    same image, bfloat16, and where that is too coarse as well, float32. Codes that were chosen before are kept if they serve this sample too. half: whether half the
-    dimensions may do.
+    same image, bfloat16, and where that is too coarse as well, float32. Codes that were chosen before are kept if they serve
+    this sample too. half: whether half the dimensions may do.
     """
     d, longest = sample.x.shape[1], longest_list(sample.k)
     if cells.chosen and (half or cells.codes.transform is None):

@@ -159,7 +159,8 @@ def whole(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         # some libraries tell neither which file nor why
-        if getattr(e, "filename", None) is None and re.search(r"No space|written|fwrite|write_|File too large", str(e)):
+        if getattr(e, "filename", None) is None and re.search(
+                r"No space|File too large|requested and .* written|fwrite|faiss::write", str(e)):
             text = " ".join(str(e).split())[:200]
             raise OSError(f"{path} could not be written, the disk has {size(shutil.disk_usage(folder).free)} free ({text})") from e
         raise
