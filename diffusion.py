@@ -25,7 +25,7 @@ import time
 
 import numpy as np
 
-from lowshot.evaluate import accuracies
+from lowshot.evaluate import NO_NOVEL, accuracies
 from lowshot.features import FeatureFile
 from lowshot.layout import DataDir
 from lowshot.script import (Parser, Progress, allocate, check_outputs, log, number, peak_memory, print_header, provenance,
@@ -260,6 +260,8 @@ def main():
     print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
+    if not split.is_novel[test_labels].any():
+        log(NO_NOVEL)
 
     # ---- the graph over all images; nodes are numbered background, base, novel
     if fixed:

@@ -34,7 +34,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from graph_utils import FusedSGD, get_num_threads  # noqa: E402
-from lowshot.evaluate import accuracies  # noqa: E402
+from lowshot.evaluate import NO_NOVEL, accuracies  # noqa: E402
 from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number,  # noqa: E402
@@ -350,6 +350,8 @@ def main():
             log(f"warning: {size(predicted)} needed, {size(available_memory())} available")
         log(f"{C} classes ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base classes), "
             f"{len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
+        if not split.is_novel[test_labels].any():
+            log(NO_NOVEL)
         X = read_rows(train_file, rows, "labelled images")                                         # (n, d)
         Xtest = read_rows(val_file, test_rows, "test images")                                      # (nt, d)
 

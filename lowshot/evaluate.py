@@ -1,6 +1,8 @@
 """Top-5 accuracy, over all test images and over those of the novel classes (paper, section 4.1)."""
 import numpy as np
 
+NO_NOVEL = "note: no test image is of a novel class, accuracies on novel are 0 for want of any"
+
 
 def in_top5(scores, labels, zero_counts=False):
     """Whether each test image's class is among its five highest scores, bool (nt,).

@@ -120,6 +120,17 @@ def test_figures_depend_on_neither_slices_cache_nor_order_of_runs(ddir):
         assert printed(diffusion(ddir, *arguments, *extra)) == first, extra
 
 
+def test_a_split_without_novel_test_images_is_noted(ddir, tmp_path):
+    root = make_data_directory(tmp_path, nclass=30, dim=64, nbg=NBG, raw=True)
+    path = os.path.join(root, "label_idx.json")
+    classes = json.load(open(path))
+    classes["novel_classes_2"] = []
+    json.dump(classes, open(path, "w"))
+    arguments = ("--mode", "test", "--nbg", 0, "--k", 5, "--niter", 1)
+    assert "note: no test image is of a novel class" in diffusion(root, *arguments)
+    assert "note:" not in diffusion(ddir, *arguments)
+
+
 def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
     root = make_data_directory(tmp_path, nclass=20, dim=64, nbg=60, raw=True)
     write_background_graph(root, 60, 8)
