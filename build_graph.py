@@ -62,7 +62,7 @@ def main():
     matrix_rows(raw, "<f4", d, n, "python train_apply_pca.py apply")
     # after the checks: these load Faiss and the compiled library
     from lowshot import knn
-    from lowshot.index_files import Checkpoint, GraphFiles, check_graph, check_index, read_index
+    from lowshot.index_files import Checkpoint, GraphFiles, check_graph
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
@@ -84,7 +84,7 @@ def main():
                     raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
             check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
             if os.path.exists(ddir.index(n)):
-                check_index(read_index(ddir.index(n), n, d), vectors, ddir.index(n), "--overwrite makes it again")
+                checked_index(ddir.index(n), vectors)
                 log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
                 return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
@@ -132,16 +132,23 @@ def predicted_memory(n, d, k):
     return int(libraries + blocks + max(rounds, similarities))
 
 
+def checked_index(path, vectors):
+    """The Faiss index on disk; ValueError if it is not one of these vectors."""
+    from lowshot.index_files import check_index, read_index
+    index = read_index(path, vectors.n, vectors.d)
+    check_index(index, vectors, path, "--overwrite makes it again")
+    return index
+
+
 def stored_index(path, vectors, args, progress, log):
     """The Faiss index on disk, made if it is not there: (index, Cells of an IVF,Flat index or None)."""
     from lowshot import knn
     from lowshot.cells import Cells, default_nlist
-    from lowshot.index_files import check_index, read_index, write_ivf_flat
+    from lowshot.index_files import read_index, write_ivf_flat
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
     if os.path.exists(path):
-        index = read_index(path, n, d)
-        check_index(index, vectors, path, "--overwrite makes it again")
+        index = checked_index(path, vectors)
         if isinstance(index, faiss.IndexIVFFlat):
             return index, Cells(vectors, *knn.cells_of_index(index))
         return index, None

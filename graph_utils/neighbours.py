@@ -75,9 +75,8 @@ def to_bytes(x, scale=None):
 
 def _words(X, name, like=None):
     """Vectors (n, words) as int32; ValueError if they are not held as `like` is."""
-    if like is None:
-        like = np.empty((0, X.shape[-1]), np.float32 if X.dtype == np.float32 else np.int32)
-    return _check(X, like.dtype, (None, like.shape[1]), name).view(np.int32)
+    dtype = np.float32 if (X if like is None else like).dtype == np.float32 else np.int32
+    return _check(X, dtype, (None, None if like is None else like.shape[1]), name).view(np.int32)
 
 
 def _format(X):

@@ -3,8 +3,8 @@
 //
 // Vectors are stored as np words of 32 bits, np a multiple of 16, element 0 in the lowest bits: one element each in
 // float32, two in bfloat16, four in bytes. A byte is an element plus 128, which is a multiple of the vector's scale, a
-// float32 that follows as one more word. All ways are symmetric to the last bit, and independent of where in a tile a vector stands:
-// they add the products in the same order for (a, b) as for (b, a), and products of bytes are whole numbers.
+// float32 that follows as one more word. All ways are symmetric to the last bit, and independent of where in a tile a
+// vector stands: they add the products in the same order for (a, b) as for (b, a), and products of bytes are whole numbers.
 //
 // A kernel multiplies a tile of up to 32 rows, put there one by one by row(), with a panel of 32 vectors: tile() writes
 // the first n of s[32][32], and perhaps more.

@@ -176,6 +176,14 @@ def open_set(config):
     return CifarSet(kind, dataset["root"], dataset["train"], dataset["download"])
 
 
+def _size(path):
+    """Bytes of a file, -1 if it is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
 class ZipSet:
     """YFCC100M: image number abcdefgh is fgh.jpg in ab/cde.zip. Numbers may be missing; there are no labels (0).
 
@@ -211,7 +219,7 @@ class ZipSet:
         digest = hashlib.sha256()
         for z in range(i0 // 1000, -(-i1 // 1000)):
             path = os.path.join(self.root, self.name(z * 1000).rsplit("/", 1)[0])
-            digest.update(b"%d " % (os.path.getsize(path) if os.path.exists(path) else -1))
+            digest.update(b"%d " % _size(path))
         return {"sha256_zip_sizes": digest.hexdigest()}
 
     def labels(self, i0, i1):
@@ -297,16 +305,10 @@ class FileSet:
         sizes = np.empty(i1 - i0, np.int64)
         with Progress(len(sizes), "files looked up") as progress:
             for i in range(i0, i1):
-                sizes[i - i0] = self._size(i)
+                sizes[i - i0] = _size(self._path(i))
                 progress.update(i + 1 - i0)
         digest.update(sizes.tobytes())
         return {"sha256_names_labels_sizes": digest.hexdigest()}
-
-    def _size(self, i):
-        try:
-            return os.stat(self._path(i)).st_size
-        except OSError:
-            return -1
 
     def _path(self, i):
         name = self.names[i]
@@ -482,13 +484,17 @@ class Preprocess:
             border = [(max(0, (c - s) // 2), max(0, (c - s + 1) // 2)) for s in (h, w)]
             x = np.pad(x, (*border, (0, 0)))
             h, w, _ = x.shape
-        top, left = round((h - c) / 2), round((w - c) / 2)
+        top, left = self._corner(h, w)
         return x[top:top + c, left:left + c]
+
+    def _corner(self, h, w):
+        """(top, left) of what is kept of an image of h x w."""
+        return round((h - self.crop) / 2), round((w - self.crop) / 2)
 
     def _part_of_strip(self, x, new_h, new_w):
         """The same where the whole image, resized, would take too much memory."""
         (h, w, _), c = x.shape, self.crop
-        top, left = round((new_h - c) / 2), round((new_w - c) / 2)
+        top, left = self._corner(new_h, new_w)
         box = left * w / new_w, top * h / new_h, (left + c) * w / new_w, (top + c) * h / new_h
         return np.asarray(Image.fromarray(x).resize((c, c), Image.BILINEAR, box=box))
 
