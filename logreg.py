@@ -146,6 +146,10 @@ class TorchClassifiers:
                 store[g][block] = s.t().cpu()
         return out
 
+    def top(self, X, labels, most=5):
+        """Whether fewer than `most` classes rank before each image's own one, bool (G, m); X, labels as for ranks()."""
+        return self.ranks(X, labels) < most
+
     def weights(self, g):
         """(W float32 (C, d), b float32 (C,)) of point g, numpy."""
         return self.W[g].cpu().numpy(), self.b[g, :, 0].cpu().numpy()
@@ -168,7 +172,9 @@ def evaluate(classifiers, X, labels, is_novel, store=None):
     X: float32 (nt, d), the test images, labels: int (nt,). A score that is NaN counts as wrong.
     store: a list of G arrays (nt, C) that receive the scores, or None.
     """
-    return [accuracies(ranks < 5, labels, is_novel) for ranks in classifiers.ranks(X, labels, store)]
+    if store is not None:
+        classifiers.ranks(X, labels, store)
+    return [accuracies(right, labels, is_novel) for right in classifiers.top(X, labels)]
 
 
 def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
@@ -260,8 +266,8 @@ def parse_arguments():
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     group.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
                        help="of the products in training, on a CPU. bfloat16: factors are rounded to 8 binary digits, which "
-                            "CPUs with products of such numbers multiply twice as fast or more; parameters, sums and "
-                            "evaluation remain float32. Accuracies then differ by less than those of two seeds")
+                            "CPUs with products of such numbers multiply twice as fast or more; parameters and sums "
+                            "remain float32, and evaluation exact. Accuracies then differ by less than those of two seeds")
     group.add_argument("--checkpoint", type=number(float, 0), default=60,
                        help="seconds between checkpoints of a long run, 0: none")
     group = parser.add_argument_group("output")

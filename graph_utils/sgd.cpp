@@ -624,6 +624,14 @@ void run_with(const Work& work, int arithmetic, int64_t Bpad, uint8_t* scratch) 
 
 bool sgd_has_tiles() { return tiles::amx_available(); }
 
+bool sgd_has_bfloat16() {
+#ifdef TILES_BF16
+    return true;
+#else
+    return sgd_has_tiles();
+#endif
+}
+
 int64_t sgd_multiple(int arithmetic) {
     check_sizes(arithmetic >= kFloat32 && arithmetic <= kBfloat16, "there is no such arithmetic");
     return arithmetic != kFloat32 && sgd_has_tiles() ? kTile : Float32::kLeast;
@@ -682,5 +690,99 @@ void ranks_of(int64_t G, int64_t C, int64_t B, int64_t stride, const float* Z, c
             for (int64_t i = 0; i < width; i++)
                 before[i] += (z[c * stride + i] > own[i]) | ((z[c * stride + i] == own[i]) & (c < label[i]));
         for (int64_t i = 0; i < width; i++) ranks[g * B + i0 + i] = std::isnan(own[i]) ? std::numeric_limits<int32_t>::max() : before[i];
+    }
+}
+
+void rounding_norms(int64_t n, int64_t d, const float* x, float* norms) {
+    check_sizes(d % kLanes == 0, "rounding_norms: a size is not padded");
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        Vector whole = {}, lost = {};
+        for (int64_t k = 0; k < d; k += kLanes) {
+            const Vector v = *(const Vector*)(x + i * d + k);
+            const Vector rest = v - (Vector)(Bfloat16::rounded(v) & 0xffff0000u);
+            whole += v * v;
+            lost += rest * rest;
+        }
+        double sums[2] = {};
+        for (int64_t k = 0; k < kLanes; k++) {
+            sums[0] += whole[k];
+            sums[1] += lost[k];
+        }
+        for (int64_t j = 0; j < 2; j++) norms[2 * i + j] = (float)(std::sqrt(sums[j]) * (1 + 1e-4));     // not below
+    }
+}
+
+void top_of(int64_t G, int64_t C, int64_t dpad, int64_t B, int64_t stride, int64_t most, const float* Z, const float* X,
+            const float* x_norms, const float* W, const float* b, const float* w_norms, const int64_t* y, int64_t most_products,
+            uint8_t* top) {
+    for (int64_t i = 0; i < B; i++) check_sizes(y[i] >= 0 && y[i] < C, "top_of: a class is out of range");
+    constexpr int64_t kWidth = 4 * kLanes;
+    const int64_t ngroup = (B + kWidth - 1) / kWidth;
+    // each sum has this many terms one after the other, and rounds after each
+    const float sums = (kDeep + dpad / kDeep + 4) * 0x1p-24f;
+    // |Z[row][i] - exact| <= n_x (l_w + sums n_w) + l_x n_w + sums |b|, where n is a norm and l that of what rounding takes
+    const auto bound = [&](int64_t row, float n_x, float l_x) {
+        const float n_w = w_norms[2 * row], l_w = w_norms[2 * row + 1];
+        return n_x * (l_w + sums * n_w) + l_x * n_w + (sums * std::abs(b[row]) + 1e-30f);
+    };
+    std::vector<int32_t> doubts(G * B);         // how many classes may come before or after
+#pragma omp parallel for schedule(static)
+    for (int64_t item = 0; item < G * ngroup; item++) {
+        const int64_t g = item / ngroup, i0 = item % ngroup * kWidth, width = std::min(kWidth, B - i0);
+        float low[kWidth], high[kWidth], n_x[kWidth], l_x[kWidth];
+        int32_t above[kWidth] = {}, below[kWidth] = {};
+        for (int64_t i = 0; i < width; i++) {
+            const int64_t row = g * C + y[i0 + i];
+            n_x[i] = x_norms[2 * (i0 + i)];
+            l_x[i] = x_norms[2 * (i0 + i) + 1];
+            const float own = Z[row * stride + i0 + i], error = bound(row, n_x[i], l_x[i]);
+            low[i] = own - error;
+            high[i] = own + error;
+        }
+        for (int64_t row = g * C; row < (g + 1) * C; row++)
+            for (int64_t i = 0; i < width; i++) {
+                const float z = Z[row * stride + i0 + i], error = bound(row, n_x[i], l_x[i]);
+                above[i] += z - error > high[i];
+                below[i] += z + error < low[i];
+            }
+        for (int64_t i = 0; i < width; i++) {
+            const int64_t at = g * B + i0 + i, others = C - 1 - above[i] - below[i];        // a NaN is neither
+            top[at] = above[i] >= most ? 0 : above[i] + others < most ? 1 : kUnknown;
+            doubts[at] = (int32_t)others;
+        }
+    }
+    for (int64_t g = 0; g < G; g++) {
+        int64_t products = 0;
+        for (int64_t i = g * B; i < (g + 1) * B; i++) products += top[i] == kUnknown ? doubts[i] + 1 : 0;
+        if (products > most_products) continue;
+#pragma omp parallel for schedule(dynamic, 4)
+        for (int64_t i = 0; i < B; i++) {
+            if (top[g * B + i] != kUnknown) continue;
+            const auto score = [&](int64_t row) {
+                const float *w = W + row * dpad, *x = X + i * dpad;
+                double parts[kLanes] = {}, sum = b[row];
+                for (int64_t k = 0; k < dpad; k += kLanes)
+                    for (int64_t l = 0; l < kLanes; l++) parts[l] += (double)w[k + l] * x[k + l];
+                for (double part : parts) sum += part;
+                return sum;
+            };
+            const auto error = [&](int64_t row) { return bound(row, x_norms[2 * i], x_norms[2 * i + 1]); };
+            const int64_t own = g * C + y[i];
+            const float low = Z[own * stride + i] - error(own), high = Z[own * stride + i] + error(own);
+            const double exact = score(own);
+            int64_t before = 0;
+            for (int64_t row = g * C; row < (g + 1) * C && before < most; row++) {
+                const float z = Z[row * stride + i];
+                if (row == own || z + error(row) < low) continue;
+                if (z - error(row) > high) {
+                    before++;
+                } else {
+                    const double other = score(row);
+                    before += other > exact || (other == exact && row < own);
+                }
+            }
+            top[g * B + i] = !std::isnan(exact) && before < most;
+        }
     }
 }

@@ -21,6 +21,9 @@ enum { kFloat32, kSplit, kBfloat16 };
 // Whether this machine has the tiles.
 bool sgd_has_tiles();
 
+// Whether it multiplies numbers in bfloat16 faster than others.
+bool sgd_has_bfloat16();
+
 // What the images of a mini-batch are padded to a multiple of: 32 with these tiles, else 16.
 int64_t sgd_multiple(int arithmetic);
 
@@ -73,3 +76,20 @@ void gather_batches(int64_t nX, int64_t d, const float* X, int64_t n, const int6
 // ranks[g][i]: how many classes come before the class y[i] of image i in classifier g: those of a higher score, and of
 // an equal one with a lower number. 2^31 - 1 if the score of y[i] is NaN. Z as above, not changed.
 void ranks_of(int64_t G, int64_t C, int64_t B, int64_t stride, const float* Z, const int64_t* y, int32_t* ranks);
+
+// For n rows x of d numbers, d a multiple of 32: norms[i] = (|x|, |x - x rounded to bfloat16|), not too small.
+void rounding_norms(int64_t n, int64_t d, const float* x, float* norms);
+
+// top[g][i]: whether fewer than `most` classes come before the class y[i] of image i, as by ranks_of, but for scores that
+// are exact. Z has those of sgd_pass in bfloat16: how far these may be off tells for most images; for the others the
+// scores in doubt are computed in double precision. Where that would be more than most_products scores in a classifier,
+// its images in doubt remain kUnknown.
+//
+// Z                 in   npad x stride
+// X, x_norms        in   B x dpad, B x 2 (rounding_norms)
+// W, b, w_norms     in   npad x dpad, npad, npad x 2
+// top               out  G x B
+enum { kUnknown = 2 };
+void top_of(int64_t G, int64_t C, int64_t dpad, int64_t B, int64_t stride, int64_t most, const float* Z, const float* X,
+            const float* x_norms, const float* W, const float* b, const float* w_norms, const int64_t* y, int64_t most_products,
+            uint8_t* top);

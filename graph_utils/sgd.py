@@ -39,7 +39,7 @@ class FusedSGD:
 
     arithmetic: of the products. "split": float32, by AMX tiles where the CPU has them (each number as the sum of two in
     bfloat16); "float32": without these; "bfloat16": factors are rounded to 8 binary digits in training, parameters and
-    sums remain float32, and so does ranks().
+    sums remain float32, and ranks() and top() are as without.
     """
 
     SCORED = 256        # images whose scores are computed at a time
@@ -48,10 +48,11 @@ class FusedSGD:
         self.points, self.C, self.d, self.mom, self.arithmetic = points, int(C), int(d), mom, arithmetic
         self.exact = "split" if arithmetic == "bfloat16" else arithmetic
         G = len(points)
-        self.rows, self.dpad = padded(G * C), padded(d)
+        self.rows, self.dpad = padded(G * self.C), padded(self.d)
         self.W, self.M = (aligned_zeros((self.rows, self.dpad)) for _ in range(2))
         self.b, self.mb = (np.zeros(self.rows, np.float32) for _ in range(2))
         self.lr, self.wd = np.array(points, np.float32).reshape(G, 2).T.copy()
+        self.screens = core.sgd_has_bfloat16()
         self.pending = None             # (T, Bpad, X, P) whose gradients W and M lack
         self.memory_of, self.factors, self.turn = {}, {}, 0
 
@@ -160,6 +161,33 @@ class FusedSGD:
             for g in range(G if store is not None else 0):
                 store[g][i:i + n] = Z.reshape(self.rows, Bpad)[g * self.C:(g + 1) * self.C, :n].T
         return out
+
+    def top(self, X, labels, most=5):
+        """Whether fewer than `most` classes rank before each image's own one, bool (G, m); X, labels as for ranks().
+
+        Where the CPU multiplies bfloat16 faster, scores are computed in it, with bounds of their errors; only where
+        these leave an answer open, the scores in doubt are computed again.
+        """
+        if not self.screens:
+            return self.ranks(X, labels) < most
+        self.flush()
+        G, labels = len(self.points), np.ascontiguousarray(labels, np.int64)
+        w_norms = np.empty((self.rows, 2), np.float32)
+        core.rounding_norms(self.rows, self.dpad, self.W, w_norms)
+        out = np.empty((G, len(X)), np.uint8)
+        for i in range(0, len(X), self.SCORED):
+            images = np.arange(i, min(i + self.SCORED, len(X)))
+            n, Bpad = len(images), padded_images(len(images), "bfloat16")
+            x = self._gather(X, images[None], Bpad)
+            Z = self._pass("bfloat16", 1, Bpad, x)
+            x_norms, some = np.empty((Bpad, 2), np.float32), np.empty((G, n), np.uint8)
+            core.rounding_norms(Bpad, self.dpad, x, x_norms)
+            core.top_of(G, self.C, self.dpad, n, Bpad, most, Z, x, x_norms, self.W, self.b, w_norms, labels[images],
+                        self.C * n // 8, some)
+            if (some == core.kUnknown).any():           # scores too close, or not finite
+                some = np.where(some == core.kUnknown, self.ranks(X[images], labels[images]) < most, some)
+            out[:, images] = some
+        return out.astype(bool)
 
     def weights(self, g):
         """(W float32 (C, d), b float32 (C,)) of point g."""

@@ -171,6 +171,48 @@ def test_ranks_and_scores(m, d, C, arithmetic):
     assert model.ranks(x[:0], y[:0]).shape == (len(POINTS), 0)
 
 
+def exact_top(model, x, y, g, most):
+    weight, bias = model.weights(g)
+    scores = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+    own = scores[np.arange(len(x)), y][:, None]
+    return ((scores > own) | ((scores == own) & (np.arange(model.C) < y[:, None]))).sum(1) < most
+
+
+@pytest.mark.parametrize("most", [1, 5])
+@pytest.mark.parametrize("spread", [1, 0.1, 1e-5])
+@pytest.mark.parametrize("m, d, C", [(1, 1, 1), (600, 70, 40), (257, 520, 3), (300, 2048, 97)])
+def test_top_is_that_of_exact_scores(m, d, C, spread, most):
+    """Also where rows differ by less than what rounding to bfloat16 takes; by so little that all is in doubt: float32's."""
+    x, y = random_data(max(m, C), d, C)
+    model = FusedSGD([(0.1, 0.1), (0.2, 0)], C, d, 0.9)
+    rs, state = np.random.RandomState(0), model.state()
+    state["W"][...] = rs.randn(d) + spread * rs.randn(2 * C, d)
+    state["b"][...] = spread * rs.randn(2 * C)
+    model.screens = True
+    found = model.top(x, y, most)
+    assert found.shape == (2, len(x)) and found.dtype == bool
+    for g in range(2):
+        want = exact_top(model, x, y, g, most) if spread > 1e-5 else model.ranks(x, y)[g] < most
+        assert np.array_equal(found[g], want)
+    assert model.top(x[:0], y[:0]).shape == (2, 0)
+
+
+def test_top_of_equal_scores_and_of_those_that_are_not_finite():
+    x, y = random_data(200, 40, 12)
+    model = FusedSGD([(0.1, 0)] * 4, 12, 40, 0.9)
+    W = model.state()["W"].reshape(4, 12, 40)
+    W[0] = np.random.RandomState(0).randn(12, 40)
+    W[0, 7:] = W[0, 6]                              # the first ones of six equal classes
+    W[2], W[3, 3] = np.nan, np.inf                  # and W[1] is zero
+    model.screens = True
+    found = model.top(x, y)
+    for g in range(2):
+        assert np.array_equal(found[g], exact_top(model, x, y, g, 5)), g
+    assert not found[2].any()
+    model.screens = False
+    assert np.array_equal(found[3], model.top(x, y)[3])
+
+
 def test_a_diverged_point_leaves_the_others_alone():
     x, y = random_data(100, 20, 11)
     batches = np.random.RandomState(0).randint(len(x), size=(60, 8))
