@@ -48,6 +48,30 @@ __attribute__((always_inline)) inline void prefetch_row(const Vector* row) {
     for (int v = 0; v < NV; v++) __builtin_prefetch(row + v, 0, 2);
 }
 
+constexpr int64_t kLong = 1024;     // most neighbours whose rows are added up in float
+
+template <int NV>
+struct Row {
+    Vector parts[NV];
+};
+
+// The sum of many rows of L. Where a million images are the same, as black ones for want of others, all have the same
+// neighbours, and these a million: in float such sums would be off by a hundredth.
+template <int NV>
+__attribute__((noinline)) Row<NV> sum_of_many(const int32_t* indices, int64_t begin, int64_t end, const Vector* L) {
+    typedef double Wide __attribute__((vector_size(128)));
+    Wide total[NV] = {};
+    for (int64_t e = begin; e < end;) {
+        Vector sums[NV] = {};
+        for (const int64_t stop = std::min(end, e + kLong / 4); e < stop; e++)
+            for (int v = 0; v < NV; v++) sums[v] += L[(int64_t)indices[e] * NV + v];
+        for (int v = 0; v < NV; v++) total[v] += __builtin_convertvector(sums[v], Wide);
+    }
+    Row<NV> out;
+    for (int v = 0; v < NV; v++) out.parts[v] = __builtin_convertvector(total[v], Vector);
+    return out;
+}
+
 // Columns are NV vectors wide, so that the accumulators of a row live in registers. Sums over rows are kept in float for
 // a few rows only. weights: null, or n factors of the second sums.
 template <int NV>
@@ -66,6 +90,14 @@ void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* 
             prefetch_row<NV>(L + (int64_t)indices[std::min(ahead < end ? ahead : ahead + next, nnz - 1)] * NV);
         };
         int64_t e = begin;
+        if (end - begin > kLong) {
+            const Row<NV> single = sum_of_many<NV>(indices, begin, middle, L), twice = sum_of_many<NV>(indices, middle, end, L);
+            for (int v = 0; v < NV; v++) {
+                one[v] = single.parts[v];
+                two[v] = twice.parts[v];
+            }
+            e = end;
+        }
         for (; e < middle; e++) {
             fetch(e);
             const Vector* row = L + (int64_t)indices[e] * NV;

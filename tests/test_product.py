@@ -46,6 +46,24 @@ def test_product_equals_dense(n, k, ncol):
     np.testing.assert_allclose(weighted, (W @ expected).sum(axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("ncol", [16, 48])
+@pytest.mark.parametrize("n,mutual", [(200001, 0), (20001, 2000)])
+def test_a_node_with_very_many_neighbours(ncol, n, mutual):
+    """Equal numbers, whose sums in float drift away."""
+    I = np.full((n, mutual + 1), -1, np.int32) if mutual else np.zeros((n, 1), np.int32)
+    I[:, 0] = 0                                 # node 0 is everybody's neighbour
+    I[0, :] = np.arange(mutual + 1)             # and some are its own
+    graph = SymmetricGraph(I)
+    L, out = aligned_zeros((n, ncol)), aligned_zeros((n, ncol))
+    L[:] = 0.1
+    L[1:mutual + 1] = 0.7
+    graph.product(L, out)
+    singles, twice = n - 1 - mutual, 1 + mutual
+    expected = (singles * 0.1 + 2 * (0.1 + 0.7 * mutual)) / (singles + 2 * twice)
+    np.testing.assert_allclose(out[0], expected, rtol=5e-6)
+    np.testing.assert_allclose(out[mutual + 1:], 0.1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("n,k", GRID)
 def test_graph_structure(n, k):
     rs = np.random.RandomState(n)
