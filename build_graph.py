@@ -93,12 +93,13 @@ def main():
             log(f"{path_I} is complete, and kept (--overwrite makes it again)")
             return
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
-        search_with_faiss = gpus or (cells is None and not isinstance(index, faiss.IndexFlat))
+        gpu_index = on_gpus(index, args.device) if gpus else None
+        search_with_faiss = gpu_index is not None or (cells is None and not isinstance(index, faiss.IndexFlat))
         if not search_with_faiss:
             index = None        # what was read of its file would count as memory
         files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)
         if search_with_faiss:
-            info = faiss_graph(index, vectors, k, args, gpus, files, progress)
+            info = faiss_graph(index, gpu_index, vectors, k, args, files, progress)
         else:
             checkpoint = None
             if n >= CHECKPOINT_FROM:
@@ -183,26 +184,32 @@ def stored_index(path, vectors, args, progress, log):
     return index, None
 
 
-def faiss_graph(index, vectors, k, args, gpus, files, progress):
-    """The graph by searching the index with Faiss, block after block, on GPUs if there are any. Returns info."""
+def on_gpus(index, device):
+    """The index on all GPUs, sharded among them, or None where it cannot be there, which is an error for --device gpu."""
+    from lowshot.packages import faiss
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    try:
+        return faiss.index_cpu_to_all_gpus(index, co=options)
+    except RuntimeError as e:       # many kinds of index are for CPUs only, and memory may not do
+        reason = str(e).splitlines()[-1]
+        if device == "gpu":
+            raise ValueError(f"--device gpu: {reason}")
+        log(f"note: searching on the CPU, as this index cannot be used on a GPU ({reason})")
+        return None
+
+
+def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
+    """The graph by searching the index with Faiss, block after block. gpu_index: the same on GPUs, or None. Returns info."""
     import numpy as np
     from lowshot import knn
     from lowshot.packages import faiss
     n = vectors.n
     ivf = faiss.try_extract_index_ivf(index)
     most = ivf.nlist if ivf is not None else 1
-    if gpus:
-        options = faiss.GpuMultipleClonerOptions()
-        options.shard = True
-        try:
-            index = faiss.index_cpu_to_all_gpus(index, co=options)
-            most = min(most, MOST_GPU_NPROBE)
-        except RuntimeError as e:       # many kinds of index are for CPUs only
-            if args.device == "gpu":
-                raise ValueError(f"--device gpu: {str(e).splitlines()[-1]}")
-            log(f"note: searching on the CPU, as this index cannot be used on a GPU ({str(e).splitlines()[-1]})")
-            gpus = 0
-    parameters = faiss.GpuParameterSpace() if gpus else faiss.ParameterSpace()
+    parameters = faiss.ParameterSpace()
+    if gpu_index is not None:
+        index, parameters, most = gpu_index, faiss.GpuParameterSpace(), min(most, MOST_GPU_NPROBE)
 
     def set_nprobe(nprobe):
         try:

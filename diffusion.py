@@ -57,7 +57,7 @@ def arguments():
                         "image reads; the results are the same")
     g.add_argument("--backend", choices=("auto", "own", "mkl", "torch"), default="auto",
                    help="who multiplies: the library's kernel, MKL's general sparse product, or torch's; auto: torch "
-                        "on a GPU if there is one, else the library's")
+                        "on a GPU if one holds the graph, else the library's")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda: where L and the graph are during the diffusion")
     g = p.add_argument_group("outputs")
     g.add_argument("--record", metavar="FILE", help="the JSON record (default: a name made of the arguments, "
@@ -254,7 +254,7 @@ def main():
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
     fixed = None if args.nocache else key.stored()
-    Backend = choose_backend(args.backend, args.device)
+    Backend = choose_backend(args.backend, args.device, n, args.k)
     predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None,
                                widest_panel(args.lslice, n, Backend.panel), Backend)
     print_header(args, predicted_memory=size(predicted))

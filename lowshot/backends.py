@@ -15,7 +15,7 @@ import glob
 import numpy as np
 
 from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
-from lowshot.script import available_memory
+from lowshot.script import available_memory, log, size
 
 
 class OwnGraph(SymmetricGraph):
@@ -100,10 +100,17 @@ class TorchGraph(SymmetricGraph):
     def read(self, L, rows, scale):
         return (L[self._tensor(rows).long()] * self._tensor(scale)).cpu().numpy()
 
-    def free_memory(self):
-        if self.device.startswith("cuda"):
-            return self.torch.cuda.mem_get_info(self.device)[0] * 3 // 4       # cuSPARSE works in a buffer of its own
+    @classmethod
+    def free_memory(cls):
+        if cls.device.startswith("cuda"):
+            import torch
+            return torch.cuda.mem_get_info(cls.device)[0] * 3 // 4      # cuSPARSE works in a buffer of its own
         return available_memory()
+
+    @classmethod
+    def fits(cls, n, k):
+        """Whether W of n nodes with k neighbours and the narrowest panels fit in the device's memory."""
+        return 12 * 1.6 * k * n + 8 * n + 2 * 4 * 16 * n < cls.free_memory()
 
 
 def torch_device(name):
@@ -120,8 +127,10 @@ def torch_device(name):
     return name if device.type == "cuda" else "cpu"
 
 
-def choose_backend(name, device):
-    """The backend class for --backend and --device; "auto" takes a GPU where there is one, else the own kernel."""
+def choose_backend(name, device, n, k):
+    """The backend class for --backend and --device; "auto" takes a GPU where there is one, and the graph of n nodes with k
+    neighbours fits in its memory, else the own kernel."""
+    choose = name == device == "auto"
     if device == "auto":
         device = "cpu"
         # importing torch takes longer than a small run: only where there may be a GPU
@@ -133,7 +142,11 @@ def choose_backend(name, device):
     if device != "cpu":
         device = torch_device(device)
     if name == "torch":
-        return type("TorchGraph", (TorchGraph,), {"device": device})
+        backend = type("TorchGraph", (TorchGraph,), {"device": device})
+        if not choose or backend.fits(n, k):
+            return backend
+        log(f"note: diffusion on the CPU, as {size(backend.free_memory())} of the GPU's memory do not hold the graph")
+        name, device = "own", "cpu"
     if device != "cpu":
         raise ValueError(f"--backend {name} computes on the CPU, --device is {device}")
     return {"own": OwnGraph, "mkl": MklGraph}[name]

@@ -7,6 +7,7 @@ import numpy as np
 from graph_utils import neighbours as nb
 from lowshot.features import MatrixFile, NormalisedRows, row_norms
 from lowshot.packages import faiss
+from lowshot.script import available_memory
 
 BLOCK = 1 << 14                     # vectors in hand at a time: memory that is freed and taken again stays mapped, and in cache
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
@@ -78,6 +79,10 @@ class Vectors:
         if self._arrays is None:
             self._arrays = [m if isinstance(m, np.ndarray) else np.memmap(m.filename, m.dtype, "r", shape=m.shape)
                             for m in self.sources]
+            for a in self._arrays:
+                if isinstance(a, np.memmap) and a.nbytes > available_memory():
+                    # neighbours are all over the file: what is read around each would push out others
+                    a._mmap.madvise(mmap.MADV_RANDOM)
         return [np.asarray(a) for a in self._arrays]
 
     def release(self):

@@ -331,6 +331,36 @@ def test_a_graph_of_other_vectors_is_not_taken_for_complete(tmp_path, index):
     assert recall(read_graph(tmp_path, 300, 8)[1], x, 8) > .99 and no_leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_index_that_gpus_take_or_not(tmp_path, monkeypatch, capsys, fits):
+    """Faiss's calls for GPUs, answered on the CPU: an index that is refused there is not searched by Faiss here."""
+    def to_gpus(index, co):
+        assert co.shard
+        if not fits:
+            raise RuntimeError("Error: cudaMalloc error out of memory")
+        return index
+
+    x = make_raw(tmp_path, 1000)
+    for name, value in (("get_num_gpus", lambda: 2), ("GpuMultipleClonerOptions", type("Options", (), {})),
+                        ("GpuParameterSpace", faiss.ParameterSpace), ("index_cpu_to_all_gpus", to_gpus)):
+        monkeypatch.setattr(faiss, name, value, raising=False)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    words = ["build_graph.py", "1000", "--index", "IVF20,Flat", "--k", "8", "--dim", str(DIM)]
+    monkeypatch.setattr(sys, "argv", words)
+    build_graph.main()
+    out = capsys.readouterr().out
+    assert ("out of memory" in out) != fits and ("nprobe 1:" in out) == fits
+    D, I = read_graph(tmp_path, 1000, 8)
+    check_list(D, I, x)
+    assert recall(I, x, 8) > .94 and no_leftovers(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "gpu", "--overwrite"])
+    if fits:
+        build_graph.main()
+    else:
+        with pytest.raises(ValueError, match="--device gpu: .*out of memory"):
+            build_graph.main()
+
+
 def test_two_runs_do_not_write_one_graph(tmp_path):
     make_raw(tmp_path, 50)
     with exclusive(str(tmp_path / "knngraph" / "ndis50.index")):

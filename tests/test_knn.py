@@ -101,6 +101,19 @@ def test_files_are_normalised_as_they_are_read(tmp_path):
         Vectors(rows)
 
 
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_maps_of_files_larger_than_memory_are_not_read_ahead(tmp_path, monkeypatch, free):
+    monkeypatch.setattr("lowshot.cells.available_memory", lambda: free)
+    x = clustered(700, seed=1)
+    x.tofile(tmp_path / "raw")
+    vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700)))
+    check_exact(*knn.exact_knn(vectors, vectors, 9, self=True), x, x, 9)
+    with open("/proc/self/smaps") as f:
+        maps = f.read().split(str(tmp_path / "raw"))
+    flags = next(line for line in maps[1].splitlines() if line.startswith("VmFlags:"))
+    assert (" rr" in flags) == (free == 0)          # MADV_RANDOM
+
+
 def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
     monkeypatch.setattr(knn, "EXACT_BELOW", 100)
     monkeypatch.setattr(knn, "LOOKED_UP", 500)      # eleven queries at a time, of those with all candidates

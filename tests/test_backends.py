@@ -1,0 +1,39 @@
+"""Which backend is chosen; what they compute is tested by test_product.py and test_diffusion.py."""
+import pytest
+import torch
+
+from lowshot import backends
+from lowshot.backends import MklGraph, OwnGraph, TorchGraph, choose_backend
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU that has 8 GB free."""
+    monkeypatch.setattr(backends.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    for name, value in (("is_available", True), ("device_count", 1), ("mem_get_info", (8 * 10 ** 9, 80 * 10 ** 9))):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends.glob, "glob", lambda pattern: [])
+    assert choose_backend("auto", "auto", 10, 5) is OwnGraph and choose_backend("auto", "cpu", 10, 5) is OwnGraph
+    assert choose_backend("mkl", "auto", 10, 5) is MklGraph
+    assert choose_backend("torch", "auto", 10, 5).device == "cpu"
+
+
+def test_a_gpu_is_taken_where_the_graph_fits(gpu, capsys):
+    chosen = choose_backend("auto", "auto", 10 ** 6, 30)
+    assert issubclass(chosen, TorchGraph) and chosen.device == "cuda" and not capsys.readouterr().out
+    assert choose_backend("auto", "auto", 10 ** 7, 30) is OwnGraph
+    assert "note: diffusion on the CPU, as 6.00 GB of the GPU's memory do not hold the graph" in capsys.readouterr().out
+    for name, device in (("torch", "auto"), ("auto", "cuda"), ("torch", "cuda:0")):         # who asks for it gets it
+        assert issubclass(choose_backend(name, device, 10 ** 7, 30), TorchGraph)
+    assert choose_backend("own", "auto", 10, 5) is OwnGraph and choose_backend("auto", "cpu", 10, 5) is OwnGraph
+
+
+@pytest.mark.parametrize("name,device,message", [
+    ("own", "cuda", "--backend own computes on the CPU, --device is cuda"), ("auto", "cuda:1", "sees 1 GPUs"),
+    ("auto", "tpu", "--device is 'tpu'")])
+def test_what_cannot_be(gpu, name, device, message):
+    with pytest.raises(ValueError, match=message):
+        choose_backend(name, device, 10, 5)
