@@ -223,7 +223,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
         D[I < 0] = -np.inf
         return D, I.astype(np.int32)
 
-    sample = np.sort(np.random.RandomState(args.seed).choice(n, min(n, knn.SAMPLE), replace=False))
+    sample = knn.sampled(n, knn.SAMPLE, args.seed)
     x = vectors.scaled_rows(sample)
     true_D, true_I = knn.exact_knn(x, vectors, k, progress)
     nprobe, recall = args.nprobe or 1, 0.0

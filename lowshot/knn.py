@@ -249,6 +249,12 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
 
 # ---- recall
 
+def sampled(n, size, seed):
+    """Numbers of `size` of n vectors, or of all, increasing. They are drawn as nobody else draws: of data that were made with
+    the same seed the sample might be all the copies, say, and tell nothing of the others."""
+    return np.sort(np.random.RandomState([seed, *b"sample"]).choice(n, min(size, n), replace=False))
+
+
 class Sample:
     """Some of `vectors`, of those from number `first` on, and their true neighbours among the Vectors X.
 
@@ -259,8 +265,7 @@ class Sample:
     """
 
     def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0, cells=None):
-        rs, n = np.random.RandomState(seed), vectors.n - first
-        self.number = np.sort(first + rs.choice(n, min(size, n), replace=False)).astype(np.int32)
+        self.number = (first + sampled(vectors.n - first, size, seed)).astype(np.int32)
         self.k, self.X = k, X
         self.x = vectors.scaled_rows(self.number)
         Q, progress = _vectors(self.x), progress or _silent
