@@ -719,8 +719,7 @@ void top_of(int64_t G, int64_t C, int64_t dpad, int64_t B, int64_t stride, int64
     for (int64_t i = 0; i < B; i++) check_sizes(y[i] >= 0 && y[i] < C, "top_of: a class is out of range");
     constexpr int64_t kWidth = 4 * kLanes;
     const int64_t ngroup = (B + kWidth - 1) / kWidth;
-    // each sum has this many terms one after the other, and rounds after each
-    const float sums = (kDeep + dpad / kDeep + 4) * 0x1p-24f;
+    const float sums = (dpad + 4) * 0x1p-24f;       // of so many terms at the most, with a rounding after each
     // |Z[row][i] - exact| <= n_x (l_w + sums n_w) + l_x n_w + sums |b|, where n is a norm and l that of what rounding takes
     const auto bound = [&](int64_t row, float n_x, float l_x) {
         const float n_w = w_norms[2 * row], l_w = w_norms[2 * row + 1];

@@ -13,6 +13,7 @@ BLOCK = 1 << 14                     # vectors in hand at a time: memory that is 
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
 FEW_CELLS = 1024                    # of no more than these the nearest is found by comparing with all
 STAY_NEAR = 16                      # from one round of k-means to the next, vectors stay within the nearest 1/16 of the cells
+CHAINED = 64                        # centroids near each that the next in a chain is mostly among
 SAME_CELL = .997                    # share of a sample whose nearest centroid is found by way of few others
 
 
@@ -217,14 +218,19 @@ def assign(vectors, centroids, ways=None, progress=None, first=0):
 def chained(centroids):
     """An order of the centroids (nlist, d) in which each is followed by the most similar one that is left."""
     nlist = len(centroids)
-    S = centroids @ centroids.T if nlist <= 1 << 14 else None
-    left = np.zeros(nlist, np.float32)
+    keys = nb.search_self(nb.to_float32(centroids), min(CHAINED, nlist))
+    near = nb.numbers(np.sort(keys.view(np.uint64), axis=1)[:, ::-1].view(np.int64))
+    left = np.ones(nlist, bool)
+    left[0] = False
     chain = np.zeros(nlist, np.int64)
-    left[0] = -np.inf
     for i in range(1, nlist):
-        row = S[chain[i - 1]] if S is not None else centroids @ centroids[chain[i - 1]]
-        chain[i] = np.argmax(row + left)
-        left[chain[i]] = -np.inf
+        last = chain[i - 1]
+        found = near[last][left[near[last]]]
+        if not len(found):              # all that are near have their place
+            rest = np.flatnonzero(left)
+            found = rest[[np.argmax(centroids[rest] @ centroids[last])]]
+        chain[i] = found[0]
+        left[chain[i]] = False
     return chain
 
 

@@ -421,11 +421,13 @@ def test_new_nodes_look_for_cells_near_their_own(monkeypatch):
     assert info["recall"] >= .95 and recall(I, x, x, k) > .95
 
 
-def test_chain_visits_each_centroid_once_nearest_next():
-    c = clustered(50, spread=2.)
+@pytest.mark.parametrize("n", [1, 50, 500])
+def test_chain_visits_each_centroid_once_nearest_next(n, monkeypatch):
+    monkeypatch.setattr(cells_module, "CHAINED", 16)
+    c = clustered(n, spread=2.)
     chain = chained(c)
-    assert np.array_equal(np.sort(chain), np.arange(50))
-    for i in range(49):
+    assert np.array_equal(np.sort(chain), np.arange(n))
+    for i in range(n - 1):
         left = chain[i + 1:]
         assert np.isclose((c[chain[i]] @ c[left].T).max(), c[chain[i]] @ c[chain[i + 1]])
 
