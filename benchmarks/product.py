@@ -222,6 +222,8 @@ def table_of(W, renumbered, rank, ncol, args):
         errors[name] = case.error(rows())
         log(f"{ncol} columns, {name}: {seconds[name]:.3f} s, error {errors[name]:.1e}")
         del call, rows
+    if not seconds:
+        raise ValueError(f"--only {' '.join(args.only)}: none of {', '.join(ways)}")
     paper = seconds.get(PAPER)
     lines = [f"{ncol} columns", "", "| product | s | times MKL in file order | times the copy | largest relative error |",
              "| --- | --- | --- | --- | --- |"]
@@ -231,7 +233,7 @@ def table_of(W, renumbered, rank, ncol, args):
     lines += [f"| copy: L in and out once, indices in once | {bound:.3g} | "
               f"{f'{paper / bound:.2f}' if paper else ''} | 1.0 | |", "",
               f"Copy speed, {args.threads} threads: {2 * case.L.nbytes / copy / 1e9:.1f} GB/s read and written.", ""]
-    worst = max(errors.values(), default=0)
+    worst = max(errors.values())
     if worst > 1e-5:
         raise ValueError(f"a product is wrong: relative error {worst:.1e}")
     return lines

@@ -709,7 +709,8 @@ void rounding_norms(int64_t n, int64_t d, const float* x, float* norms) {
             sums[0] += whole[k];
             sums[1] += lost[k];
         }
-        for (int64_t j = 0; j < 2; j++) norms[2 * i + j] = (float)(std::sqrt(sums[j]) * (1 + 1e-4));     // not below
+        // a little more, as x rounded may be longer than x by 2^-9
+        for (int64_t j = 0; j < 2; j++) norms[2 * i + j] = (float)(std::sqrt(sums[j]) * (1 + 0x1p-8));
     }
 }
 
