@@ -52,7 +52,9 @@ if [ "${1:-}" != none ]; then
     fi
 fi
 
-flags=(-std=c++17 -O3 "$ARCH" -fopenmp -fPIC -shared -Wall -Wno-unused-function -fvisibility=hidden "-I$include" -Igraph_utils)
+# -Wno-psabi: vectors that functions take and return do not leave their file
+flags=(-std=c++17 -O3 "$ARCH" -fopenmp -fPIC -shared -Wall -Wno-unused-function -Wno-psabi -fvisibility=hidden
+       "-I$include" -Igraph_utils)
 libraries=()
 if [ -n "$mkl" ]; then
     library=$(mkl_library "$mkl")

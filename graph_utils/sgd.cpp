@@ -13,7 +13,6 @@
 #include "tiles.h"
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"      // GCC 12's own headers
-#pragma GCC diagnostic ignored "-Wpsabi"                    // vectors do not leave this file
 
 namespace {
 
