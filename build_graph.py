@@ -48,7 +48,7 @@ def arguments():
     g = p.add_argument_group("data")
     g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
-                   help="gpu: Faiss on all GPUs, the index sharded among them; auto: gpu if Faiss sees one")
+                   help="gpu: Faiss on all GPUs, the index sharded among them; auto: gpu if Faiss sees one that takes the index")
     g.add_argument("--overwrite", action="store_true", help="make index and graph again where they exist")
     return p.parse_args()
 

@@ -50,7 +50,7 @@ def test_product_equals_dense(n, k, ncol):
 @pytest.mark.parametrize("n,mutual", [(200001, 0), (20001, 2000)])
 def test_a_node_with_very_many_neighbours(ncol, n, mutual):
     """Equal numbers, whose sums in float drift away."""
-    I = np.full((n, mutual + 1), -1, np.int32) if mutual else np.zeros((n, 1), np.int32)
+    I = np.full((n, mutual + 1), -1, np.int32)
     I[:, 0] = 0                                 # node 0 is everybody's neighbour
     I[0, :] = np.arange(mutual + 1)             # and some are its own
     graph = SymmetricGraph(I)

@@ -184,7 +184,7 @@ def exact_top(model, x, y, g, most):
 def test_top_is_that_of_exact_scores(m, d, C, spread, most):
     """Also where rows differ by less than what rounding to bfloat16 takes; by so little that all is in doubt: float32's."""
     x, y = random_data(max(m, C), d, C)
-    model = FusedSGD([(0.1, 0.1), (0.2, 0)], C, d, 0.9)
+    model = FusedSGD([(0.1, 0.1), (0.2, 0)], C, d, 0.9, "float32")
     rs, state = np.random.RandomState(0), model.state()
     state["W"][...] = rs.randn(d) + spread * rs.randn(2 * C, d)
     state["b"][...] = spread * rs.randn(2 * C)
@@ -199,7 +199,7 @@ def test_top_is_that_of_exact_scores(m, d, C, spread, most):
 
 def test_top_of_equal_scores_and_of_those_that_are_not_finite():
     x, y = random_data(200, 40, 12)
-    model = FusedSGD([(0.1, 0)] * 4, 12, 40, 0.9)
+    model = FusedSGD([(0.1, 0)] * 4, 12, 40, 0.9, "float32")
     W = model.state()["W"].reshape(4, 12, 40)
     W[0] = np.random.RandomState(0).randn(12, 40)
     W[0, 7:] = W[0, 6]                              # the first ones of six equal classes
