@@ -122,11 +122,12 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     """
     from graph_utils.neighbours import words
     from lowshot import knn
+    from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
     nbg = n - nbase - nnovel
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
-    edges = 1.6 * k * n                         # entries of W: most edges are not mutual, 2 k n would be the most
+    edges = ENTRIES * k * n
     panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
     mapped = 4 * dim * nbg
     steps = {"add novel images": vectors + blocks + lists + (mapped if n - nnovel < knn.EXACT_BELOW else 0),

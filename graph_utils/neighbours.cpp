@@ -833,7 +833,7 @@ void use_products(const std::string& name) { chosen_products() = checked_product
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
     if (d > 2 * np) throw std::invalid_argument("to_bfloat16: more elements than fit");
-    parallel_blocks<Nothing>(n, 1024, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks<Nothing>(n, 64, [&](int64_t i0, int64_t i1, Nothing&) {
         for (int64_t i = i0; i < i1; i++) {
             const float* row = x + i * d;
             uint16_t* o = (uint16_t*)(out + i * np);

@@ -692,27 +692,6 @@ void ranks_of(int64_t G, int64_t C, int64_t B, int64_t stride, const float* Z, c
     }
 }
 
-void rounding_norms(int64_t n, int64_t d, const float* x, float* norms) {
-    check_sizes(d % kLanes == 0, "rounding_norms: a size is not padded");
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        Vector whole = {}, lost = {};
-        for (int64_t k = 0; k < d; k += kLanes) {
-            const Vector v = *(const Vector*)(x + i * d + k);
-            const Vector rest = v - (Vector)(Bfloat16::rounded(v) & 0xffff0000u);
-            whole += v * v;
-            lost += rest * rest;
-        }
-        double sums[2] = {};
-        for (int64_t k = 0; k < kLanes; k++) {
-            sums[0] += whole[k];
-            sums[1] += lost[k];
-        }
-        // a little more, as x rounded may be longer than x by 2^-9
-        for (int64_t j = 0; j < 2; j++) norms[2 * i + j] = (float)(std::sqrt(sums[j]) * (1 + 0x1p-8));
-    }
-}
-
 void top_of(int64_t G, int64_t C, int64_t dpad, int64_t B, int64_t stride, int64_t most, const float* Z, const float* X,
             const float* x_norms, const float* W, const float* b, const float* w_norms, const int64_t* y, int64_t most_products,
             uint8_t* top) {
@@ -720,7 +699,7 @@ void top_of(int64_t G, int64_t C, int64_t dpad, int64_t B, int64_t stride, int64
     constexpr int64_t kWidth = 4 * kLanes;
     const int64_t ngroup = (B + kWidth - 1) / kWidth;
     const float sums = (dpad + 4) * 0x1p-24f;       // of so many terms at the most, with a rounding after each
-    // |Z[row][i] - exact| <= n_x (l_w + sums n_w) + l_x n_w + sums |b|, where n is a norm and l that of what rounding takes
+    // |Z[row][i] - exact| <= n_x (l_w + sums n_w) + l_x n_w + sums |b|, for norms n and what rounding takes of them, l
     const auto bound = [&](int64_t row, float n_x, float l_x) {
         const float n_w = w_norms[2 * row], l_w = w_norms[2 * row + 1];
         return n_x * (l_w + sums * n_w) + l_x * n_w + (sums * std::abs(b[row]) + 1e-30f);

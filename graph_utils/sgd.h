@@ -77,17 +77,15 @@ void gather_batches(int64_t nX, int64_t d, const float* X, int64_t n, const int6
 // an equal one with a lower number. 2^31 - 1 if the score of y[i] is NaN. Z as above, not changed.
 void ranks_of(int64_t G, int64_t C, int64_t B, int64_t stride, const float* Z, const int64_t* y, int32_t* ranks);
 
-// For n rows x of d numbers, d a multiple of 32: norms[i] = (|x|, |x - x rounded to bfloat16|), not too small.
-void rounding_norms(int64_t n, int64_t d, const float* x, float* norms);
-
 // top[g][i]: whether fewer than `most` classes come before the class y[i] of image i, as by ranks_of, but for scores that
 // are exact. Z has those of sgd_pass in bfloat16: how far these may be off tells for most images; for the others the
 // scores in doubt are computed in double precision. Where that would be more than most_products scores in a classifier,
 // its images in doubt remain kUnknown.
 //
 // Z                 in   npad x stride
-// X, x_norms        in   B x dpad, B x 2 (rounding_norms)
-// W, b, w_norms     in   npad x dpad, npad, npad x 2
+// X, W, b           in   B x dpad, npad x dpad, npad
+// x_norms, w_norms  in   B x 2, npad x 2: norms of the rows of X and W, and of what rounding to bfloat16 takes from them; not
+//                        too small, also for the rows as rounded
 // top               out  G x B
 enum { kUnknown = 2 };
 void top_of(int64_t G, int64_t C, int64_t dpad, int64_t B, int64_t stride, int64_t most, const float* Z, const float* X,

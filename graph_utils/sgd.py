@@ -2,6 +2,7 @@
 import numpy as np
 
 from graph_utils import core
+from graph_utils.neighbours import to_bfloat16
 from graph_utils.product import aligned_zeros
 
 TILE = 32               # rows and columns are padded to multiples of it
@@ -17,6 +18,14 @@ def padded(n, multiple=TILE):
 def padded_images(n, arithmetic="split"):
     """Images of a mini-batch of n with padding."""
     return padded(n, core.sgd_multiple(ARITHMETICS[arithmetic]))
+
+
+def rounding_norms(x):
+    """For each row of x float32 (n, d) its norm and that of what rounding to bfloat16 takes from it, float32 (n, 2): a little
+    more, as x rounded may be longer than x by 2^-9."""
+    lost = np.empty(len(x), np.float32)
+    to_bfloat16(x, residual=lost)
+    return np.stack([np.sqrt(np.einsum("ij,ij->i", x, x)), lost], axis=1) * np.float32(1 + 2 ** -8)
 
 
 class FusedSGD:
@@ -142,6 +151,14 @@ class FusedSGD:
         self.pending = T, Bpad, x, Z
         return losses.mean(2) if loss else None
 
+    def _scores(self, X, arithmetic):
+        """Yield (a slice of X, its rows padded to (Bpad, dpad), their logits Z (rows Bpad)) until all of X had its turn."""
+        for i in range(0, len(X), self.SCORED):
+            images = np.arange(i, min(i + self.SCORED, len(X)))
+            Bpad = padded_images(len(images), arithmetic)
+            x = self._gather(X, images[None], Bpad)[0]
+            yield slice(i, i + len(images)), x, self._pass(arithmetic, 1, Bpad, x)
+
     def ranks(self, X, labels, store=None):
         """How many classes score above each image's own one, or equally with a lower number: int32 (G, m).
 
@@ -151,15 +168,13 @@ class FusedSGD:
         self.flush()
         G, labels = len(self.points), np.ascontiguousarray(labels, np.int64)
         out = np.empty((G, len(X)), np.int32)
-        for i in range(0, len(X), self.SCORED):
-            n = min(self.SCORED, len(X) - i)
-            Bpad = padded_images(n, self.exact)
-            Z = self._pass(self.exact, 1, Bpad, self._gather(X, np.arange(i, i + n)[None], Bpad))
+        for part, x, Z in self._scores(X, self.exact):
+            n, Bpad = len(labels[part]), len(x)
             some = np.empty((G, n), np.int32)
-            core.ranks_of(G, self.C, n, Bpad, Z, labels[i:i + n], some)
-            out[:, i:i + n] = some
+            core.ranks_of(G, self.C, n, Bpad, Z, labels[part], some)
+            out[:, part] = some
             for g in range(G if store is not None else 0):
-                store[g][i:i + n] = Z.reshape(self.rows, Bpad)[g * self.C:(g + 1) * self.C, :n].T
+                store[g][part] = Z.reshape(self.rows, Bpad)[g * self.C:(g + 1) * self.C, :n].T
         return out
 
     def top(self, X, labels, most=5):
@@ -172,21 +187,15 @@ class FusedSGD:
             return self.ranks(X, labels) < most
         self.flush()
         G, labels = len(self.points), np.ascontiguousarray(labels, np.int64)
-        w_norms = np.empty((self.rows, 2), np.float32)
-        core.rounding_norms(self.rows, self.dpad, self.W, w_norms)
-        out = np.empty((G, len(X)), np.uint8)
-        for i in range(0, len(X), self.SCORED):
-            images = np.arange(i, min(i + self.SCORED, len(X)))
-            n, Bpad = len(images), padded_images(len(images), "bfloat16")
-            x = self._gather(X, images[None], Bpad)
-            Z = self._pass("bfloat16", 1, Bpad, x)
-            x_norms, some = np.empty((Bpad, 2), np.float32), np.empty((G, n), np.uint8)
-            core.rounding_norms(Bpad, self.dpad, x, x_norms)
-            core.top_of(G, self.C, self.dpad, n, Bpad, most, Z, x, x_norms, self.W, self.b, w_norms, labels[images],
+        w_norms, out = rounding_norms(self.W), np.empty((G, len(X)), np.uint8)
+        for part, x, Z in self._scores(X, "bfloat16"):
+            n, Bpad = len(labels[part]), len(x)
+            some = np.empty((G, n), np.uint8)
+            core.top_of(G, self.C, self.dpad, n, Bpad, most, Z, x, rounding_norms(x), self.W, self.b, w_norms, labels[part],
                         self.C * n // 8, some)
             if (some == core.kUnknown).any():           # scores too close, or not finite
-                some = np.where(some == core.kUnknown, self.ranks(X[images], labels[images]) < most, some)
-            out[:, images] = some
+                some = np.where(some == core.kUnknown, self.ranks(X[part], labels[part]) < most, some)
+            out[:, part] = some
         return out.astype(bool)
 
     def weights(self, g):

@@ -17,6 +17,8 @@ import numpy as np
 from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
 from lowshot.script import available_memory, log, size
 
+ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutual, 2 would be the most
+
 
 class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
@@ -110,7 +112,7 @@ class TorchGraph(SymmetricGraph):
     @classmethod
     def fits(cls, n, k):
         """Whether W of n nodes with k neighbours and the narrowest panels fit in the device's memory."""
-        return 12 * 1.6 * k * n + 8 * n + 2 * 4 * 16 * n < cls.free_memory()
+        return 12 * ENTRIES * k * n + 8 * n + 2 * 4 * 16 * n < cls.free_memory()
 
 
 def torch_device(name):
@@ -146,7 +148,7 @@ def choose_backend(name, device, n, k):
         if not choose or backend.fits(n, k):
             return backend
         log(f"note: diffusion on the CPU, as {size(backend.free_memory())} of the GPU's memory do not hold the graph")
-        name, device = "own", "cpu"
+        return OwnGraph
     if device != "cpu":
         raise ValueError(f"--backend {name} computes on the CPU, --device is {device}")
     return {"own": OwnGraph, "mkl": MklGraph}[name]
