@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import gc
 import hashlib
+import mmap
 import os
 import signal
 import threading
@@ -29,6 +30,8 @@ import numpy as np
 
 from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
 
+FOR_GPU = 4             # times the configuration's images at a time are quicker there
+AHEAD = 2               # batches that each loading process is ahead
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
 
 
@@ -69,6 +72,8 @@ def main():
         # each worker has a batch of its own; large ones are no quicker on a CPU, and the last one is waited for
         most = max(8, 8 * 224 ** 2 // transforms["crop"] ** 2)
         batchsize = min(max(min(batchsize, 8), batchsize // workers), most)
+    elif args.batchsize is None:
+        batchsize *= FOR_GPU
     batchsize = min(batchsize, n)
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
@@ -87,12 +92,13 @@ def main():
             def fed_from_memory():
                 return from_memory_speed(by_threads if device == "cpu" else from_memory, extract, workers, shape)
 
+            black = extract(torch.zeros(shape, dtype=torch.uint8))()[0].copy()
             # before and after, as machines do not go at one speed all the time
             memory = [fed_from_memory()] if todo else []
             # the network has worked on as many batches at a time as it will; images are decoded besides
-            predicted = peak_memory() + workers * DECODED
+            predicted = peak_memory() + workers * DECODED + (
+                0 if device == "cpu" else slots(workers, batches) * int(np.prod(shape)))
             log(f"predicted memory {size(predicted)}")
-            black = extract(torch.zeros(shape, dtype=torch.uint8))()[0]
             gc.freeze()         # what the libraries made is not looked at again and again while images come and go
             start = time.time()
             with contextlib.closing(results(batches, extract, workers)) as stream:
@@ -128,7 +134,7 @@ def arguments():
     group.add_argument("--device", default="auto", help="cpu, cuda (all GPUs), cuda:0, ...; auto: all GPUs if there are "
                        "any")
     group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, divided among the "
-                       "workers (default: of the configuration)")
+                       "workers (default: of the configuration, on a GPU four times as many)")
     group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
                        "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
                        "CPU)")
@@ -216,23 +222,49 @@ def by_threads(batches, extract, workers):
                 threads.shutdown(wait=False, cancel_futures=True)
 
 
+def slots(workers, batches):
+    """Batches that are under way between processes at a time, and two that are looked at."""
+    return min(AHEAD * workers + 2, len(batches))
+
+
 def by_processes(batches, extract, workers):
     """The same for GPUs: processes read and decode, and this one feeds the network."""
     from torch.utils.data import DataLoader
-    loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=be_quiet,
-                        multiprocessing_context="fork")
-    batches = iter(loader)
-    while True:
+    shared = InSharedMemory(batches, extract.shape, slots(workers, batches))
+    loader = DataLoader(shared, batch_size=None, num_workers=workers, prefetch_factor=AHEAD, collate_fn=as_it_is,
+                        worker_init_fn=be_quiet, multiprocessing_context="fork")
+    stream = iter(loader)
+    for b in range(len(batches)):
         try:
-            batch = next(batches)
-        except StopIteration:
-            return
+            m, state, faults = next(stream)
         except RuntimeError as e:
             raise OSError(f"{' '.join(str(e).split())[:300]} (a process killed for lack of memory? Run again to go on, "
                           "with fewer --workers)")
         except (OSError, MemoryError) as e:
             raise OSError(str(e).strip().splitlines()[-1])      # the last line of the process's traceback
-        yield features_of(batch, extract)
+        yield features_of((shared.pixels_of(b)[:m], state, faults), extract)
+
+
+class InSharedMemory:
+    """Batches whose pixels are left where all processes see them: through pipes they would be copied four times.
+
+    Of `slots` batches at a time, in memory that forked processes inherit: it takes none of /dev/shm, which is small in
+    containers.
+    """
+
+    def __init__(self, batches, shape, slots):
+        self.batches = batches
+        self.slots = np.frombuffer(mmap.mmap(-1, slots * int(np.prod(shape))), np.uint8).reshape(slots, *shape)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def pixels_of(self, b):
+        return self.slots[b % len(self.slots)]
+
+    def __getitem__(self, b):
+        pixels, state, faults = self.batches.decode(b, self.batches.read(b), self.pixels_of(b))
+        return len(pixels), state, faults
 
 
 def from_memory(batches, extract, workers):
@@ -242,7 +274,7 @@ def from_memory(batches, extract, workers):
 
 
 def as_it_is(batch):
-    return batch        # numpy arrays go through a pipe: small shared memory, as in containers, is no limit
+    return batch
 
 
 def be_quiet(worker):

@@ -540,10 +540,10 @@ class Batches:
                 files.append(e.with_traceback(None))        # which would keep this batch in memory
         return files
 
-    def decode(self, b, files):
-        """The batch of what read(b) returned."""
+    def decode(self, b, files, pixels=None):
+        """The batch of what read(b) returned. pixels: array to fill, for as many images or more."""
         m, c = len(files), self.preprocess.crop
-        pixels = np.empty((m, c, c, 3), np.uint8)
+        pixels = np.empty((m, c, c, 3), np.uint8) if pixels is None else pixels[:m]
         state = np.zeros(m, np.uint8)
         faults = []
         for j, (file, out) in enumerate(zip(files, pixels)):

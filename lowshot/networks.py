@@ -213,17 +213,21 @@ def save_checkpoint(network, path, epoch):
 
 
 class FromPixels(nn.Module):
-    """uint8 (n, h, w, 3) -> what `network` makes of ((x / 255 - mean) / std) as float32 (n, 3, h, w)."""
+    """uint8 (n, h, w, 3) -> what `network` makes of ((x / 255 - mean) / std) as float32 (n, 3, h, w).
 
-    def __init__(self, network, mean, std):
+    channels_last: whether channels stay last in memory.
+    """
+
+    def __init__(self, network, mean, std, channels_last=True):
         super().__init__()
-        self.network = network
+        self.network, self.channels_last = network, channels_last
         std = torch.tensor(std, dtype=torch.float32)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", torch.tensor(mean, dtype=torch.float32) / std)
 
     def forward(self, x):
-        return self.network((x * self.scale - self.shift).permute(0, 3, 1, 2))      # so channels are last in memory
+        x = (x * self.scale - self.shift).permute(0, 3, 1, 2)
+        return self.network(x if self.channels_last else x.contiguous())
 
 
 def for_inference(network, mean, std, shape, device="cpu"):
@@ -232,22 +236,20 @@ def for_inference(network, mean, std, shape, device="cpu"):
 
     shape: that of the batches, (n, h, w, 3); others serve, if slower. On the CPU batch norms are folded into the
     convolutions, which oneDNN runs in its own layouts (twice as fast as the network as it is), if that gives the same
-    features to 1e-4 of the largest one, as a few random images tell. On GPUs channels are last in memory; with
-    device "cuda" all of them share each batch. It may be called from several threads at once.
+    features to 1e-4 of the largest one, as a few random images tell; it may be called from several threads at once. With
+    device "cuda" all GPUs share each batch, and features are to be used before extract() is called for the third time since.
     """
     device = torch.device(device)
-    plain = FromPixels(network, mean, std).eval().requires_grad_(False).to(device)
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False         # full float32, as everywhere else
+        # full float32, as everywhere else; for which channels first are the quicker layout
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
-        quick = plain.to(memory_format=torch.channels_last)
+        quick = FromPixels(network, mean, std, channels_last=False).eval().requires_grad_(False).to(device)
         if device.index is None and torch.cuda.device_count() > 1:
             quick = nn.DataParallel(quick)
-
-        def extract(x):
-            return _to_host(quick(x.pin_memory().to(device, non_blocking=True)))
+        extract = _ThroughGpu(quick, shape, device)
     else:
-        quick = _folded(plain, shape)
+        quick = _folded(FromPixels(network, mean, std).eval().requires_grad_(False), shape)
 
         def extract(x):
             return quick(x).numpy
@@ -275,15 +277,32 @@ def _folded(plain, shape):
     return quick if (expected - found).abs().max() <= 1e-4 * expected.abs().max() else plain
 
 
-def _to_host(x):
-    """Begin to copy a GPU's tensor; the function returned waits for it. Work started later is not waited for."""
-    with torch.cuda.device(x.device):
-        host = torch.empty(x.shape, pin_memory=True)
-        host.copy_(x, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+class _ThroughGpu:
+    """extract() of for_inference() on a GPU. Images and features go through memory that is pinned once: that takes longer than
+    a small network does."""
 
-    def wait():
-        event.synchronize()
-        return host.numpy()
-    return wait
+    DEPTH = 3       # batches that are under way or looked at
+
+    def __init__(self, network, shape, device):
+        self.network, self.device = network, device
+        self.images = [torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=True) for _ in range(self.DEPTH)]
+        self.features, self.done, self.calls = [None] * self.DEPTH, [torch.cuda.Event() for _ in range(self.DEPTH)], 0
+
+    def __call__(self, x):
+        slot = self.calls % self.DEPTH
+        self.calls += 1
+        self.done[slot].synchronize()
+        if x.shape == self.images[slot].shape:
+            x = self.images[slot].copy_(x)
+        with torch.cuda.device(self.device):
+            y = self.network(x.to(self.device, non_blocking=True))
+            host = self.features[slot]
+            if host is None or host.shape != y.shape:
+                host = self.features[slot] = torch.empty(y.shape, pin_memory=True)
+            host.copy_(y, non_blocking=True)
+            self.done[slot].record()
+
+        def wait():
+            self.done[slot].synchronize()
+            return host.numpy()
+        return wait

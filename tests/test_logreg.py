@@ -242,7 +242,7 @@ def test_bfloat16_gives_nearly_the_same_figures_under_another_name(ddir):
     words = ["--mode", "test", "--nlabeled", 2, "--maxiter", 200, "--lr", "0.01,0.1", "--wd", 0.01, "--batchsize", 16]
     records = []
     for precision in ("float32", "bfloat16"):
-        logreg(ddir, *words, "--precision", precision)
+        logreg(ddir, *words, "--precision", precision, "--device", "cpu")
         name = "test_nl2_seed1_bs16_lr0.01,0.1_wd0.01_mi200" + ("_bfloat16" if precision == "bfloat16" else "")
         records.append(figures(os.path.join(ddir, "logs/logreg", name + ".json")))
     assert np.abs(np.array(records[0]) - records[1]).max() < .02

@@ -425,8 +425,12 @@ def test_errors_while_loading_end_the_run(data, monkeypatch, results):
     monkeypatch.setattr(zipfile, "ZipFile", full)
     batches = Batches(ZipSet(str(data[0] / "yfcc100m"), N), Preprocess({"transforms": {"resize": None, "crop": 32}}), 0,
                       N, 8)
+    def extract(x):
+        raise AssertionError("no image was loaded")
+
+    extract.shape = (8, 32, 32, 3)
     with pytest.raises(OSError, match="Too many open files") as e:
-        list(results(batches, None, 2))
+        list(results(batches, extract, 2))
     assert "\n" not in str(e.value)
 
 
@@ -435,10 +439,17 @@ def test_killed_loading_process():
         def __len__(self):
             return 2
 
-        def __getitem__(self, b):
+        def read(self, b):
             os.kill(os.getpid(), signal.SIGKILL)
+
+        decode = None
+
+    def extract(x):
+        raise AssertionError("no image was loaded")
+
+    extract.shape = (1, 2, 2, 3)
     with pytest.raises(OSError, match="killed"):
-        list(save_features.by_processes(Killer(), None, 1))
+        list(save_features.by_processes(Killer(), extract, 1))
 
 
 def test_entirely_unreadable_batches_skip_the_network():
