@@ -11,9 +11,10 @@ writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the norm
     python build_graph.py 60000 --k 30 --dim 128
     python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
 
-Below 131,072 vectors the graph is exact. Above, each image is compared with those of its nearest cells, and, where these
-would be many, with neighbours of its neighbours, until the wanted recall is measured on a sample. A run that was cut off
-goes on: with the index if it is complete, and beyond 2,000,000 vectors with the lists found so far.
+Below 131,072 vectors the graph is exact, and with a GPU whose memory holds them below 16 million. Otherwise each image is
+compared with those of its nearest cells, and, where these would be many, with neighbours of its neighbours, until the wanted
+recall is measured on a sample. A run that was cut off goes on: with the index if it is complete, and beyond 2,000,000 vectors
+with the lists found so far, of which a copy is kept every few minutes (not on a GPU, which takes no longer than that).
 """
 import os
 import time
@@ -26,6 +27,7 @@ from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 FAISS_BLOCK = 1 << 16           # queries between two saves where Faiss searches
 MOST_GPU_NPROBE = 2048          # cells that Faiss searches on a GPU
+NO_GPU = "--device gpu: this Faiss sees no GPU (requirements-gpu.txt has the package that does)"
 COARSE = 1e-3                   # error of a similarity that tells an index of coarse codes from one of the vectors
 
 
@@ -48,7 +50,9 @@ def arguments():
     g = p.add_argument_group("data")
     g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
-                   help="gpu: Faiss on all GPUs, the index sharded among them; auto: gpu if Faiss sees one that takes the index")
+                   help="gpu: on the first GPU all images are compared with all, or, with --nprobe, another kind of index or "
+                        "more images than it holds or 16 million, Faiss searches on all GPUs, the index sharded among them; "
+                        "auto: gpu if there is one that can")
     g.add_argument("--overwrite", action="store_true", help="make index and graph again where they exist")
     return p.parse_args()
 
@@ -62,14 +66,18 @@ def main():
     matrix_rows(raw, "<f4", d, n, "python train_apply_pca.py apply")
     # after the checks: these load Faiss and the compiled library
     from lowshot import knn
+    from lowshot.gpu_search import search_device
     from lowshot.index_files import Checkpoint, GraphFiles, check_graph
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
-    if args.device == "gpu" and not gpus:
-        raise ValueError("--device gpu: this Faiss sees no GPU (requirements-gpu.txt has the package that does)")
+    device = search_device("cpu" if args.device == "cpu" else "auto")
+    knn.use_gpu(device)
+    all_on_gpu = knn.all_on_gpu(n, n, d, self=True) and not args.nprobe
+    if args.device == "gpu" and not gpus and not all_on_gpu:
+        raise ValueError(NO_GPU)
     path_I, path_D = ddir.graph(n, k)
-    predicted = predicted_memory(n, d, k)
+    predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
     with exclusive(ddir.index(n)), knn.show_progress() as progress:
         if args.overwrite:
@@ -93,22 +101,27 @@ def main():
             log(f"{path_I} is complete, and kept (--overwrite makes it again)")
             return
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
-        gpu_index = on_gpus(index, args.device) if gpus else None
-        search_with_faiss = gpu_index is not None or (cells is None and not isinstance(index, faiss.IndexFlat))
+        own_search = cells is not None or isinstance(index, faiss.IndexFlat)
+        all_on_gpu = own_search and all_on_gpu
+        if args.device == "gpu" and not gpus and not all_on_gpu:
+            raise ValueError(NO_GPU)
+        gpu_index = on_gpus(index, args.device) if gpus and not all_on_gpu else None
+        search_with_faiss = gpu_index is not None or not own_search
         if not search_with_faiss:
             index = None        # what was read of its file would count as memory
         files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)
         if search_with_faiss:
             info = faiss_graph(index, gpu_index, vectors, k, args, files, progress)
         else:
-            checkpoint = None
-            if n >= CHECKPOINT_FROM:
-                checkpoint = Checkpoint(path_I + ".lists.partial", identity)
-            _, _, info = knn.build_knn_graph(vectors, k, args.recall, None, cells, args.nprobe, args.seed, files.arrays,
-                                             progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
-                                             checkpoint, release=True)
-            if checkpoint is not None:
-                checkpoint.remove()
+            checkpoint = Checkpoint(path_I + ".lists.partial", identity)
+            if all_on_gpu:
+                cells = None        # which take memory
+            with checkpoint:
+                _, _, info = knn.build_knn_graph(vectors, k, args.recall, None, cells, args.nprobe, args.seed, files.arrays,
+                                                 progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
+                                                 checkpoint if n >= CHECKPOINT_FROM else None, release=True,
+                                                 exact=all_on_gpu)
+            checkpoint.remove()
         files.finish()
     seconds = time.time() - start
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
@@ -119,15 +132,18 @@ def main():
                 "predicted_memory": predicted})
 
 
-def predicted_memory(n, d, k):
+def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False):
     """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them."""
     from lowshot import knn
+    from lowshot.gpu_search import GPU_LIBRARIES
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
-    libraries, blocks = 60e6, 2440 * min(n, 65536)
+    libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, 2440 * min(n, 65536)
     if n < knn.EXACT_BELOW:         # the index, vectors in bfloat16, candidates; then similarities
         K = k + knn.SPARE
         return int(libraries + vectors + 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k)))
+    if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
+        return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
     rounds = in_bytes + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
     similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
     return int(libraries + blocks + max(rounds, similarities))

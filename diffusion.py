@@ -49,16 +49,17 @@ def arguments():
     g = p.add_argument_group("diffusion")
     g.add_argument("--niter", type=number(int, 0), default=3, help="iterations")
     g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
-                   help="classes diffused at a time, rounded up to a multiple of 16, at most 64; 0: 64. Memory is 8 bytes x "
-                        "nodes x this; the results do not depend on it. auto: what is quickest, 32 with the library's "
-                        "kernel, or as many as the free memory allows")
+                   help="classes diffused at a time, rounded up to a multiple of 16, at most 64, on a GPU 128; 0: that many. "
+                        "Memory is 8 bytes x nodes x this; the results do not depend on it. auto: what is quickest, 32 with "
+                        "the library's kernel for CPUs, or as many as the free memory allows")
     g.add_argument("--noprune", action="store_true",
                    help="compute all rows of L in every iteration, also those that no label has reached or that no test "
                         "image reads; the results are the same")
-    g.add_argument("--backend", choices=("auto", "own", "mkl", "torch"), default="auto",
-                   help="who multiplies: the library's kernel, MKL's general sparse product, or torch's; auto: torch "
-                        "on a GPU if one holds the graph, else the library's")
-    g.add_argument("--device", default="auto", help="auto, cpu or cuda: where L and the graph are during the diffusion")
+    g.add_argument("--backend", choices=("auto", "own", "triton", "mkl", "torch"), default="auto",
+                   help="who multiplies: own and triton are the library's kernels for CPUs and GPUs, mkl and torch general "
+                        "sparse products; auto: triton on a GPU if one holds the graph, else own. The completion goes by it too")
+    g.add_argument("--device", default="auto", help="auto, cpu or cuda: where the graph is completed, and where L and "
+                                                    "the graph are during the diffusion")
     g = p.add_argument_group("outputs")
     g.add_argument("--record", metavar="FILE", help="the JSON record (default: a name made of the arguments, "
                                                     "in $DDIR/logs/diffusion)")
@@ -96,10 +97,11 @@ class Steps:
 
 
 def widest_panel(lslice, n, quickest, free=None):
-    """Columns of L diffused at a time, a multiple of 16, at most 64: what --lslice says, or the width that the backend is
-    quickest with, or what two panels in `free` bytes leave room for."""
+    """Columns of L diffused at a time, a multiple of 16, at most 64, or 128 on a GPU: what --lslice says, or the width that the
+    backend is quickest with, or what two panels in `free` bytes leave room for."""
     if lslice != "auto":
-        return 64 if lslice <= 0 else min(64, -(-lslice // 16) * 16)
+        most = max(64, quickest)
+        return most if lslice <= 0 else min(most, -(-lslice // 16) * 16)
     if free is None:
         return quickest
     if free < 2 * 4 * n * 16:
@@ -124,24 +126,27 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     from lowshot import knn
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
+    from lowshot.gpu_search import GPU_LIBRARIES
     nbg = n - nbase - nnovel
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     edges = ENTRIES * k * n
-    panels = 0 if getattr(Backend, "device", "cpu") != "cpu" else 2 * 4 * width * n
+    on_gpu = getattr(Backend, "device", "cpu") != "cpu"
+    panels = 0 if on_gpu else 2 * 4 * width * n
     mapped = 4 * dim * nbg
-    steps = {"add novel images": vectors + blocks + lists + (mapped if n - nnovel < knn.EXACT_BELOW else 0),
+    exact = n - nnovel < knn.EXACT_BELOW or knn.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
+    steps = {"add novel images": vectors + blocks + lists + (mapped if exact else 0),
              "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored:
         listed = k + knn.SPARE_LISTED
         # base images among themselves: in bfloat16, candidates
         steps["complete"] = vectors + lists + max(blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE))
-        if n - nnovel >= knn.EXACT_BELOW:
+        if not exact:
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
             steps["complete"] = (vectors + lists + 130e6 + 24 * n
                                  + max(dim * n + 16 * listed * n, mapped + 4 * listed * n))
-    return int(90e6 + max(steps.values()))
+    return int((GPU_LIBRARIES if on_gpu else 90e6) + max(steps.values()))
 
 
 def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=True):
@@ -165,7 +170,9 @@ def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=Tr
     active = front = np.unique(seeds).astype(np.int32)
     reached[active] = 1
     if not prune:
-        active = test_nodes = None
+        test_nodes = None
+    if not prune or not W.follows:
+        active = None
     for i in range(1, niter + 1):
         if active is not None:
             most = W.n // 2 - len(active)
@@ -173,7 +180,7 @@ def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=Tr
             active = None if front is None else np.sort(np.concatenate([active, front]))
         colsum = ahead * scale
         if i < niter:
-            _, ahead = W.product(L, out, scale, active, mass)
+            ahead = W.product(L, out, scale, active, mass)
         else:
             rows = active if test_nodes is None else test_nodes
             if active is not None and test_nodes is not None:
@@ -245,6 +252,7 @@ def main():
     from graph_utils import BestClasses
     from lowshot.backends import choose_backend
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
+    from lowshot.knn import use_gpu
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
@@ -256,6 +264,7 @@ def main():
     key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, args.k)
+    use_gpu(Backend.search_device())
     predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None,
                                widest_panel(args.lslice, n, Backend.panel), Backend)
     print_header(args, predicted_memory=size(predicted))

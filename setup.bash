@@ -90,8 +90,8 @@ install_requirements() {
         return
     fi
     echo "setup: installing the packages of $REQUIREMENTS into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
-    # the two builds of faiss share their files: one has to go before the other comes
-    "$PYTHON" -m pip uninstall -q -y "$(grep -q '^faiss-gpu' "$REQUIREMENTS" && echo faiss-cpu || echo faiss-gpu-cu12)" \
+    # builds of faiss share their files: others have to go before one comes
+    "$PYTHON" -m pip uninstall -q -y $(grep -q '^faiss-gpu' "$REQUIREMENTS" && echo faiss-cpu || echo faiss-gpu) faiss-gpu-cu12 \
         2> /dev/null || true
     # trdg is wanted for the fonts inside it alone, so without what it depends on
     "$PYTHON" -m pip install --disable-pip-version-check -r "$REQUIREMENTS" &&

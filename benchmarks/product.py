@@ -34,12 +34,17 @@ from lowshot.script import Parser, log, number, print_header, run, write_text  #
 SAMPLE = 500        # rows that are compared with float64, and nodes that recall is measured on
 
 
-def arguments():
-    p = Parser(__doc__)
+def graph_arguments(p):
+    """What read_graph() reads."""
     p.add_argument("--nbg", type=number(int, 1), default=1000000, help="background images of the graph in $DDIR")
     p.add_argument("--graph", metavar="FILE.npy", help="int32 (nodes, k) neighbours, instead of the graph in $DDIR")
     p.add_argument("--k", type=number(int, 1), default=30, help="neighbours per node: first columns of the graph")
     p.add_argument("--dim", type=number(int, 1), default=256, help="dimensions of the vectors, to measure recall")
+
+
+def arguments():
+    p = Parser(__doc__)
+    graph_arguments(p)
     p.add_argument("--columns", type=number(int, 1), nargs="+", default=[64, 512], help="columns of L, a table each")
     p.add_argument("--panel", type=number(int, 16, 64), help="columns of our panels: 16, 32, 48 or 64 "
                                                                    "(default: as diffusion.py, 32)")

@@ -113,7 +113,7 @@ class SymmetricGraph:
 
         L, out: float32 (n, ncol), distinct, ncol 16, 32, 48 or 64, from aligned_zeros. scale: float32 (ncol,) or None.
         rows: int32 row numbers to compute, or None for all; the other rows of out are not touched and not summed.
-        weights: float32 (n,) or None; if given, the sums weighted by it are returned as well: (sums, weighted sums).
+        weights: float32 (n,) or None; if given, the sums are weighted by it.
         """
         for name, a in (("L", L), ("out", out)):
             if a.shape != (self.n, L.shape[1]) or a.dtype != np.float32:
@@ -131,7 +131,7 @@ class SymmetricGraph:
         colsum, weighted = np.empty((2, L.shape[1]), np.float64)
         core.product(self.n, self.indptr, self.indices, self.nsingle, L.shape[1], L, scale,
                      0 if rows is None else len(rows), rows, weights, out, colsum, weighted)
-        return colsum if weights is None else (colsum, weighted)
+        return colsum if weights is None else weighted
 
 
 def neighbour_sums(I, L, scale=None, scores=None):

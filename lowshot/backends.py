@@ -1,8 +1,10 @@
-"""Who multiplies by W: the library's kernel, MKL's general sparse product, or torch's on a GPU.
+"""Who multiplies by W: the library's kernels for CPUs and GPUs, or MKL's and torch's general sparse products.
 
 Each backend is a SymmetricGraph with these operations on panels of L, float32 (n, ncol), kept where it computes:
 
     panel                                         columns of a panel that it is quickest with
+    follows                                       whether to find the rows that labels have reached takes less time than
+                                                  all of them
     entry_bytes                                   memory of this process per entry of W, at most
     zeros(ncol)                                   a panel
     seed(L, nodes, columns)                       L = 0 but for ones at (nodes, columns)
@@ -11,10 +13,12 @@ Each backend is a SymmetricGraph with these operations on panels of L, float32 (
     read(L, rows, scale)                          rows of L * scale as a numpy array
 """
 import glob
+import importlib.util
 
 import numpy as np
 
 from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
+from lowshot import gpu_search
 from lowshot.script import available_memory, log, size
 
 ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutual, 2 would be the most
@@ -23,7 +27,7 @@ ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutu
 class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
 
-    panel, entry_bytes = PANEL, 4
+    panel, entry_bytes, follows = PANEL, 4, True
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
@@ -41,6 +45,10 @@ class OwnGraph(SymmetricGraph):
     def free_memory(self):
         return available_memory()
 
+    @classmethod
+    def search_device(cls):
+        """The torch device that knn.use_gpu() is to have."""
+
 
 class MklGraph(OwnGraph):
     """MKL's product with an array of values: the paper's way, kept for comparison."""
@@ -54,24 +62,28 @@ class MklGraph(OwnGraph):
     def product(self, L, out, scale, rows=None, weights=None):
         mkl_product(self.indptr, self.indices, self.csr_values, L, out)
         out *= scale
-        colsum = out.sum(axis=0, dtype=np.float64)
         if weights is None:
-            return colsum
-        return colsum, sum(weights[i:i + 65536].astype(np.float64) @ out[i:i + 65536] for i in range(0, self.n, 65536))
+            return out.sum(axis=0, dtype=np.float64)
+        return sum(weights[i:i + 65536].astype(np.float64) @ out[i:i + 65536] for i in range(0, self.n, 65536))
 
 
 class TorchGraph(SymmetricGraph):
-    """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device."""
+    """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device: kept for comparison."""
 
+    follows = False
     device, panel, entry_bytes = "cuda", WIDEST, 16         # indices become int64 on their way to the device
+    on_device = 12                                          # bytes per entry there
+    share = .75         # of the device's free memory: cuSPARSE works in a buffer of its own, our kernel adds sums up
 
     def __init__(self, I, rank=None):
         import torch
         super().__init__(I, rank)
         self.torch = torch
-        tensors = (torch.from_numpy(a).to(self.device) for a in (self.indptr, self.indices.astype(np.int64),
-                                                                 self.values()))
-        self.matrix = torch.sparse_csr_tensor(*tensors, size=(self.n, self.n), check_invariants=False)
+        self.to_device()
+
+    def to_device(self):
+        tensors = map(self._tensor, (self.indptr, self.indices.astype(np.int64), self.values()))
+        self.matrix = self.torch.sparse_csr_tensor(*tensors, size=(self.n, self.n), check_invariants=False)
 
     def _tensor(self, a):
         return self.torch.as_tensor(a).to(self.device)
@@ -86,12 +98,12 @@ class TorchGraph(SymmetricGraph):
     def product(self, L, out, scale, rows=None, weights=None):
         self.torch.addmm(out, self.matrix, L, beta=0, out=out)      # into the panel, without another one for the result
         out *= self._tensor(scale)
-        colsum = out.sum(0, dtype=self.torch.float64).cpu().numpy()
         if weights is None:
-            return colsum
-        weighted = sum((self._tensor(weights[i:i + 65536]).double() @ out[i:i + 65536].double())
+            sums = out.sum(0, dtype=self.torch.float64)
+        else:
+            sums = sum((self._tensor(weights[i:i + 65536]).double() @ out[i:i + 65536].double())
                        for i in range(0, self.n, 65536))
-        return colsum, weighted.cpu().numpy()
+        return sums.cpu().numpy()
 
     def neighbour_sums(self, test_I, L, scale, scores):
         for i in range(0, len(test_I), 4096):
@@ -105,14 +117,41 @@ class TorchGraph(SymmetricGraph):
     @classmethod
     def free_memory(cls):
         if cls.device.startswith("cuda"):
-            import torch
-            return torch.cuda.mem_get_info(cls.device)[0] * 3 // 4      # cuSPARSE works in a buffer of its own
+            return int(gpu_search.free_memory(cls.device) * cls.share)
         return available_memory()
+
+    @classmethod
+    def search_device(cls):
+        return gpu_search.search_device(cls.device)
 
     @classmethod
     def fits(cls, n, k):
         """Whether W of n nodes with k neighbours and the narrowest panels fit in the device's memory."""
-        return 12 * ENTRIES * k * n + 8 * n + 2 * 4 * 16 * n < cls.free_memory()
+        return cls.on_device * ENTRIES * k * n + 16 * n + 2 * 4 * 16 * n < cls.free_memory()
+
+
+class TritonGraph(TorchGraph):
+    """The library's kernel for GPUs, as OwnGraph is for CPUs: no array of values, sums and scaling in the same pass."""
+
+    panel, entry_bytes, on_device = 128, 4, 4
+
+    def to_device(self):
+        from graph_utils import gpu
+        self.gpu = gpu
+        self.csr = [self._tensor(a) for a in (self.indptr, self.indices, self.nsingle)]
+        self.weights = self.test_I = None, None         # as they were given, and on the device
+
+    def product(self, L, out, scale, rows=None, weights=None):
+        if weights is not None and self.weights[0] is not weights:
+            self.weights = weights, self._tensor(weights)
+        rows = None if rows is None else self._tensor(rows)
+        sums = self.gpu.product(*self.csr, L, self._tensor(scale), rows, None if weights is None else self.weights[1], out)
+        return sums.cpu().numpy()
+
+    def neighbour_sums(self, test_I, L, scale, scores):
+        if self.test_I[0] is not test_I:
+            self.test_I = test_I, self._tensor(test_I)
+        scores[:] = self.gpu.neighbour_sums(self.test_I[1], L, self._tensor(scale)).cpu().numpy()
 
 
 def torch_device(name):
@@ -136,15 +175,20 @@ def choose_backend(name, device, n, k):
     if device == "auto":
         device = "cpu"
         # importing torch takes longer than a small run: only where there may be a GPU
-        if name in ("auto", "torch") and glob.glob("/dev/nvidia[0-9]*"):
+        if name in ("auto", "torch", "triton") and glob.glob("/dev/nvidia[0-9]*"):
             import torch
             device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "auto":
-        name = "own" if device == "cpu" else "torch"
     if device != "cpu":
         device = torch_device(device)
-    if name == "torch":
-        backend = type("TorchGraph", (TorchGraph,), {"device": device})
+    if name == "auto":
+        name = "own" if device == "cpu" else "triton" if importlib.util.find_spec("triton") else "torch"
+    if name == "triton" and device == "cpu":
+        raise ValueError("--backend triton computes on a GPU, and there is none, or --device is cpu")
+    if name == "triton" and not importlib.util.find_spec("triton"):
+        raise ValueError("--backend triton: Triton is not installed (it comes with the CUDA builds of torch)")
+    if name in ("torch", "triton"):
+        base = TorchGraph if name == "torch" else TritonGraph
+        backend = type(base.__name__, (base,), {"device": device})
         if not choose or backend.fits(n, k):
             return backend
         log(f"note: diffusion on the CPU, as {size(backend.free_memory())} of the GPU's memory do not hold the graph")

@@ -102,8 +102,9 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
 def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
-    Exact below 131,072 nodes; above, base images are searched for among near cells, and neighbours of neighbours, at
-    recall@k >= 0.96, and test images among near cells at recall@k >= 0.99, as measured on samples of both.
+    Exact below 131,072 nodes, and where a GPU in use holds them (knn.use_gpu); otherwise base images are searched for among
+    near cells, and neighbours of neighbours, at recall@k >= 0.96, and test images among near cells at recall@k >= 0.99, as
+    measured on samples of both.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors = len(x), knn.Vectors(x)
@@ -112,12 +113,12 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
     with knn.show_progress() as progress:
-        if n < knn.EXACT_BELOW:
+        if n < knn.EXACT_BELOW or knn.all_on_gpu(2 * len(base) + len(test), n, vectors.d):
             background = knn.Vectors(NormalisedRows(x.matrices[0]), vectors.scale[:nbg]) if nbg else knn.Vectors(x[:0])
             D[nbg:], I[nbg:] = knn.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
             background.release()
             test_D, test_I = knn.exact_knn(test, vectors, k, progress)
-            return Graph(I, D, test_I, test_D, None, vectors.scale)
+            return Graph(I, D, test_I, test_D, locality_order(I) if n >= knn.EXACT_BELOW else None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # before codes are chosen; and the graph gives the vectors in cells up
         new = knn.Sample(vectors, vectors, k, 0, progress, first=nbg if len(base) else 0, cells=cells)

@@ -1,14 +1,18 @@
 """Files of the background's graph as they are written: the Faiss index, and what lets a killed run go on."""
 import contextlib
+import glob
 import os
 import struct
+import threading
+import time
 
 import numpy as np
 
+from graph_utils import aligned_zeros
 from lowshot.cells import BLOCK
-from lowshot.features import MatrixFile, spread_rows
+from lowshot.features import MatrixFile, read_into, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import allocate, read_json, remove, whole, write_json
+from lowshot.script import allocate, log, read_json, remove, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average
@@ -111,39 +115,93 @@ def check_index(index, vectors, path, remedy):
 
 
 class Checkpoint:
-    """Candidate lists in a file, for build_knn_graph() of many vectors: a killed run goes on where it was saved.
+    """Copies of the candidate lists of build_knn_graph() in a file, from which a killed run goes on.
+
+    A thread writes one every few minutes, while the lists change. A list is then of some moment or other, which is a list
+    all the same: in a shared map of the file every round would wait for the disk.
 
     path: the file; identity: what the lists depend on, JSON-ready.
     """
 
+    EVERY = 300             # seconds from one copy to the next
+    PIECE = 64 << 20        # bytes written at a time
+
     def __init__(self, path, identity):
         self.path, self.state_path, self.identity = path, path + ".json", identity
+        self.writer, self.stopped = None, threading.Event()
 
     def open(self, n, K, words):
         """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning.
 
         words: those of a vector's code, as products of one code do not compare with those of another.
         """
-        fresh = {"identity": self.identity, "shape": [n, K], "words": words}
-        state = {}
+        self.fresh = {"identity": self.identity, "shape": [n, K], "words": words}
+        self.saved, state = time.monotonic(), {}
         with contextlib.suppress(OSError, ValueError):
             state = read_json(self.state_path)
-        size = 8 * n * K
-        if {k: state.get(k) for k in fresh} != fresh or not os.path.exists(self.path) or os.path.getsize(self.path) != size:
+        keys = aligned_zeros((n, K), np.int64)
+        folder, name = os.path.split(os.path.abspath(self.path))
+        stem, extension = os.path.splitext(name)
+        for left_behind in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(stem)}.*.tmp{extension}")):
+            remove(left_behind)         # by a killed process
+        if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
+                and os.path.getsize(self.path) == keys.nbytes:
+            with open(self.path, "rb") as f:
+                read_into(f.fileno(), keys, 0, self.path)
+        else:
             state = {}
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            allocate(self.path, size)
-        self.fresh = fresh
-        self.keys = np.memmap(self.path, np.int64, "r+", shape=(n, K))
-        return np.asarray(self.keys), state.get("searched", 0), state.get("rounds", 0), state.get("nprobe", 0)
+        return keys, state.get("searched", 0), state.get("rounds", 0), state.get("nprobe", 0)
 
     def save(self, lists):
-        self.keys.flush()
-        write_json(self.state_path, {**self.fresh, "searched": lists.searched, "rounds": lists.rounds,
-                                     "nprobe": lists.nprobe})
+        """Begin to write a copy, if it is time. Of nodes not searched yet there is none."""
+        if self.writer is not None and self.writer.is_alive() or time.monotonic() - self.saved < self.EVERY:
+            return
+        state = {**self.fresh, "searched": lists.searched, "rounds": lists.rounds, "nprobe": lists.nprobe}
+        self.writer = threading.Thread(target=self._write, args=(lists.keys, state), daemon=True)
+        self.writer.start()
+
+    def _write(self, keys, state):
+        data = keys.reshape(-1).view(np.uint8)
+        size = keys.strides[0] * state["searched"]
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with whole(self.path) as temporary, open(temporary, "wb", buffering=0) as f:
+                for i in range(0, size, self.PIECE):
+                    piece = data[i:min(i + self.PIECE, size)]
+                    while len(piece):
+                        piece = piece[f.write(piece):]
+                    # what waits to be written would take the memory of others, and make them wait
+                    os.fdatasync(f.fileno())
+                    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    if self.stopped.is_set():
+                        raise InterruptedError
+                f.truncate(len(data))
+                remove(self.state_path)         # that of the copy before
+            write_json(self.state_path, state)
+        except InterruptedError:
+            return
+        except OSError as e:
+            log(f"note: no copy of the lists was written, to go on from should this run be killed ({e})")
+        self.saved = time.monotonic()
+
+    def wait(self):
+        """Until a copy that is being written is whole."""
+        if self.writer is not None:
+            self.writer.join()
+
+    def give_up(self):
+        """Stop writing a copy, if one is being written."""
+        self.stopped.set()
+        self.wait()
+        self.stopped.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.give_up()
 
     def remove(self):
-        self.keys = None
         for path in (self.path, self.state_path):
             remove(path)
 

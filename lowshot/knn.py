@@ -13,8 +13,8 @@ are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lows
     search(cells, xq, k, recall=.95) -> D, I, info
     search_index(index, xq, k, recall=.95, x=None) -> D, I, info            index: Faiss index (IVF,Flat or Flat)
 
-Below EXACT_BELOW vectors all is exact; above it, recall is measured on a sample by exact search, and raised until it
-is reached.
+Below EXACT_BELOW vectors all is exact, and with a GPU (use_gpu) where that compares all with all quickly enough; otherwise
+recall is measured on a sample by exact search, and raised until it is reached.
 """
 import contextlib
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graph_utils import neighbours as nb
+from lowshot import gpu_search
 from lowshot.cells import BLOCK, Cells, Codes, Vectors, main_directions, nearest_cell, nearest_cells
 from lowshot.packages import faiss
 from lowshot.script import Progress, size
@@ -43,6 +44,10 @@ REVERSE = 32                # reverse neighbours that take part in a round of ne
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
+ON_GPU = 1 << 30            # comparisons from which a GPU is asked
+ALL_ON_GPU = 1 << 48        # comparisons for which other ways than comparing all are not better there: 7 minutes on an H200
+FLOAT32_ON_GPU = 1 << 17    # queries that are compared in float32 there while the vectors are read once
+MANY_ON_GPU = 16            # times as many candidates as first, where these leave doubt
 MISSED = .001               # recall that may be lost where the nearest cells are looked for among few
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_LEAST = 64             # how long the lists are then at least
@@ -79,15 +84,36 @@ def _vectors(x):
     return x if isinstance(x, Vectors) else Vectors(x)
 
 
+_gpu = None
+
+
+def use_gpu(device):
+    """From now on exact search is by this torch device where that pays, and graphs are exact; None: by the CPU."""
+    global _gpu
+    _gpu = device
+
+
+def all_on_gpu(nq, n, d, self=False):
+    """Whether there is a GPU in use that compares so many queries with all of n vectors sooner than other ways find the
+    nearest. self: these are the same."""
+    return _gpu is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if self else nq + n, d, _gpu)
+
+
+def _on_gpu(Q, X, self=False):
+    return (Q.n * X.n >= ON_GPU and max(Q.longest, X.longest) <= gpu_search.LONGEST
+            and all_on_gpu(Q.n, X.n, X.d, self))
+
+
 # ---- exact search
 
 def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
-    Candidates come from products in bfloat16; they are compared in float32, and where the errors of bfloat16 could
-    hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in its own
-    list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks; queries
-    in bfloat16 and 8 bytes per candidate, with `self` 28; and with `self` all vectors in float32 where most are in doubt.
+    Candidates come from products in bfloat16, or in float16 on a GPU in use; they are compared in float32, and where the errors
+    of these could hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in
+    its own list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks;
+    queries in bfloat16 and 8 bytes per candidate, with `self` 28; and with `self` all vectors in float32 where most are in
+    doubt; beside a GPU that of the result.
     Returns D float32 (nq, k), I int32 (nq, k).
     """
     Q, X = _vectors(xq), _vectors(x)
@@ -95,6 +121,8 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
         raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
     if not Q.n or not X.n:
         return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
+    if _on_gpu(Q, X, self):
+        return _exact_on_gpu(Q, X, k, progress or _silent, self)
     return _exact_of(*_candidates(Q, X, k + spare, progress or _silent, self), Q, X, k, progress or _silent, self)
 
 
@@ -119,24 +147,56 @@ def _candidates(Q, X, K, progress, self):
 def _exact_of(keys, error, Q, X, k, progress, self):
     """exact_knn(), given what _candidates() found; keys are changed."""
     D, I, unsure = _best_and_unsure(keys, error, Q, X, k, self)
-    if self and len(unsure) > Q.n / 2:
-        keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), keys.shape[1], lambda done: progress(
+    return _in_float32(D, I, unsure, Q, X, k, progress, self)
+
+
+def _in_float32(D, I, unsure, Q, X, k, progress, self, on_gpu=False):
+    """exact_knn() again, in float32 throughout, for queries that are `unsure` in D and I, which change in place."""
+    if self and len(unsure) > Q.n / 2 and not on_gpu:
+        keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), min(k + SPARE, X.n), lambda done: progress(
             "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
-        return _best_of(keys, Q, X, k, self)
-    for i in range(0, len(unsure), 4096):
-        rows = unsure[i:i + 4096].astype(np.int32)
-        _best_of(_float32_candidates(Q.scaled_rows(rows), X, k), Q, X, k, self, rows, out=(D, I))
+        return _best_of(keys, Q, X, k, self, out=(D, I))
+    step = FLOAT32_ON_GPU if on_gpu else 4096
+    for i in range(0, len(unsure), step):
+        rows = unsure[i:i + step].astype(np.int32)
+        x = Q.scaled_rows(rows)
+        keys = gpu_search.near_in_float32(x, X, k + gpu_search.SPARE, _gpu) if on_gpu else _float32_candidates(x, X, k)
+        _best_of(keys, Q, X, k, self, rows, out=(D, I), mapped=on_gpu)
         progress("queries compared in float32", i + len(rows), len(unsure))
     return D, I
 
 
-def _best_and_unsure(keys, error, Q, X, k, self=False):
+def _best_and_unsure(keys, error, Q, X, k, self=False, rows=None, **where):
     """(D, I) of the k best of each list of candidates, and those lists that may lack a better one than these. keys: the best
-    by products that err by `error` (n,) at the most; they are changed."""
+    by products that err by `error` (n,) at the most; they are changed. rows: the queries, all if None; out, mapped: as of
+    _best_of()."""
     worst = nb.worst_products(keys)
     _leave_possible(keys, k, error)
-    D, I = _best_of(keys, Q, X, k, self)
-    return D, I, np.flatnonzero(D[:, -1] < worst + error) if keys.shape[1] < X.n else np.empty(0, np.int64)
+    D, I = _best_of(keys, Q, X, k, self, rows, **where)
+    last = D[:, -1] if rows is None else D[rows, -1]
+    return D, I, np.flatnonzero(last < worst + error) if keys.shape[1] < X.n else np.empty(0, np.int64)
+
+
+def _exact_on_gpu(Q, X, k, progress, self, q=None, x=None):
+    """exact_knn() by a GPU: it finds candidates, and more of them for queries that these leave in doubt. q, x: Q and X there,
+    if they are."""
+    x = x or gpu_search.Rounded(X, _gpu)
+    q = q or (x if self else gpu_search.Rounded(Q, _gpu))
+    D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
+    queries, K = None, k + gpu_search.SPARE
+    for _ in range(2):
+        unsure, done, total = [], 0, Q.n if queries is None else len(queries)
+        for rows, keys, error in gpu_search.near(q, x, K, q.errors_with(x, _error), queries):
+            unsure.append(rows[_best_and_unsure(keys, error, Q, X, k, self, rows, out=(D, I), mapped=True)[2]])
+            done += len(rows)
+            progress("queries compared with all vectors", done, total)
+        queries, K = np.concatenate(unsure), MANY_ON_GPU * K
+        if not len(queries):
+            break
+    del q, x
+    _in_float32(D, I, queries, Q, X, k, progress, self, on_gpu=True)
+    gpu_search.release()
+    return D, I
 
 
 def _error(lost, lost_most, q_longest, x_longest):
@@ -157,12 +217,12 @@ def _leave_possible(keys, k, error):
         part[part.view(np.uint64) < least.view(np.uint64)[:, None]] = 0
 
 
-def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None):
+def _best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None, mapped=False):
     """nb.exact_products() of candidates all over the file of X. They are read from it, a part after the other: a map of
     the file would keep in memory what is near them as well. Files of few vectors, and those whose vectors are all looked up
-    (self), are mapped."""
+    (self), are mapped; others if `mapped`, which is quicker where there is memory."""
     D, I = out or (np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32))
-    if self or X.in_memory or X.n < EXACT_BELOW:
+    if self or mapped or X.in_memory or X.n < EXACT_BELOW:
         return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, self, D, I)
     step = max(1, LOOKED_UP // keys.shape[1])
     for i in range(0, len(keys), step):
@@ -199,7 +259,7 @@ def merge_neighbours(D1, I1, D2, I2, k):
 
 
 def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
-    """Add m new nodes to a graph of n existing ones, exactly, in one pass over the existing vectors.
+    """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once.
 
     x_new (m, d), numbered from first_new_number on; x: the n existing nodes, whose lists D, I (n, >= k) are updated
     in place: a new node enters where it is better than the last neighbour. Returns the lists of the new nodes, (m, k),
@@ -212,39 +272,58 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     if not m or not X.n:
         return D_new, I_new
     progress = progress or _silent
+    if _on_gpu(new, X):
+        existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
+        for rows, keys, error in gpu_search.near(existing, on_gpu, I.shape[1] + gpu_search.SPARE,
+                                                 existing.errors_with(on_gpu, _error)):
+            i, j = int(rows[0]), int(rows[-1]) + 1
+            keys[nb.similarities(keys) <= _bar(D, I, i, j, error)[:, None]] = 0
+            _enter(keys, error, X.stretch(i, j), X.factors(slice(i, j)), new, D[i:j], I[i:j], first_new_number)
+            progress("nodes compared with new ones", j, X.n)
+        return nb.merge_lists(D_new, I_new, *_exact_on_gpu(new, X, k, progress, False, on_gpu, existing), k)
     new_lost = np.empty(m, np.float32)
     new_bf = np.concatenate([new.converted(nb.to_bfloat16, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
-    columns = I.shape[1]
     # what stays in doubt is compared with all of X in float32, which is slow where X is large
     keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else MANY_SPARE), X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
-        lost, x = np.empty(j - i, np.float32), X.stretch(i, j)
-        block = nb.to_bfloat16(x, X.factors(slice(i, j)), residual=lost)
+        lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), X.factors(slice(i, j))
+        block = nb.to_bfloat16(x, scale, residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
-        # existing nodes: what may be better than their last neighbour, errors of bfloat16 allowed for
         error = _error(lost, lost_most, X.longest, new.longest)
-        bound = np.where(I[i:j, -1] < 0, np.float32(-np.inf), D[i:j, -1] - error)
-        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(columns + SPARE, m), axis=1)
+        bound = _bar(D, I, i, j, error)
+        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(I.shape[1] + SPARE, m), axis=1)
         nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
-        rows = np.flatnonzero(nb.numbers(keys[:, 0]) >= 0)      # of equal ones, the first makes room
-        if len(rows):
-            keys, x, numbers = np.ascontiguousarray(keys[rows]), x[rows], (i + rows).astype(np.int32)
-            scale = X.factors(numbers)
-            found_D, found_I = nb.exact_products(keys, x, new.arrays, columns, q_scale=scale, x_scale=new.scale)
-            full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < m)
-            unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
-            if len(unsure):
-                found_D[unsure], found_I[unsure] = _float32_knn(
-                    x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, columns)
-            found_I[found_I >= 0] += first_new_number
-            D[numbers], I[numbers] = nb.merge_lists(D[numbers], I[numbers], found_D, found_I, columns)
+        _enter(keys, error, x, scale, new, D[i:j], I[i:j], first_new_number)
         progress("nodes compared with new ones", j, X.n)
     found_D, found_I, unsure = _best_and_unsure(keys_new, _error(new_lost, X_lost_most, new.longest, X.longest), new, X, k)
     if len(unsure):
         found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
+
+
+def _bar(D, I, i, j, error):
+    """What products of nodes i .. j - 1 have to exceed to be among their neighbours D, I, if they err by `error`."""
+    return np.where(I[i:j, -1] < 0, np.float32(-np.inf), D[i:j, -1] - error)
+
+
+def _enter(keys, error, x, scale, new, D, I, first_new_number):
+    """New nodes enter the lists D, I of the nodes x, in place. keys: for each node the new ones that may, as many as there
+    are or all that fit, by products that err by `error`; bars and zeros are none."""
+    columns = I.shape[1]
+    rows = np.flatnonzero(nb.numbers(keys[:, 0]) >= 0)      # the best comes first, or the one that made room for others
+    if not len(rows):
+        return
+    keys, x, scale = np.ascontiguousarray(keys[rows]), x[rows], None if scale is None else scale[rows]
+    found_D, found_I = nb.exact_products(keys, x, new.arrays, columns, q_scale=scale, x_scale=new.scale)
+    full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < new.n)
+    unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
+    if len(unsure):
+        found_D[unsure], found_I[unsure] = _float32_knn(
+            x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, columns)
+    found_I[found_I >= 0] += first_new_number
+    D[rows], I[rows] = nb.merge_lists(D[rows], I[rows], found_D, found_I, columns)
 
 
 # ---- recall
@@ -382,13 +461,13 @@ def cells_reaching(curve, wanted):
 # ---- graphs
 
 def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
-                    checkpoint=None, release=False, sample=None):
+                    checkpoint=None, release=False, sample=None, exact=False):
     """The graph of each vector's k nearest, itself included.
 
-    Sets below EXACT_BELOW are compared whole. Of larger ones, the vectors of each node's nprobe nearest cells are
-    compared with it, and then neighbours of neighbours, or more cells where that is quicker, until recall@k as measured on
-    a sample is reached. Similarities are exact float32 products; those in known lists stay as they are. Deterministic for
-    a seed, whatever the number of threads.
+    Sets below EXACT_BELOW are compared whole, and others if `exact`, for GPUs. Of larger ones, the vectors of each node's
+    nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where that is quicker, until
+    recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known lists stay as they
+    are. Deterministic for a seed, whatever the number of threads.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
     is that of the other nodes.
@@ -402,7 +481,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     vectors = cells.vectors if cells is not None else _vectors(x)
     n = vectors.n
     D, I = out if out is not None else (np.empty((n, k), np.float32), np.empty((n, k), np.int32))
-    if n < EXACT_BELOW and cells is None:
+    if exact or n < EXACT_BELOW and cells is None:
         for array, found in zip((D, I), exact_knn(vectors, vectors, k, progress, self=True)):
             array[:] = found
         return D, I, {"recall": 1.0, "exact": True}
@@ -565,6 +644,8 @@ class Lists:
 
     def restart(self):
         """Empty lists, but for those that were given."""
+        if self.checkpoint is not None:
+            self.checkpoint.give_up()
         self.searched, self.rounds = 0, 0
         if self.n0:
             # further places are for what may be among the k best, not for whatever comes first
@@ -634,12 +715,12 @@ class Lists:
 
     def become_numbers(self, most):
         """The numbers of the best alone, int32 (n, K), -1 for none, in half the memory; the lists are given up."""
+        if self.checkpoint is not None:
+            self.checkpoint.give_up()
         numbers = np.empty((len(self.keys), min(self.K, most)), np.int32)
         for i in range(0, len(numbers), BLOCK):
             numbers[i:i + BLOCK] = nb.numbers(self.best(slice(i, i + BLOCK), most))
         self.keys = None
-        if self.checkpoint is not None:
-            self.checkpoint.keys = None
         return numbers
 
     def recall(self, sample, most):
@@ -664,7 +745,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     """
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors
-    if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW:
+    if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW or all_on_gpu(Q.n, X.n, X.d):
         found = *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
     sample = Sample(Q, X, k, seed, progress, cells=cells)

@@ -1,4 +1,14 @@
+import gc
+import glob
+import os
+
 import pytest
+
+if not glob.glob("/dev/nvidia[0-9]*"):
+    os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported
+
+def pytest_sessionfinish():
+    gc.unfreeze()       # save_features.py freezes all there is, of which Triton complains at the end
 
 
 @pytest.fixture(params=["amx", "avx512", "float32"])

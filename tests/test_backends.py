@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lowshot import backends
-from lowshot.backends import MklGraph, OwnGraph, TorchGraph, choose_backend
+from lowshot.backends import MklGraph, OwnGraph, TorchGraph, TritonGraph, choose_backend
 
 
 @pytest.fixture
@@ -21,19 +21,21 @@ def test_without_a_gpu(monkeypatch):
     assert choose_backend("torch", "auto", 10, 5).device == "cpu"
 
 
-def test_a_gpu_is_taken_where_the_graph_fits(gpu, capsys):
+@pytest.mark.parametrize("triton,kind,too_many", [(None, TorchGraph, 10 ** 7), (True, TritonGraph, 10 ** 8)])
+def test_a_gpu_is_taken_where_the_graph_fits(gpu, capsys, monkeypatch, triton, kind, too_many):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: triton)
     chosen = choose_backend("auto", "auto", 10 ** 6, 30)
-    assert issubclass(chosen, TorchGraph) and chosen.device == "cuda" and not capsys.readouterr().out
-    assert choose_backend("auto", "auto", 10 ** 7, 30) is OwnGraph
-    assert "note: diffusion on the CPU, as 6.00 GB of the GPU's memory do not hold the graph" in capsys.readouterr().out
+    assert chosen.__base__ is kind and chosen.device == "cuda" and not capsys.readouterr().out
+    assert choose_backend("auto", "auto", too_many, 30) is OwnGraph
+    assert "of the GPU's memory do not hold the graph" in capsys.readouterr().out
     for name, device in (("torch", "auto"), ("auto", "cuda"), ("torch", "cuda:0")):         # who asks for it gets it
-        assert issubclass(choose_backend(name, device, 10 ** 7, 30), TorchGraph)
+        assert issubclass(choose_backend(name, device, 10 ** 8, 30), TorchGraph)
     assert choose_backend("own", "auto", 10, 5) is OwnGraph and choose_backend("auto", "cpu", 10, 5) is OwnGraph
 
 
 @pytest.mark.parametrize("name,device,message", [
     ("own", "cuda", "--backend own computes on the CPU, --device is cuda"), ("auto", "cuda:1", "sees 1 GPUs"),
-    ("auto", "tpu", "--device is 'tpu'")])
+    ("auto", "tpu", "--device is 'tpu'"), ("triton", "cpu", "triton computes on a GPU")])
 def test_what_cannot_be(gpu, name, device, message):
     with pytest.raises(ValueError, match=message):
         choose_backend(name, device, 10, 5)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NBG = 3000
@@ -44,6 +45,14 @@ def test_scale(data, tmp_path):
 def test_product(data, tmp_path):
     benchmark("product.py", "--nbg", NBG, "--columns", 40, "--rounds", 2, "--out", tmp_path / "product.md", ddir=data)
     assert "ours, renumbered" in (tmp_path / "product.md").read_text()
+
+
+def test_product_on_a_gpu(data, tmp_path):
+    if torch.cuda.is_available():
+        benchmark("gpu_product.py", "--nbg", NBG, "--columns", 80, "--rounds", 2, "--out", tmp_path / "product.md", ddir=data)
+        assert "ours, renumbered" in (tmp_path / "product.md").read_text()
+    else:
+        assert "sees no GPU" in benchmark("gpu_product.py", "--nbg", NBG, ddir=data, returncode=1)
 
 
 def test_pruning(data):

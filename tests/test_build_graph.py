@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import build_graph
+from lowshot import gpu_search
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
 from lowshot.script import exclusive
@@ -76,7 +77,7 @@ def test_vectors_may_stand_one_folder_up(tmp_path):
 
 def test_by_cells(tmp_path):
     x = make_raw(tmp_path, 4000)
-    done = run(tmp_path, 4000, "--index", "IVF80,Flat", "--k", 10, "--recall", .97)
+    done = run(tmp_path, 4000, "--index", "IVF80,Flat", "--k", 10, "--recall", .97, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     D, I = read_graph(tmp_path, 4000, 16)
     check_list(D, I, x)
@@ -185,11 +186,12 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     from lowshot import knn
     x = make_raw(tmp_path, 3000)
     monkeypatch.setattr(build_graph, "CHECKPOINT_FROM", 1000)
+    monkeypatch.setattr(Checkpoint, "EVERY", 0)
     monkeypatch.setattr(knn, "SEARCH_BLOCK", 1024)
     monkeypatch.setattr(knn, "ROUND", 0)
     monkeypatch.setenv("DDIR", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["build_graph.py", "3000", "--index", "IVF200,Flat", "--k", "16", "--recall", ".95",
-                                      "--dim", str(DIM)])
+                                      "--dim", str(DIM), "--device", "cpu"])
     save = Checkpoint.save
     states = []
 
@@ -198,6 +200,7 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
             states.append((1024, "killed"))
             raise KeyboardInterrupt
         save(self, lists)
+        self.wait()
         states.append((lists.searched, lists.rounds))
         if states.count(states[-1]) == 1 and states[-1] == {"search": (2048, 0), "round": (3000, 1)}.get(stop):
             raise KeyboardInterrupt
@@ -218,7 +221,7 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     assert recall(I, x, 16) > .94 and all(len(set(row)) == 16 for row in I)
 
 
-def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path):
+def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypatch, capsys):
     checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
     keys, *state = checkpoint.open(5, 2, 33)
     assert state == [0, 0, 0] and not keys.any()
@@ -227,8 +230,29 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path):
     class Lists:
         searched, rounds, nprobe = 4, 1, 2
 
+    Lists.keys = keys
     checkpoint.save(Lists)
-    assert Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)[1:] == (4, 1, 2)
+    assert checkpoint.writer is None                    # it is not time yet
+    monkeypatch.setattr(Checkpoint, "EVERY", 0)
+    monkeypatch.setattr(Checkpoint, "PIECE", 24)
+    checkpoint.save(Lists)
+    checkpoint.wait()
+    found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
+    assert state == [4, 1, 2] and np.array_equal(found, keys)
+    # one that is given up, or has no room, leaves the one before
+    keys[:] = 1
+    checkpoint.stopped.set()
+    checkpoint.save(Lists)
+    checkpoint.wait()
+    other = Checkpoint(str(tmp_path / "lists"), [1])
+    other.open(5, 2, 33)
+    with monkeypatch.context() as m:
+        m.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        other.save(Lists)
+        other.wait()
+    assert "note: no copy of the lists was written" in capsys.readouterr().out
+    found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
+    assert state == [4, 1, 2] and found[3, 0] == 7 and sorted(os.listdir(tmp_path)) == ["lists", "lists.json"]
     assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 33)[0].any()
     assert Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 65)[1:] == (0, 0, 0)
     x = make_raw(tmp_path, 40)
@@ -289,7 +313,8 @@ def write_index_of(root, n, d):
     (lambda r: None, [100, "--index", "IVF101,Flat"], "101 lists for 100 vectors"),
     (lambda r: None, [0], "at least 1"),
     (lambda r: None, [100, "--k", 0], "at least 1"),
-    (lambda r: None, [100, "--device", "gpu"], "no GPU"),
+    pytest.param(lambda r: None, [100, "--device", "gpu"], "no GPU",
+                 marks=pytest.mark.skipif(gpu_search.search_device() is not None, reason="there is a GPU")),
 ])
 def test_bad_input_is_one_line(tmp_path, spoil, args, words):
     make_raw(tmp_path, 100)
@@ -344,6 +369,7 @@ def test_an_index_that_gpus_take_or_not(tmp_path, monkeypatch, capsys, fits):
     for name, value in (("get_num_gpus", lambda: 2), ("GpuMultipleClonerOptions", type("Options", (), {})),
                         ("GpuParameterSpace", faiss.ParameterSpace), ("index_cpu_to_all_gpus", to_gpus)):
         monkeypatch.setattr(faiss, name, value, raising=False)
+    monkeypatch.setattr(gpu_search, "search_device", lambda name: None)
     monkeypatch.setenv("DDIR", str(tmp_path))
     words = ["build_graph.py", "1000", "--index", "IVF20,Flat", "--k", "8", "--dim", str(DIM)]
     monkeypatch.setattr(sys, "argv", words)

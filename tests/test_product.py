@@ -37,7 +37,7 @@ def test_product_equals_dense(n, k, ncol):
     graph = SymmetricGraph(I)
     out = aligned_zeros((n, ncol))
     weights = graph.mass()
-    colsum, weighted = graph.product(L, out, scale, weights=weights)
+    colsum, weighted = graph.product(L, out, scale), graph.product(L, out, scale, weights=weights)
     expected = W @ L.astype(np.float64) * scale
     np.testing.assert_allclose(out, expected, rtol=1e-5)
     np.testing.assert_allclose(colsum, expected.sum(axis=0), rtol=1e-6)
