@@ -57,7 +57,7 @@ def arguments():
                         "image reads; the results are the same")
     g.add_argument("--backend", choices=("auto", "own", "triton", "mkl", "torch"), default="auto",
                    help="who multiplies: own and triton are the library's kernels for CPUs and GPUs, mkl and torch general "
-                        "sparse products; auto: triton on a GPU if one holds the graph, else own. The completion goes by it too")
+                        "sparse products; auto: triton on a GPU if one holds the graph, else own. The completion goes by it")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda: where the graph is completed, and where L and "
                                                     "the graph are during the diffusion")
     g = p.add_argument_group("outputs")

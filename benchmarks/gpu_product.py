@@ -110,8 +110,9 @@ def main():
     rows = []
     ways = [(f"ours, {'renumbered' if r else 'order of the files'}, panels of {w}", "triton", w, r, True)
             for w in args.panels for r in (True, False)]
-    ways += [(f"cuSPARSE, {'renumbered' if r else 'order of the files'}, {f'panels of {w}' if w < args.columns else 'all columns'}"
-              f"{', scaling and sums' if full else ''}", "torch", w, r, full)
+    ways += [(f"cuSPARSE, {'renumbered' if r else 'order of the files'}, "
+              f"{f'panels of {w}' if w < args.columns else 'all columns'}{', scaling and sums' if full else ''}",
+              "torch", w, r, full)
              for r in (False, True) for w in (args.columns, 64) for full in (False, True)]
     for name, *way in ways:
         try:

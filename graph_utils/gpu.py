@@ -17,8 +17,8 @@ PIECE = 4096        # neighbours summed before they are added to the rest: a flo
 
 
 @triton.jit
-def _product(indptr, indices, nsingle, L, scale, rows, nrow, weights, out, sums, ncol, ALL: tl.constexpr, WEIGHTED: tl.constexpr,
-             ROWS: tl.constexpr, J: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr):
+def _product(indptr, indices, nsingle, L, scale, rows, nrow, weights, out, sums, ncol, ALL: tl.constexpr,
+             WEIGHTED: tl.constexpr, ROWS: tl.constexpr, J: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     have = column < ncol
