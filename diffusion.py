@@ -131,7 +131,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + knn.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     edges = ENTRIES * k * n
-    on_gpu = getattr(Backend, "device", "cpu") != "cpu"
+    on_gpu = Backend.device != "cpu"
     panels = 0 if on_gpu else 2 * 4 * width * n
     mapped = 4 * dim * nbg
     exact = n - nnovel < knn.EXACT_BELOW or knn.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
@@ -252,6 +252,7 @@ def main():
     from graph_utils import BestClasses
     from lowshot.backends import choose_backend
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
+    from lowshot.gpu_search import search_device
     from lowshot.knn import use_gpu
 
     # ---- which images are labelled, and which are classified
@@ -264,7 +265,7 @@ def main():
     key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, args.k)
-    use_gpu(Backend.search_device())
+    use_gpu(search_device(Backend.device))
     predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None,
                                widest_panel(args.lslice, n, Backend.panel), Backend)
     print_header(args, predicted_memory=size(predicted))

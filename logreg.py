@@ -19,7 +19,6 @@ A run that was killed goes on from its last checkpoint when the same command is 
 """
 import argparse
 import contextlib
-import glob
 import json
 import math
 import os
@@ -38,7 +37,8 @@ from lowshot.evaluate import NO_NOVEL, accuracies  # noqa: E402
 from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number,  # noqa: E402
-                            peak_memory, print_header, provenance, run, size, whole, write_json)
+                            peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
+                            write_json)
 from lowshot.split import labelled_images, load_split, test_images  # noqa: E402
 
 
@@ -248,12 +248,8 @@ class Checkpoint:
             raise ValueError(f"{self.path} is not a state of logreg.py ({e}): delete it to start afresh")
 
     def remove(self):
-        stem = self.path[:-len(".npz")]
-        folder, name = os.path.split(stem)
-        left_behind = os.path.join(glob.escape(folder), f".{glob.escape(name)}.*.tmp.npz")      # by killed processes
-        for path in [self.path, *glob.glob(left_behind)]:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        remove(self.path)
+        remove_left_behind(self.path)
 
 
 def numbers(text):

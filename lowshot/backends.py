@@ -2,6 +2,7 @@
 
 Each backend is a SymmetricGraph with these operations on panels of L, float32 (n, ncol), kept where it computes:
 
+    device                                        where it computes, for torch
     panel                                         columns of a panel that it is quickest with
     follows                                       whether to find the rows that labels have reached takes less time than
                                                   all of them
@@ -12,7 +13,6 @@ Each backend is a SymmetricGraph with these operations on panels of L, float32 (
     neighbour_sums(test_I, L, scale, scores)      see graph_utils.neighbour_sums; into a numpy array
     read(L, rows, scale)                          rows of L * scale as a numpy array
 """
-import glob
 import importlib.util
 
 import numpy as np
@@ -27,7 +27,7 @@ ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutu
 class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
 
-    panel, entry_bytes, follows = PANEL, 4, True
+    device, panel, entry_bytes, follows = "cpu", PANEL, 4, True
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
@@ -44,11 +44,6 @@ class OwnGraph(SymmetricGraph):
 
     def free_memory(self):
         return available_memory()
-
-    @classmethod
-    def search_device(cls):
-        """The torch device that knn.use_gpu() is to have."""
-
 
 class MklGraph(OwnGraph):
     """MKL's product with an array of values: the paper's way, kept for comparison."""
@@ -121,10 +116,6 @@ class TorchGraph(SymmetricGraph):
         return available_memory()
 
     @classmethod
-    def search_device(cls):
-        return gpu_search.search_device(cls.device)
-
-    @classmethod
     def fits(cls, n, k):
         """Whether W of n nodes with k neighbours and the narrowest panels fit in the device's memory."""
         return cls.on_device * ENTRIES * k * n + 16 * n + 2 * 4 * 16 * n < cls.free_memory()
@@ -139,19 +130,21 @@ class TritonGraph(TorchGraph):
         from graph_utils import gpu
         self.gpu = gpu
         self.csr = [self._tensor(a) for a in (self.indptr, self.indices, self.nsingle)]
-        self.weights = self.test_I = None, None         # as they were given, and on the device
+        self.kept = {}
+
+    def _kept(self, name, a):
+        """The array on the device, where it stays until another of this name is asked for."""
+        if self.kept.get(name, (None,))[0] is not a:
+            self.kept[name] = a, self._tensor(a)
+        return self.kept[name][1]
 
     def product(self, L, out, scale, rows=None, weights=None):
-        if weights is not None and self.weights[0] is not weights:
-            self.weights = weights, self._tensor(weights)
         rows = None if rows is None else self._tensor(rows)
-        sums = self.gpu.product(*self.csr, L, self._tensor(scale), rows, None if weights is None else self.weights[1], out)
-        return sums.cpu().numpy()
+        weights = None if weights is None else self._kept("weights", weights)
+        return self.gpu.product(*self.csr, L, self._tensor(scale), rows, weights, out).cpu().numpy()
 
     def neighbour_sums(self, test_I, L, scale, scores):
-        if self.test_I[0] is not test_I:
-            self.test_I = test_I, self._tensor(test_I)
-        scores[:] = self.gpu.neighbour_sums(self.test_I[1], L, self._tensor(scale)).cpu().numpy()
+        scores[:] = self.gpu.neighbour_sums(self._kept("test_I", test_I), L, self._tensor(scale)).cpu().numpy()
 
 
 def torch_device(name):
@@ -173,11 +166,7 @@ def choose_backend(name, device, n, k):
     neighbours fits in its memory, else the own kernel."""
     choose = name == device == "auto"
     if device == "auto":
-        device = "cpu"
-        # importing torch takes longer than a small run: only where there may be a GPU
-        if name in ("auto", "torch", "triton") and glob.glob("/dev/nvidia[0-9]*"):
-            import torch
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if name in ("auto", "torch", "triton") and gpu_search.gpu_available() else "cpu"
     if device != "cpu":
         device = torch_device(device)
     if name == "auto":

@@ -18,13 +18,19 @@ GPU_LIBRARIES = 900e6       # bytes of the host's memory that torch and CUDA tak
 LONGEST = 100.0             # norms beyond this are left to the CPU: float16 ends at 65504
 
 
+def gpu_available():
+    """Whether torch sees a GPU. It is imported only where there may be one: that takes longer than a small run."""
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        return False
+    import torch
+    return torch.cuda.is_available()
+
+
 def search_device(name="auto"):
     """The torch device on which "auto", "cuda" or "cuda:0" searches, or None if that is the CPU."""
-    if name == "cpu" or not glob.glob("/dev/nvidia[0-9]*") or not importlib.util.find_spec("triton"):
+    if name == "cpu" or not importlib.util.find_spec("triton") or not gpu_available():
         return None
     import torch
-    if not torch.cuda.is_available():
-        return None
     return torch.device("cuda" if name == "auto" else name)
 
 

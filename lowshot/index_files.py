@@ -1,6 +1,5 @@
 """Files of the background's graph as they are written: the Faiss index, and what lets a killed run go on."""
 import contextlib
-import glob
 import os
 import struct
 import threading
@@ -12,7 +11,7 @@ from graph_utils import aligned_zeros
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, read_into, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import allocate, log, read_json, remove, whole, write_json
+from lowshot.script import allocate, log, read_json, remove, remove_left_behind, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average
@@ -140,10 +139,7 @@ class Checkpoint:
         with contextlib.suppress(OSError, ValueError):
             state = read_json(self.state_path)
         keys = aligned_zeros((n, K), np.int64)
-        folder, name = os.path.split(os.path.abspath(self.path))
-        stem, extension = os.path.splitext(name)
-        for left_behind in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(stem)}.*.tmp{extension}")):
-            remove(left_behind)         # by a killed process
+        remove_left_behind(self.path)
         if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
                 and os.path.getsize(self.path) == keys.nbytes:
             with open(self.path, "rb") as f:

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -141,16 +142,21 @@ def clock(seconds):
     return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02d}m"
 
 
+def _temporary(path, process):
+    folder, name = os.path.split(os.path.abspath(path))
+    stem, extension = os.path.splitext(name)
+    return os.path.join(folder, f".{stem}.{process}.tmp{extension}")
+
+
 @contextlib.contextmanager
 def whole(path):
     """Yield a temporary name beside `path`; rename to `path` if the block ends well, remove it otherwise.
 
     So a file under its own name is always complete. The temporary name keeps the extension and ends in .tmp before it.
     """
-    folder, name = os.path.split(os.path.abspath(path))
+    temporary = _temporary(path, os.getpid())
+    folder = os.path.dirname(temporary)
     os.makedirs(folder, exist_ok=True)
-    stem, extension = os.path.splitext(name)
-    temporary = os.path.join(folder, f".{stem}.{os.getpid()}.tmp{extension}")
     try:
         open(temporary, "wb").close()       # where that fails, libraries would say so in their own ways
         yield temporary
@@ -165,6 +171,12 @@ def whole(path):
             raise OSError(f"{path} could not be written, the disk has {size(shutil.disk_usage(folder).free)} free ({text})") from e
         raise
     finally:
+        remove(temporary)
+
+
+def remove_left_behind(path):
+    """Remove what processes that were killed while they wrote `path` left of it."""
+    for temporary in glob.glob(_temporary(glob.escape(path), "*")):
         remove(temporary)
 
 
