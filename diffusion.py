@@ -32,6 +32,8 @@ from lowshot.script import (Parser, Progress, allocate, check_outputs, log, numb
                             run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
+AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
+
 
 def arguments():
     p = Parser(__doc__)
@@ -119,8 +121,8 @@ def panels(is_novel, width):
 def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     """Peak memory of this process in bytes: the largest of its steps.
 
-    The completion maps the background's file, whose pages count as well, although the system may drop them; so do further
-    runs if it is small.
+    The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
+    an exact search for novel images looks up.
     """
     from graph_utils.neighbours import words
     from lowshot import knn
@@ -135,7 +137,8 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     panels = 0 if on_gpu else 2 * 4 * width * n
     mapped = 4 * dim * nbg
     exact = n - nnovel < knn.EXACT_BELOW or knn.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
-    steps = {"add novel images": vectors + blocks + lists + (mapped if exact else 0),
+    looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
+    steps = {"add novel images": vectors + blocks + lists + (looked_up if exact else 0),
              "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored:

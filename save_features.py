@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import gc
 import hashlib
+import itertools
 import mmap
 import os
 import signal
@@ -78,8 +79,9 @@ def main():
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
 
-    if device == "cpu":
-        torch.set_num_threads(1)            # each worker thread runs the network by itself: none waits for another
+    # each worker thread runs the network by itself, and beside processes that decode on all cores copies by many threads
+    # wait for the last of them: in both cases none is to wait for another
+    torch.set_num_threads(1)
     with FeatureWriter(args.outfile, n, d, images.labels(i0, i1), origin, args.overwrite) as out:
         if out.done:
             log(f"going on at image {i0 + out.done}: {out.done} of {n} were done")
@@ -137,7 +139,7 @@ def arguments():
                        "workers (default: of the configuration, on a GPU four times as many)")
     group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
                        "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
-                       "CPU)")
+                       "CPU, but for one that feeds the GPU)")
     return parser.parse_args()
 
 
@@ -151,8 +153,8 @@ def choose_device(name):
 
 
 def choose_workers(workers, device):
-    """Number of worker threads (CPU) or loading processes (GPU): as many as there are CPUs, unless given."""
-    return workers or len(os.sched_getaffinity(0))
+    """Number of worker threads (CPU), one per CPU unless given, or of loading processes (GPU), which leave one CPU to this."""
+    return workers or max(1, len(os.sched_getaffinity(0)) - (device != "cpu"))
 
 
 def block(args, length):
@@ -299,7 +301,7 @@ def features_of(batch, extract):
 
 
 def save_all(stream, black, out, i0):
-    """Write the features of all batches, one batch behind the network. black: features of a black image, (d,)."""
+    """Write the features of all batches, by a thread, one batch behind the network. black: features of a black image, (d,)."""
     def write(features, state, faults):
         x = np.empty((len(state), out.d), np.float32) if features is None else features().copy()
         x[state != 0] = black
@@ -313,16 +315,14 @@ def save_all(stream, black, out, i0):
             out.notes.setdefault("fault", faults[0])
         out.write(x, state == 0)
 
-    waiting = None
-    with Progress(out.n, "images", out.done) as progress:
-        for batch in stream:
-            if waiting is not None:
-                write(*waiting)
+    waiting = written = None
+    with Progress(out.n, "images", out.done) as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:
+        for batch in itertools.chain(stream, [None, None]):
+            if written is not None:
+                written.result()
                 progress.update(out.done)
+            written = waiting and writer.submit(write, *waiting)
             waiting = batch
-        if waiting is not None:
-            write(*waiting)
-            progress.update(out.done)
 
 
 def report_unreadable(out, i0, images):

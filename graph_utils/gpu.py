@@ -13,6 +13,7 @@ import triton.language as tl
 
 ROWS = 4            # of a program
 AT_ONCE = 512       # numbers that a program reads at a time: four float4 for each thread of its warp
+SUMMED = 512        # sums of programs that another adds up
 PIECE = 4096        # neighbours summed before they are added to the rest: a float loses what is small beside it
 
 
@@ -48,6 +49,18 @@ def _product(indptr, indices, nsingle, L, scale, rows, nrow, weights, out, sums,
             x *= tl.load(weights + row)
         total += x
     tl.store(sums + block * C + column, total)
+
+
+@triton.jit
+def _add_up(sums, n, out, R: tl.constexpr, J: tl.constexpr, C: tl.constexpr):
+    # torch, asked for sums in float64, first writes the numbers in float64
+    begin = tl.program_id(0).to(tl.int64) * R
+    column = tl.arange(0, C)
+    j = tl.arange(0, J)
+    total = tl.zeros([J, C], tl.float64)
+    for i in range(begin, tl.minimum(begin + R, n), J):
+        total += tl.load(sums + (i + j)[:, None] * C + column[None, :], (i + j < n)[:, None], 0.0)
+    tl.store(out + tl.program_id(0) * C + column, tl.sum(total, 0))
 
 
 @triton.jit
@@ -94,7 +107,11 @@ def product(indptr, indices, nsingle, L, scale, rows, weights, out):
         _product[(blocks,)](indptr, indices, nsingle, L, scale, indptr if rows is None else rows, nrow,
                             scale if weights is None else weights, out, sums, ncol, rows is None, weights is not None, ROWS, J,
                             C, PIECE, num_warps=1)
-    return sums[:, :ncol].sum(0, dtype=torch.float64)
+    parts = triton.cdiv(blocks, SUMMED)
+    total = torch.empty((parts, C), dtype=torch.float64, device=L.device)
+    if parts:
+        _add_up[(parts,)](sums, blocks, total, SUMMED, J, C)
+    return total[:, :ncol].sum(0)
 
 
 @on_device_of_first
