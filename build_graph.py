@@ -21,7 +21,7 @@ import time
 
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
 from lowshot.layout import DataDir, padded_to_power_of_two
-from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, remove, run,
+from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, read_json, remove, run,
                             size, whole, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
@@ -77,6 +77,7 @@ def main():
     if args.device == "gpu" and not gpus and not all_on_gpu:
         raise ValueError(NO_GPU)
     path_I, path_D = ddir.graph(n, k)
+    record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
     with exclusive(ddir.index(n)), knn.show_progress() as progress:
@@ -93,12 +94,12 @@ def main():
             check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
             if os.path.exists(ddir.index(n)):
                 checked_index(ddir.index(n), vectors)
-                log(f"{path_I} is complete, nothing to do (--overwrite makes it again)")
+                log(f"{path_I} is complete{lower_recall(record_path, args.recall)}, nothing to do (--overwrite makes it again)")
                 return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
-            log(f"{path_I} is complete, and kept (--overwrite makes it again)")
+            log(f"{path_I} is complete{lower_recall(record_path, args.recall)}, and kept (--overwrite makes it again)")
             return
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
         own_search = cells is not None or isinstance(index, faiss.IndexFlat)
@@ -127,9 +128,8 @@ def main():
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
-    write_json(ddir.log("build_graph", f"ndis{n}_k{k}.json"),
-               {**provenance(args), **info, "products": knn.nb.products(), "seconds": seconds, "peak_memory": peak_memory(),
-                "predicted_memory": predicted})
+    write_json(record_path, {**provenance(args), **info, "products": knn.nb.products(), "seconds": seconds,
+                             "peak_memory": peak_memory(), "predicted_memory": predicted})
 
 
 def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False):
@@ -139,14 +139,24 @@ def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False):
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
     libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, 2440 * min(n, 65536)
-    if n < knn.EXACT_BELOW:         # the index, vectors in bfloat16, candidates; then similarities
+    if n < knn.EXACT_BELOW:         # the index and its vectors; or these in bfloat16, candidates, then similarities
         K = k + knn.SPARE
-        return int(libraries + vectors + 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k)))
+        searched = 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k))
+        return int(libraries + max(2 * vectors, searched))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
     rounds = in_bytes + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
     similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
     return int(libraries + blocks + max(rounds, similarities))
+
+
+def lower_recall(record_path, wanted):
+    """Words for a stored graph whose record tells of a lower recall than is wanted now; "" otherwise."""
+    try:
+        recall = float(read_json(record_path)["recall"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""               # it came without a record that tells
+    return f" (note: with recall {recall:.3f}, --recall is {wanted:g})" if recall < wanted else ""
 
 
 def checked_index(path, vectors):

@@ -20,15 +20,16 @@ accuracy over all test images and over those of the novel classes. "iter 2/20" i
     python diffusion.py --mode val --nlabeled 5 --seed 1 --nbg 0 --k 30 --niter 40
 """
 import contextlib
-import mmap
+import os
+import tempfile
 import time
 
 import numpy as np
 
 from lowshot.evaluate import NO_NOVEL, accuracies
-from lowshot.features import FeatureFile
+from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, check_outputs, log, number, peak_memory, print_header, provenance,
+from lowshot.script import (Parser, Progress, check_outputs, log, number, peak_memory, print_header, provenance,
                             run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
@@ -195,18 +196,41 @@ def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=Tr
 
 
 class StoredL:
-    """L after one iteration, a float32 .npy file (nodes, classes), written a panel at a time."""
+    """L after one iteration, a float32 .npy file (nodes, classes).
+
+    Panels are written one after the other to a file without a name, and from there side by side: in their places at once, each
+    page of a file larger than the memory would be read and written for every panel.
+    """
+
+    ROWS = 1 << 15      # at a time
 
     def __init__(self, path, shape, stack):
+        self.shape, self.classes = shape, []
         temporary = stack.enter_context(whole(path))
-        self.map = np.lib.format.open_memmap(temporary, "w+", np.float32, shape=shape)
-        allocate(temporary)
-        stack.callback(self.map.flush)
+        self.file = stack.enter_context(open(temporary, "wb"))
+        self.panels = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(temporary)))
+        np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for f in (self.file, self.panels):      # a full disk is told now
+            os.posix_fallocate(f.fileno(), f.tell(), 4 * shape[0] * shape[1])
 
     def write(self, classes, rows, W, L, scale):
-        for i in range(0, len(rows), 65536):
-            self.map[i:i + 65536, classes] = W.read(L, rows[i:i + 65536], scale)[:, :len(classes)]
-            self.map._mmap.madvise(mmap.MADV_DONTNEED)      # these pages would count as this process's memory
+        self.classes.append(classes)
+        for i in range(0, len(rows), self.ROWS):
+            self.panels.write(np.ascontiguousarray(W.read(L, rows[i:i + self.ROWS], scale)[:, :len(classes)], "<f4"))
+
+    def finish(self):
+        n, C = self.shape
+        self.panels.flush()
+        with Progress(n, "rows of L written") as progress:
+            for i in range(0, n, self.ROWS):
+                rows, start = np.empty((min(self.ROWS, n - i), C), "<f4"), 0
+                for classes in self.classes:
+                    panel = np.empty((len(rows), len(classes)), "<f4")
+                    read_into(self.panels.fileno(), panel, 4 * (start + i * len(classes)), "the file of panels of L")
+                    rows[:, classes] = panel
+                    start += n * len(classes)
+                self.file.write(rows)
+                progress.update(i + len(rows))
 
 
 def stored_iterations(args):
@@ -311,25 +335,27 @@ def main():
     scores = np.empty((nt, width), np.float32)
     with contextlib.ExitStack() as stack:
         stored = {i: StoredL(f"{args.storeLname}_iter{i}.npy", (n, C), stack) for i in store_at}
-        progress = stack.enter_context(Progress(len(pieces) * (args.niter + 1), "iterations of panels"))
-        for classes in pieces:
-            column = np.full(C, -1)
-            column[classes] = np.arange(len(classes))
-            mine = column[labels] >= 0
-            ncol = -(-len(classes) // 16) * 16
-            panel, other, s = (a.reshape(-1)[:len(a) * ncol].reshape(-1, ncol) for a in (L, out, scores))
+        with Progress(len(pieces) * (args.niter + 1), "iterations of panels") as progress:
+            for classes in pieces:
+                column = np.full(C, -1)
+                column[classes] = np.arange(len(classes))
+                mine = column[labels] >= 0
+                ncol = -(-len(classes) // 16) * 16
+                panel, other, s = (a.reshape(-1)[:len(a) * ncol].reshape(-1, ncol) for a in (L, out, scores))
 
-            def report(i, L, scale):
-                W.neighbour_sums(test_I, L, scale, s)
-                best[i].update(s[:, :len(classes)], classes)
-                if i in stored:
-                    stored[i].write(classes, stored_order, W, L, scale)
-                if examples and i == args.niter:
-                    examples.update(s, classes, best[i].classes[:, 0], W, L, scale, test_I)
-                progress.advance()
+                def report(i, L, scale):
+                    W.neighbour_sums(test_I, L, scale, s)
+                    best[i].update(s[:, :len(classes)], classes)
+                    if i in stored:
+                        stored[i].write(classes, stored_order, W, L, scale)
+                    if examples and i == args.niter:
+                        examples.update(s, classes, best[i].classes[:, 0], W, L, scale, test_I)
+                    progress.advance()
 
-            diffuse(W, seeds[mine], column[labels[mine]], panel, other, args.niter,
-                    None if args.niter in store_at else test_nodes, mass, report, not args.noprune)
+                diffuse(W, seeds[mine], column[labels[mine]], panel, other, args.niter,
+                        None if args.niter in store_at else test_nodes, mass, report, not args.noprune)
+        for one in stored.values():
+            one.finish()
     steps.done(f"diffusion, {args.niter} iterations")
 
     # ---- accuracy

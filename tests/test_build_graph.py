@@ -341,6 +341,16 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     assert done.returncode == 0 and "and kept" in done.stdout and index.exists()
 
 
+def test_a_stored_graph_of_lower_recall_is_named(tmp_path):
+    make_raw(tmp_path, 1000)
+    assert run(tmp_path, 1000, "--k", 8, "--index", "IVF40,Flat", "--nprobe", 1).returncode == 0
+    assert "note: with recall 0." in run(tmp_path, 1000, "--k", 8).stdout
+    assert "note" not in run(tmp_path, 1000, "--k", 8, "--recall", 0.01).stdout
+    (tmp_path / "logs" / "build_graph" / "ndis1000_k8.json").write_text("[]")
+    done = run(tmp_path, 1000, "--k", 8)
+    assert done.returncode == 0 and "nothing to do" in done.stdout and "note" not in done.stdout
+
+
 @pytest.mark.parametrize("index", ["Flat", "IVF20,Flat"])
 def test_a_graph_of_other_vectors_is_not_taken_for_complete(tmp_path, index):
     make_raw(tmp_path, 300)

@@ -1,4 +1,5 @@
 """diffusion.py, run as a user runs it, against the method in dense float64 on the same files."""
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 
 import reference
 from data_directory import make_data_directory, read_features
+from diffusion import StoredL
 from graph_utils import has_mkl
 from lowshot.packages import faiss
 from lowshot import split as class_split
@@ -111,6 +113,25 @@ def test_stored_L_equals_the_dense_one(ddir, tmp_path):
             L = np.load(tmp_path / f"L_iter{i}.npy")
             np.testing.assert_allclose(L, Ls[i], rtol=1e-5, atol=1e-12, err_msg=f"{extra}, iteration {i}")
         assert not list(tmp_path.glob(".*"))
+
+
+def test_stored_L_in_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(StoredL, "ROWS", 64)
+    rs = np.random.RandomState(0)
+    L, rows = rs.rand(1000, 37).astype(np.float32), rs.permutation(1000)
+    panels = np.split(rs.permutation(37), [16, 17, 33])
+
+    class W:
+        def read(panel, rows, scale):
+            return panel[rows] * scale
+
+    with contextlib.ExitStack() as stack:
+        stored = StoredL(str(tmp_path / "L.npy"), L.shape, stack)
+        for classes in panels:
+            stored.write(classes, rows, W, np.pad(L[:, classes], ((0, 0), (0, 3))), np.float32(2))
+        stored.finish()
+    np.testing.assert_array_equal(np.load(tmp_path / "L.npy"), 2 * L[rows])
+    assert os.listdir(tmp_path) == ["L.npy"]
 
 
 def test_figures_depend_on_neither_slices_cache_nor_order_of_runs(ddir):
