@@ -79,8 +79,8 @@ def main():
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
 
-    # each worker thread runs the network by itself, and beside processes that decode on all cores copies by many threads
-    # wait for the last of them: in both cases none is to wait for another
+    # on a CPU each worker thread runs the network by itself; and where processes decode on all cores, threads that share a copy
+    # to the GPU would wait for the last of them
     torch.set_num_threads(1)
     with FeatureWriter(args.outfile, n, d, images.labels(i0, i1), origin, args.overwrite) as out:
         if out.done:
@@ -153,7 +153,7 @@ def choose_device(name):
 
 
 def choose_workers(workers, device):
-    """Number of worker threads (CPU), one per CPU unless given, or of loading processes (GPU), which leave one CPU to this."""
+    """Number of worker threads, one per CPU unless given, or, with a GPU, of processes, which leave a CPU to this one."""
     return workers or max(1, len(os.sched_getaffinity(0)) - (device != "cpu"))
 
 
@@ -301,7 +301,7 @@ def features_of(batch, extract):
 
 
 def save_all(stream, black, out, i0):
-    """Write the features of all batches, by a thread, one batch behind the network. black: features of a black image, (d,)."""
+    """Write the features of all batches: a thread does, one batch behind the network. black: those of a black image, (d,)."""
     def write(features, state, faults):
         x = np.empty((len(state), out.d), np.float32) if features is None else features().copy()
         x[state != 0] = black
