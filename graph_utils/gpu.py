@@ -13,7 +13,7 @@ import triton.language as tl
 
 ROWS = 4            # of a program
 AT_ONCE = 512       # numbers that a program reads at a time: four float4 for each thread of its warp
-SUMMED = 512        # sums of programs that another adds up
+SUMMED = 512        # sums of programs that another adds up, a multiple of 32
 PIECE = 4096        # neighbours summed before they are added to the rest: a float loses what is small beside it
 
 
