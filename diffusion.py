@@ -202,7 +202,7 @@ class StoredL:
     page of a file larger than the memory would be read and written for every panel.
     """
 
-    ROWS = 1 << 15      # at a time
+    ROWS = 1 << 13      # at a time
 
     def __init__(self, path, shape, stack):
         self.shape, self.classes = shape, []
