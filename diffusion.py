@@ -69,7 +69,7 @@ def arguments():
     g.add_argument("--storeLname", metavar="PREFIX",
                    help="store L as PREFIX_iter{i}.npy, float32 (nodes, classes): the labelled images first, base "
                         "classes before novel ones, then the background; each column divided by its sum after the "
-                        "first iteration")
+                        "first iteration. Takes twice its size of disk while it is written")
     g.add_argument("--storeLiters", metavar="I,J,...", type=iteration_list,
                    help="numbers of iterations after which L is stored (default: the last)")
     g.add_argument("--storeexamples", metavar="FILE.npz",
