@@ -87,6 +87,7 @@ def main():
         vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
         complete = os.path.exists(path_I)       # D gets its name first
         if complete:
+            is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
             for path in (path_I, path_D):
                 have = os.path.getsize(path) if os.path.exists(path) else 0
                 if have != 4 * n * k:
@@ -94,12 +95,12 @@ def main():
             check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
             if os.path.exists(ddir.index(n)):
                 checked_index(ddir.index(n), vectors)
-                log(f"{path_I} is complete{lower_recall(record_path, args.recall)}, nothing to do (--overwrite makes it again)")
+                log(f"{is_complete}, nothing to do (--overwrite makes it again)")
                 return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
-            log(f"{path_I} is complete{lower_recall(record_path, args.recall)}, and kept (--overwrite makes it again)")
+            log(f"{is_complete}, and kept (--overwrite makes it again)")
             return
         identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
         own_search = cells is not None or isinstance(index, faiss.IndexFlat)

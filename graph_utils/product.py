@@ -128,10 +128,10 @@ class SymmetricGraph:
                 raise ValueError("a row number is out of range")
         if weights is not None and (weights.shape != (self.n,) or weights.dtype != np.float32):
             raise ValueError(f"weights is {weights.dtype} {weights.shape}, float32 ({self.n},) expected")
-        colsum, weighted = np.empty((2, L.shape[1]), np.float64)
+        colsum = np.empty(L.shape[1], np.float64)
         core.product(self.n, self.indptr, self.indices, self.nsingle, L.shape[1], L, scale,
-                     0 if rows is None else len(rows), rows, weights, out, colsum, weighted)
-        return colsum if weights is None else weighted
+                     0 if rows is None else len(rows), rows, weights, out, colsum)
+        return colsum
 
 
 def neighbour_sums(I, L, scale=None, scores=None):

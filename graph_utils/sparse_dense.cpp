@@ -73,12 +73,12 @@ __attribute__((noinline)) Row<NV> sum_of_many(const int32_t* indices, int64_t be
 }
 
 // Columns are NV vectors wide, so that the accumulators of a row live in registers. Sums over rows are kept in float for
-// a few rows only. weights: null, or n factors of the second sums.
+// a few rows only. weights: null, or n factors of the rows in these sums.
 template <int NV>
 void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, const Vector* L,
                   const Vector* scale, int64_t nnz, const int32_t* rows, int64_t i0, int64_t i1, Vector* out,
-                  const float* weights, double* colsum, double* weighted) {
-    Vector sums[NV] = {}, wsums[NV] = {};
+                  const float* weights, double* colsum) {
+    Vector sums[NV] = {};
     for (int64_t r = i0; r < i1; r++) {
         const int64_t i = rows ? rows[r] : r;
         const int64_t begin = indptr[i], end = indptr[i + 1], middle = begin + nsingle[i];
@@ -113,15 +113,15 @@ void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* 
         for (int v = 0; v < NV; v++) {
             const Vector x = (one[v] + two[v] + two[v]) * factor * scale[v];
             out[i * NV + v] = x;
-            sums[v] += x;
-            if (weights) wsums[v] += x * weights[i];
+            if (weights)
+                sums[v] += x * weights[i];
+            else
+                sums[v] += x;
         }
         if ((r - i0) % 64 == 63 || r == i1 - 1)
             for (int v = 0; v < NV; v++) {
                 for (int c = 0; c < 16; c++) colsum[v * 16 + c] += sums[v][c];
-                if (weights)
-                    for (int c = 0; c < 16; c++) weighted[v * 16 + c] += wsums[v][c];
-                sums[v] = wsums[v] = Vector{};
+                sums[v] = Vector{};
             }
     }
 }
@@ -247,7 +247,7 @@ void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, con
 
 void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t ncol,
              const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,
-             double* colsum, double* weighted) {
+             double* colsum) {
     if (ncol < 16 || ncol > 64 || ncol % 16) throw std::invalid_argument("ncol must be 16, 32, 48 or 64");
     if ((reinterpret_cast<uintptr_t>(L) | reinterpret_cast<uintptr_t>(out)) % 64)
         throw std::invalid_argument("L and out must be aligned to 64 bytes");
@@ -258,20 +258,15 @@ void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int
     const int64_t count = rows ? nrow : n;
     const int64_t nblock = (count + kBlock - 1) / kBlock;
     // sums per block of rows, added in the order of the blocks: the same for any number of threads
-    std::vector<double> partial(nblock * 2 * ncol);
+    std::vector<double> partial(nblock * ncol);
     auto kernel = NV == 1 ? product_rows<1> : NV == 2 ? product_rows<2> : NV == 3 ? product_rows<3> : product_rows<4>;
     parallel_blocks(count, kBlock, [&](int64_t i0, int64_t i1) {
         kernel(indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
-               nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * 2 * ncol,
-               partial.data() + (i0 / kBlock * 2 + 1) * ncol);
+               nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * ncol);
     });
     std::fill(colsum, colsum + ncol, 0.0);
-    if (weights) std::fill(weighted, weighted + ncol, 0.0);
     for (int64_t b = 0; b < nblock; b++)
-        for (int64_t c = 0; c < ncol; c++) {
-            colsum[c] += partial[b * 2 * ncol + c];
-            if (weights) weighted[c] += partial[(b * 2 + 1) * ncol + c];
-        }
+        for (int64_t c = 0; c < ncol; c++) colsum[c] += partial[b * ncol + c];
 }
 
 void mass(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, float* out) {

@@ -41,13 +41,12 @@ void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, con
 // L        in   n x ncol
 // scale    in   ncol factors, or null for ones
 // rows     in   nrow row numbers to compute, or null for all n (then nrow = n); other rows of out are left as they are
-// weights  in   n factors, or null
+// weights  in   n factors of the rows in the column sums, or null for ones
 // out      out  n x ncol, not L
 // colsum   out  ncol sums of out over the rows computed
-// weighted out  ncol sums of out over these rows, each times its weight; untouched if weights is null
 void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t ncol,
              const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,
-             double* colsum, double* weighted);
+             double* colsum);
 
 // out = 1^T diag(1 / row sums of W) W, n numbers: with them as weights, one product gives the column sums of the next.
 void mass(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, float* out);
