@@ -403,9 +403,10 @@ void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* 
         std::iota(numbers.begin(), numbers.end(), 0);
     }
     const int64_t stride = Kernel::Format::stride(np);
-    // few queries are divided among the threads; many go in groups whose lists stay in cache
-    const int64_t share = (nq / omp_get_max_threads() + kTile) / kTile * kTile;
-    parallel_blocks<Scanner<Kernel>>(nq, std::min(kGroup, share), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
+    // as many equal groups for each thread as it takes for their lists to stay in cache
+    const int64_t threads = omp_get_max_threads(), groups = threads * (nq / (threads * kGroup) + 1);
+    const int64_t share = (nq / groups + kTile) / kTile * kTile;
+    parallel_blocks<Scanner<Kernel>>(nq, share, [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
         scanner.lists.start(i1 - i0, K);
         if (bound) std::copy(bound + i0, bound + i1, scanner.lists.worst.begin());
         for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);
@@ -854,7 +855,7 @@ void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64
     });
 }
 
-void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out) {
+void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
     if (d > 4 * np) throw std::invalid_argument("to_bytes: more elements than fit");
     parallel_blocks<Nothing>(n, 1024, [&](int64_t i0, int64_t i1, Nothing&) {
@@ -865,17 +866,21 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
             for (int64_t j = 0; j < d; j++) most = std::max(most, std::fabs(row[j] * factor));
             const float step = most / 127;
             const float inverse = step >= std::numeric_limits<float>::min() ? 1 / step : 0;
+            const float s = inverse ? step : 0;
             uint8_t* o = (uint8_t*)(out + i * tiles::Bytes::stride(np));
+            float lost = 0;
             for (int64_t j = 0; j < d; j++) {
                 // adding 1.5 2^23 rounds to a whole number, which then stands in the lowest bits
-                const float rounded = row[j] * factor * inverse + (12582912.0f + 128.0f);
+                const float value = row[j] * factor, rounded = value * inverse + (12582912.0f + 128.0f);
                 uint32_t bits;
                 std::memcpy(&bits, &rounded, 4);
                 o[j] = (uint8_t)bits;
+                const float rest = value - s * (rounded - (12582912.0f + 128.0f));
+                lost += rest * rest;
             }
             std::fill(o + d, o + 4 * np, (uint8_t)128);
-            const float s = inverse ? step : 0;
             std::memcpy(o + 4 * np, &s, 4);
+            if (residual) residual[i] = std::sqrt(lost);
         }
     });
 }

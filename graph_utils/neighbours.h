@@ -28,8 +28,8 @@ void use_products(const std::string& name);
 // x n x d; scale n or null; out n x np words; residual n or null
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual);
 
-// out = x * scale in bytes, n x (np + 1) words
-void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out);
+// The same in bytes, out n x (np + 1) words
+void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual);
 
 // The K best of base vectors first .. first + nb - 1 for each query, joined with what keys held.
 //

@@ -58,18 +58,23 @@ def words_of_bytes(d):
     return max(1, -(-d // 64)) * 16 + 1
 
 
-def to_bytes(x, scale=None):
+def _check_factors(n, scale, residual):
+    for array, name in ((scale, "scale"), (residual, "residual")):
+        if array is not None:
+            _check(array, np.float32, (n,), name)
+
+
+def to_bytes(x, scale=None, residual=None):
     """x float32 (n, d), each row times scale (n,) if given, as int32 (n, words_of_bytes(d)).
 
     A row has 255 levels, evenly spaced from its largest element to the opposite of it. Products err by about .0006 of the
-    norms where elements are alike in size.
+    norms where elements are alike in size. residual: as of to_bfloat16.
     """
     x = np.ascontiguousarray(x, np.float32)
     n, d = x.shape
     out = np.empty((n, words_of_bytes(d)), np.int32)
-    if scale is not None:
-        _check(scale, np.float32, (n,), "scale")
-    core.to_bytes(n, d, x, scale, words_of_bytes(d) - 1, out)
+    _check_factors(n, scale, residual)
+    core.to_bytes(n, d, x, scale, words_of_bytes(d) - 1, out, residual)
     return out
 
 
@@ -95,9 +100,7 @@ def to_bfloat16(x, scale=None, out=None, residual=None):
     if out is None:
         out = aligned_zeros((n, words(d)), np.int32)
     _check(out, np.int32, (n, words(d)), "out")
-    for array, name in ((scale, "scale"), (residual, "residual")):
-        if array is not None:
-            _check(array, np.float32, (n,), name)
+    _check_factors(n, scale, residual)
     core.to_bfloat16(n, d, x, scale, words(d), out, residual)
     return out
 

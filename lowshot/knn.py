@@ -30,6 +30,7 @@ from lowshot.script import Progress, size
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
+INSERTED_SPARE = 8 * SPARE  # the same for new nodes, by products of bytes, which prove less
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
@@ -282,24 +283,23 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
             progress("nodes compared with new ones", j, X.n)
         return nb.merge_lists(D_new, I_new, *_exact_on_gpu(new, X, k, progress, False, on_gpu, existing), k)
     new_lost = np.empty(m, np.float32)
-    new_bf = np.concatenate([new.converted(nb.to_bfloat16, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
+    queries = np.concatenate([new.converted(nb.to_bytes, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
-    # what stays in doubt is compared with all of X in float32, which is slow where X is large
-    keys_new = np.zeros((m, min(k + (SPARE if X.n < EXACT_BELOW else MANY_SPARE), X.n)), np.int64)
+    keys_new = np.zeros((m, min(k + INSERTED_SPARE, X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
         lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), X.factors(slice(i, j))
-        block = nb.to_bfloat16(x, scale, residual=lost)
+        block = nb.to_bytes(x, scale, residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
         error = _error(lost, lost_most, X.longest, new.longest)
         bound = _bar(D, I, i, j, error)
         keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(I.shape[1] + SPARE, m), axis=1)
-        nb.search_all(new_bf, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
+        nb.search_all(queries, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
         _enter(keys, error, x, scale, new, D[i:j], I[i:j], first_new_number)
         progress("nodes compared with new ones", j, X.n)
     found_D, found_I, unsure = _best_and_unsure(keys_new, _error(new_lost, X_lost_most, new.longest, X.longest), new, X, k)
     if len(unsure):
-        found_D[unsure], found_I[unsure] = _float32_knn(new.scaled_rows(unsure), X, k)
+        found_D[unsure], found_I[unsure] = exact_knn(new.scaled_rows(unsure), X, k, spare=MANY_SPARE)
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
 
 
@@ -320,7 +320,7 @@ def _enter(keys, error, x, scale, new, D, I, first_new_number):
     full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < new.n)
     unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
     if len(unsure):
-        found_D[unsure], found_I[unsure] = _float32_knn(
+        found_D[unsure], found_I[unsure] = exact_knn(
             x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, columns)
     found_I[found_I >= 0] += first_new_number
     D[rows], I[rows] = nb.merge_lists(D[rows], I[rows], found_D, found_I, columns)

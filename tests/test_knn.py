@@ -151,6 +151,28 @@ def test_cross_insert_of_duplicates():
     check_exact(D, I, old, np.concatenate([old, new]), 6)
 
 
+def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
+    monkeypatch.setattr(knn, "INSERTED_SPARE", 3)
+    monkeypatch.setattr(knn, "SPARE", 4)
+    searched = []
+    exact_knn = knn.exact_knn
+
+    def counted(xq, x, *args, **named):
+        searched.append((knn._vectors(xq).n, knn._vectors(x).n))
+        return exact_knn(xq, x, *args, **named)
+
+    rs = np.random.RandomState(0)
+    everything = clustered(5)[rs.randint(5, size=500)] + rs.randn(500, 32).astype("f4") * 2e-3      # bytes err by as much
+    everything /= np.linalg.norm(everything, axis=1, keepdims=True)
+    old, new = everything[:420].copy(), everything[420:].copy()
+    D, I = exact_knn(old, old, 6)
+    monkeypatch.setattr(knn, "exact_knn", counted)
+    D_new, I_new = knn.cross_insert(new, old, D, I, 420, 6)
+    assert (80, 420) in searched and any(nq > 100 and n == 80 for nq, n in searched)
+    check_exact(D_new, I_new, new, everything, 6)
+    check_exact(D, I, old, everything, 6)
+
+
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("n,k,nlist", [(1, 1, 1), (3, 8, 3), (500, 10, 40), (3000, 16, None)])
 def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):

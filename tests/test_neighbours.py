@@ -81,7 +81,9 @@ def test_bytes(n, d):
     if n > 1:
         x[0] = 1e-44                        # less than what has a step: zero
         x[1], scale[1] = x[1] * 1e-30, 1e30
-    words = nb.to_bytes(x, scale)
+    residual = np.empty(n, np.float32)
+    words = nb.to_bytes(x, scale, residual)
+    assert np.array_equal(words, nb.to_bytes(x, scale))
     assert words.shape == (n, -(-d // 64) * 16 + 1) and nb.words_of_bytes(d) == words.shape[1]
     step = words[:, -1:].copy().view(np.float32)
     levels = words[:, :-1].copy().view(np.uint8).astype(np.float64) - 128
@@ -89,6 +91,7 @@ def test_bytes(n, d):
     got = levels[:, :d] * step
     largest = np.abs(x).max(axis=1, keepdims=True) * scale[:, None]
     assert (np.abs(got - x * scale[:, None]) <= largest * (.5 / 127 + 1e-6) + 1e-36).all()
+    np.testing.assert_allclose(residual, np.linalg.norm(got - x * scale[:, None], axis=1), rtol=1e-4, atol=1e-36)
     assert np.isfinite(got).all()
 
 
