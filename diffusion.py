@@ -30,7 +30,7 @@ from lowshot.evaluate import NO_NOVEL, accuracies
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.script import (Parser, Progress, check_outputs, log, number, peak_memory, print_header, provenance,
-                            run, size, whole, write_json)
+                            release_memory, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -93,6 +93,7 @@ class Steps:
         self.records = []
 
     def done(self, what):
+        release_memory()
         now = time.time()
         self.records.append({"step": what, "seconds": now - self.last, "peak_memory": peak_memory()})
         log(f"[{now - self.t0:.3f}s] {what}: {now - self.last:.2f}s, peak memory so far {size(peak_memory())}")
@@ -140,10 +141,12 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     exact = n - nnovel < knn.EXACT_BELOW or knn.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     steps = {"add novel images": vectors + blocks + lists + (looked_up if exact else 0),
-             "symmetrise": 4 * k * n + Backend.entry_bytes * edges + 24 * n,
+             # the graph without the novel images, and with them
+             "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored:
         listed = k + knn.SPARE_LISTED
+        steps["symmetrise"] += vectors + lists
         # base images among themselves: in bfloat16, candidates
         steps["complete"] = vectors + lists + max(blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE))
         if not exact:
@@ -308,20 +311,17 @@ def main():
         fixed = key.make(log) if args.nocache else key.stored_or_made(log)
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
-    graph = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
-    key.check_unchanged(fixed)
+    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
     steps.done("novel images added to the graph")
-    # near nodes get near rows of W: node i becomes row rank[i]
-    rank = np.arange(n, dtype=np.int32)
-    if graph.order is not None:
-        rank[graph.order] = np.arange(n, dtype=np.int32)
-    W = Backend(graph.I, rank)
-    test_I = np.where(graph.test_I < 0, -1, rank[graph.test_I])
+    W = Backend.changed(fixed.graph(), n, *changes.of_entries())
+    key.check_unchanged(fixed)
+    rank = changes.rank         # node i is row rank[i] of W
+    test_I = np.where(changes.test_I < 0, -1, rank[changes.test_I])
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)
     seeds = rank[args.nbg:]
     # L as stored has the labelled images first
     stored_order = np.concatenate([rank[args.nbg:], rank[:args.nbg]])
-    del fixed, graph, novel
+    del fixed, changes, novel
     mass = W.mass()
     steps.done("W = W0 + W0^T")
     record.update(nodes=n, nlabelled_images=nl, ntest=nt, nclass=C, entries=W.nnz, test_nodes=len(test_nodes))

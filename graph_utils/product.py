@@ -54,6 +54,9 @@ class SymmetricGraph:
     rank: (n,) int32 permutation or None: node i of I is row and column rank[i] of W.
     Memory: 4 bytes per entry (at most 2 n k) and 12 bytes per node; making it takes 12 + k / 8 bytes per node more.
     There is no array of values.
+
+    indptr int64 (n + 1,), indices int32 (nnz,), nsingle int32 (n,): the neighbours of row i are
+    indices[indptr[i]:indptr[i + 1]], first the nsingle[i] with entries 1, then those with entries 2, each in order.
     """
 
     def __init__(self, I, rank=None):
@@ -65,21 +68,42 @@ class SymmetricGraph:
             rank = np.ascontiguousarray(rank, np.int32)
             if not np.array_equal(np.bincount(rank, minlength=n), np.ones(n, np.int64)):
                 raise ValueError("rank is not a permutation of the nodes")
-        self.n = n
-        self.indptr = np.empty(n + 1, np.int64)
-        mutual = np.empty((n, -(-k // 8)), np.uint8)
-        nnz = core.symmetrise_count(n, k, stride, rows, rank, self.indptr, mutual)
-        self.indices = aligned_zeros(nnz, np.int32)
-        self.nsingle = np.empty(n, np.int32)
-        core.symmetrise_fill(n, k, stride, rows, rank, self.indptr, mutual, self.indices, self.nsingle)
+        indptr, mutual = np.empty(n + 1, np.int64), np.empty((n, -(-k // 8)), np.uint8)
+        nnz = core.symmetrise_count(n, k, stride, rows, rank, indptr, mutual)
+        indices, nsingle = aligned_zeros(nnz, np.int32), np.empty(n, np.int32)
+        core.symmetrise_fill(n, k, stride, rows, rank, indptr, mutual, indices, nsingle)
+        self._take(indptr, indices, nsingle)
+
+    def _take(self, indptr, indices, nsingle):
+        self.n, self.indptr, self.indices, self.nsingle = len(nsingle), indptr, indices, nsingle
+
+    @property
+    def arrays(self):
+        return self.indptr, self.indices, self.nsingle
+
+    @classmethod
+    def changed(cls, arrays, n, rows, columns, by):
+        """The graph of n nodes that a smaller one becomes by changes of its entries: quicker than to make it anew.
+
+        arrays: indptr, indices, nsingle of the smaller one, whose nodes are the first ones; they may come from a file, and
+        ValueError is raised where they are damaged. rows, columns int32, by int8: each changed entry of W once, and by how
+        much; in order of rows, then of columns. Memory: that of both graphs.
+        """
+        indptr, indices, nsingle = arrays
+        if len(indptr) != len(nsingle) + 1:
+            raise ValueError(f"a graph of {len(nsingle)} nodes has {len(indptr)} offsets")
+        changes = len(rows), rows, columns, by
+        new_indptr, new_nsingle = np.empty(n + 1, np.int64), np.empty(n, np.int32)
+        core.change_count(len(nsingle), indptr, len(indices), indices, nsingle, n, *changes, new_indptr, new_nsingle)
+        new_indices = aligned_zeros(int(new_indptr[-1]), np.int32)
+        core.change_fill(len(nsingle), indptr, indices, nsingle, n, *changes, new_indptr, new_nsingle, new_indices)
+        graph = cls.__new__(cls)
+        graph._take(new_indptr, new_indices, new_nsingle)
+        return graph
 
     @property
     def nnz(self):
         return int(self.indptr[-1])
-
-    @property
-    def nbytes(self):
-        return self.indptr.nbytes + self.indices.nbytes + self.nsingle.nbytes
 
     def row_sums(self):
         """Sums of the rows of W, int64 (n,)."""

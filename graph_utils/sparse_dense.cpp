@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -241,6 +242,106 @@ void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, con
             nsingle[i] = front[i];
             std::sort(indices + indptr[i], indices + indptr[i] + nsingle[i]);
             std::sort(indices + indptr[i] + nsingle[i], indices + indptr[i + 1]);
+        }
+    });
+}
+
+namespace {
+
+// Changed rows of a graph, row by row in increasing order.
+class ChangedRows {
+  public:
+    ChangedRows(int64_t n0, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t nchange,
+                const int32_t* row, const int32_t* column, const int8_t* by, int64_t first)
+        : n0_(n0), nchange_(nchange), indptr_(indptr), indices_(indices), nsingle_(nsingle), row_(row), column_(column), by_(by),
+          at_(std::lower_bound(row, row + nchange, first) - row) {}
+
+    // Whether row i changes; then `once` and `twice` are its neighbours of either multiplicity. i may not be less than before.
+    bool next(int64_t i) {
+        const int64_t begin = at_;
+        while (at_ < nchange_ && row_[at_] == i) at_++;
+        if (at_ == begin) return false;
+        const int32_t* const list = i < n0_ ? indices_ + indptr_[i] : nullptr;
+        const int64_t nonce = i < n0_ ? nsingle_[i] : 0, degree = i < n0_ ? indptr_[i + 1] - indptr_[i] : 0;
+        const int32_t *change = column_ + begin, *end = column_ + at_;
+        once.clear();
+        twice.clear();
+        std::set_difference(list, list + nonce, change, end, std::back_inserter(once));
+        std::set_difference(list + nonce, list + degree, change, end, std::back_inserter(twice));
+        for (int64_t e = begin; e < at_; e++) {
+            const int multiplicity = by_[e] + std::binary_search(list, list + nonce, column_[e])
+                + 2 * std::binary_search(list + nonce, list + degree, column_[e]);
+            if (multiplicity < 0 || multiplicity > 2)
+                throw std::invalid_argument("entry " + std::to_string(i) + ", " + std::to_string(column_[e]) +
+                                            " of the graph would be " + std::to_string(multiplicity));
+            if (multiplicity) (multiplicity == 1 ? once : twice).push_back(column_[e]);
+        }
+        std::sort(once.begin(), once.end());
+        std::sort(twice.begin(), twice.end());
+        return true;
+    }
+
+    std::vector<int32_t> once, twice;
+
+  private:
+    int64_t n0_, nchange_;
+    const int64_t* indptr_;
+    const int32_t *indices_, *nsingle_, *row_, *column_;
+    const int8_t* by_;
+    int64_t at_;
+};
+
+}  // namespace
+
+void change_count(int64_t n0, const int64_t* indptr, int64_t nnz, const int32_t* indices, const int32_t* nsingle, int64_t n,
+                  int64_t nchange, const int32_t* row, const int32_t* column, const int8_t* by, int64_t* new_indptr,
+                  int32_t* new_nsingle) {
+    for (int64_t e = 0; e < nchange; e++) {
+        if (row[e] < 0 || row[e] >= n || column[e] < 0 || column[e] >= n)
+            throw std::invalid_argument("a changed entry is out of range");
+        if (e && (row[e] < row[e - 1] || (row[e] == row[e - 1] && column[e] <= column[e - 1])))
+            throw std::invalid_argument("changed entries are not in increasing order");
+    }
+    if (n < n0 || indptr[0] != 0 || indptr[n0] != nnz) throw std::invalid_argument("the graph's offsets are damaged");
+    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < std::min(i1, n0); i++) {
+            if (indptr[i] < 0 || indptr[i + 1] < indptr[i] || indptr[i + 1] > nnz || nsingle[i] < 0 ||
+                nsingle[i] > indptr[i + 1] - indptr[i])
+                throw std::invalid_argument("the graph's offsets are damaged");
+            int32_t least = 0, most = -1;
+            for (int64_t e = indptr[i]; e < indptr[i + 1]; e++) {
+                least = std::min(least, indices[e]);
+                most = std::max(most, indices[e]);
+            }
+            if (least < 0 || most >= n0) throw std::invalid_argument("a neighbour in the graph is out of range");
+        }
+        ChangedRows changed(n0, indptr, indices, nsingle, nchange, row, column, by, i0);
+        for (int64_t i = i0; i < i1; i++)
+            if (changed.next(i)) {
+                new_nsingle[i] = (int32_t)changed.once.size();
+                new_indptr[i + 1] = (int64_t)(changed.once.size() + changed.twice.size());
+            } else {
+                new_nsingle[i] = i < n0 ? nsingle[i] : 0;
+                new_indptr[i + 1] = i < n0 ? indptr[i + 1] - indptr[i] : 0;
+            }
+    });
+    new_indptr[0] = 0;
+    for (int64_t i = 0; i < n; i++) new_indptr[i + 1] += new_indptr[i];
+}
+
+void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t n, int64_t nchange,
+                 const int32_t* row, const int32_t* column, const int8_t* by, const int64_t* new_indptr,
+                 const int32_t* new_nsingle, int32_t* new_indices) {
+    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+        ChangedRows changed(n0, indptr, indices, nsingle, nchange, row, column, by, i0);
+        for (int64_t i = i0; i < i1; i++) {
+            int32_t* out = new_indices + new_indptr[i];
+            if (changed.next(i)) {
+                std::copy(changed.once.begin(), changed.once.end(), out);
+                std::copy(changed.twice.begin(), changed.twice.end(), out + new_nsingle[i]);
+            } else if (i < n0) {
+                std::copy(indices + indptr[i], indices + indptr[i + 1], out);
+            }
         }
     });
 }

@@ -34,6 +34,22 @@ int64_t symmetrise_count(int64_t n, int64_t k, int64_t stride, const int32_t* I,
 void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, const int32_t* rank, const int64_t* indptr,
                      const uint8_t* mutual, int32_t* indices, int32_t* nsingle);
 
+// A graph of symmetrise_fill with some multiplicities changed and nodes added: first pass, the new offsets.
+//
+// indptr, indices, nsingle  in   of n0 nodes. Throws std::invalid_argument where they are damaged
+// n                         in   nodes afterwards, >= n0
+// row, column, by           in   nchange changes by -2 .. 2, in increasing order of row and then column, none twice; multiplicities
+//                                have to be from 0 to 2 afterwards
+// new_indptr, new_nsingle   out  n + 1, n
+void change_count(int64_t n0, const int64_t* indptr, int64_t nnz, const int32_t* indices, const int32_t* nsingle, int64_t n,
+                  int64_t nchange, const int32_t* row, const int32_t* column, const int8_t* by, int64_t* new_indptr,
+                  int32_t* new_nsingle);
+
+// Second pass: new_indices, new_indptr[n], from the same changes.
+void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t n, int64_t nchange,
+                 const int32_t* row, const int32_t* column, const int8_t* by, const int64_t* new_indptr,
+                 const int32_t* new_nsingle, int32_t* new_indices);
+
 // out = diag(1 / row sums of W) W L diag(scale), and the column sums of out.
 //
 // W has entries 1 and 2 as laid out by symmetrise_fill; rows without neighbours give zeros.

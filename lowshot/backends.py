@@ -50,8 +50,8 @@ class MklGraph(OwnGraph):
 
     panel, entry_bytes = WIDEST, 8
 
-    def __init__(self, I, rank=None):
-        super().__init__(I, rank)
+    def _take(self, *arrays):
+        super()._take(*arrays)
         self.csr_values = self.values()
 
     def product(self, L, out, scale, rows=None, weights=None):
@@ -70,9 +70,9 @@ class TorchGraph(SymmetricGraph):
     on_device = 12                                          # bytes per entry there
     share = .75         # of the device's free memory: cuSPARSE works in a buffer of its own, our kernel adds sums up
 
-    def __init__(self, I, rank=None):
+    def _take(self, *arrays):
         import torch
-        super().__init__(I, rank)
+        super()._take(*arrays)
         self.torch = torch
         self.to_device()
 
@@ -129,7 +129,7 @@ class TritonGraph(TorchGraph):
     def to_device(self):
         from graph_utils import gpu
         self.gpu = gpu
-        self.csr = [self._tensor(a) for a in (self.indptr, self.indices, self.nsingle)]
+        self.csr = [self._tensor(a) for a in self.arrays]
         self.kept = {}
 
     def _kept(self, name, a):

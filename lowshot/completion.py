@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graph_utils import SymmetricGraph
 from lowshot import knn
 from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
@@ -24,7 +25,7 @@ from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 7
+VERSION = 8
 BLOCK = 65536
 
 
@@ -130,23 +131,58 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         return Graph(I, D, test_I, test_D, locality_order(I), vectors.scale)
 
 
+@dataclass
+class Changes:
+    """What novel images, as m nodes after the n of the fixed part, change there.
+
+    rows int32 (c,): nodes whose lists change; before, after int32 (c, k): their neighbours. novel_I int32 (m, k): those of the
+    novel images; test_I int32 (nt, k): those of the test images, among all nodes. rank int32 (n + m,): rows of W, as of Graph.
+    """
+    rows: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    novel_I: np.ndarray
+    test_I: np.ndarray
+    rank: np.ndarray
+
+    def of_entries(self):
+        """Changed entries of W = W0 + W0^T: rows and columns, int32, and by how much, int8; in order of rows and columns."""
+        n = len(self.rank)
+        first = n - len(self.novel_I)
+        come, stay = self.after >= first, ((self.after >= 0) & (self.after < first)).sum(axis=1)
+        # lists are merged: of what was there the first ones stay
+        gone = (self.before >= 0) & (np.arange(self.before.shape[1]) >= stay[:, None])
+        row, column, by = [], [], []
+        for nodes, I, which, change in ((self.rows, self.before, gone, -1), (self.rows, self.after, come, 1),
+                                        (np.arange(first, n), self.novel_I, self.novel_I >= 0, 1)):
+            row.append(self.rank[np.repeat(nodes, which.sum(axis=1))])
+            column.append(self.rank[I[which]])
+            by.append(np.full(len(row[-1]), change))
+        row, column, by = map(np.concatenate, (row, column, by))
+        entry, place = np.unique(np.concatenate([row * np.int64(n) + column, column * np.int64(n) + row]), return_inverse=True)
+        by = np.bincount(place, np.concatenate([by, by]), len(entry)).astype(np.int8)
+        entry, by = entry[by != 0], by[by != 0]
+        return (entry // n).astype(np.int32), (entry % n).astype(np.int32), by
+
+
 def add_novel(fixed, x, novel):
-    """The graph with the novel images as further nodes, numbered after the others.
+    """The novel images as further nodes, numbered after the others. Returns Changes.
 
     Exact: each novel image is compared with all nodes, which also tells whose neighbour it becomes.
     fixed: FixedPart; x: vectors of its nodes; novel float32 (m, d).
     """
-    I = fixed.load("I", room=len(novel))        # (n + m, k)
-    D = fixed.load("D")
-    (n, k), test = D.shape, fixed.load("test")
+    I, D = fixed.mapped("I"), fixed.mapped("D")
+    (n, k), m = D.shape, len(novel)
+    changed = [(np.empty(0, np.int32), np.empty((0, k), np.int32), np.empty((0, k), np.int32))]
     with knn.show_progress() as progress:
-        _, I[n:] = knn.cross_insert(novel, knn.Vectors(x, fixed.load("scale")), D, I[:n], n, k, progress)
-    found_D, found_I = knn.exact_knn(test, novel, k)
+        _, novel_I = knn.cross_insert(
+            novel, knn.Vectors(x, fixed.load("scale")), D, I, n, k, progress, fixed.load("worst"),
+            lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I[rows], I_after)))
+    found_D, found_I = knn.exact_knn(fixed.load("test"), novel, k)
     found_I[found_I >= 0] += n
     _, test_I = knn.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
-    order = fixed.load("order")
-    order = np.concatenate([order, np.arange(n, n + len(novel), dtype=np.int32)]) if len(order) else None
-    return Graph(I, None, test_I, None, order)
+    rank = np.concatenate([fixed.load("rank"), np.arange(n, n + m, dtype=np.int32)])
+    return Changes(*map(np.concatenate, zip(*changed)), novel_I, test_I, rank)
 
 
 def file_identity(path):
@@ -158,26 +194,39 @@ def file_identity(path):
 class FixedPart:
     """The part of a run that no seed changes: vectors of base and test images, and their completed graph.
 
-    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, order (empty for none); in memory, or in
-    the files of a folder, from where they are read when asked for.
+    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, worst (n,) as of knn.worst_neighbours(); rank
+    int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr, indices, nsingle as of SymmetricGraph.
+    They are in memory, or in the files of a folder, from where they are read when asked for.
     """
 
-    NAMES = ("base", "test", "I", "D", "test_I", "test_D", "order", "scale")
+    NAMES = ("base", "test", "I", "D", "test_I", "test_D", "scale", "worst", "rank", "indptr", "indices", "nsingle")
 
     def __init__(self, arrays=None, folder=None):
         self.arrays, self.folder = arrays, folder
 
-    def load(self, name, room=0):
-        """The array, with `room` more rows of arbitrary content at its end. In memory it is handed out once."""
+    def load(self, name):
         if self.folder is None:
-            a = self.arrays[name]
-            return np.concatenate([a, np.empty((room, *a.shape[1:]), a.dtype)]) if room else a
-        path = os.path.join(self.folder, name + ".npy")
+            return self.arrays[name]
+        path = self._path(name)
         shape, dtype, offset = npy_header(path)
-        a = np.empty((shape[0] + room, *shape[1:]), dtype)
+        a = np.empty(shape, dtype)
         with open(path, "rb") as f:
-            read_into(f.fileno(), a[:shape[0]], offset, path)
+            read_into(f.fileno(), a, offset, path)
         return a
+
+    def mapped(self, name):
+        """The array, of which little will be looked at."""
+        if self.folder is None:
+            return self.arrays[name]
+        shape, dtype, offset = npy_header(self._path(name))
+        return np.memmap(self._path(name), dtype, "r", offset, shape) if np.prod(shape) else np.empty(shape, dtype)
+
+    def graph(self):
+        """indptr, indices, nsingle."""
+        return [self.load(name) for name in ("indptr", "indices", "nsingle")]
+
+    def _path(self, name):
+        return os.path.join(self.folder, name + ".npy")
 
 
 def npy_header(path):
@@ -237,9 +286,13 @@ class FixedKey:
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
         graph = fixed_graph(self.ddir, self.nbg, self.k, fixed_vectors(self.ddir, self.nbg, self.dim, base), base, test,
                             log)
-        order = np.empty(0, np.int32) if graph.order is None else graph.order
+        rank = np.arange(len(graph.I), dtype=np.int32)
+        if graph.order is not None:
+            rank[graph.order] = rank.copy()
+        indptr, indices, nsingle = SymmetricGraph(graph.I, rank).arrays
         return FixedPart(dict(base=base, test=test, I=graph.I, D=graph.D, test_I=graph.test_I, test_D=graph.test_D,
-                              order=order, scale=graph.scale))
+                              scale=graph.scale, worst=knn.worst_neighbours(graph.D, graph.I), rank=rank,
+                              indptr=indptr, indices=indices, nsingle=nsingle))
 
     def stored_or_made(self, log):
         """The stored part, made first where there is none; runs that start together make it once."""

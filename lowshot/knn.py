@@ -7,7 +7,7 @@ are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lows
 
     exact_knn(xq, x, k) -> D, I
     merge_neighbours(D1, I1, D2, I2, k) -> D, I
-    cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change in place
+    cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change
     cells = Cells.train(Vectors(x))                                         cells.order puts near nodes together
     build_knn_graph(x, k, recall=.95, initial=(D, I), cells=cells) -> D, I, info
     search(cells, xq, k, recall=.95) -> D, I, info
@@ -259,27 +259,46 @@ def merge_neighbours(D1, I1, D2, I2, k):
     return nb.merge_lists(D1, I1, D2, I2, k)
 
 
-def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
+def worst_neighbours(D, I):
+    """The last similarity of each neighbour list, float32 (n,); -inf where there is room for more."""
+    return np.where(I[:, -1] < 0, np.float32(-np.inf), D[:, -1])
+
+
+def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None, replace=None):
     """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once.
 
-    x_new (m, d), numbered from first_new_number on; x: the n existing nodes, whose lists D, I (n, >= k) are updated
-    in place: a new node enters where it is better than the last neighbour. Returns the lists of the new nodes, (m, k),
-    among existing and new nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), and blocks of x.
+    x_new (m, d), numbered from first_new_number on; x: the n existing nodes, with lists D, I (n, >= k), which new nodes enter
+    where they are better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
+    and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
+    those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
+    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), and blocks of x.
     """
+    def in_place(rows, changed_D, changed_I):
+        D[rows], I[rows] = changed_D, changed_I
+
     new, X = _vectors(x_new), _vectors(x)
     D_new, I_new = exact_knn(new, new, k, self=True)
     I_new[I_new >= 0] += first_new_number
     m = new.n
     if not m or not X.n:
         return D_new, I_new
-    progress = progress or _silent
+    progress, replace = progress or _silent, replace or in_place
+    worst = worst_neighbours(D, I) if worst is None else worst
+
+    def enter(keys, error, x, scale, i):
+        rows, found_D, found_I = _entering(keys, error, x, scale, new, I.shape[1])
+        found_I[found_I >= 0] += first_new_number
+        rows += i
+        if len(rows):
+            replace(rows, *nb.merge_lists(D[rows], I[rows], found_D, found_I, I.shape[1]))
+
     if _on_gpu(new, X):
         existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
         for rows, keys, error in gpu_search.near(existing, on_gpu, I.shape[1] + gpu_search.SPARE,
                                                  existing.errors_with(on_gpu, _error)):
             i, j = int(rows[0]), int(rows[-1]) + 1
-            keys[nb.similarities(keys) <= _bar(D, I, i, j, error)[:, None]] = 0
-            _enter(keys, error, X.stretch(i, j), X.factors(slice(i, j)), new, D[i:j], I[i:j], first_new_number)
+            keys[nb.similarities(keys) <= (worst[i:j] - error)[:, None]] = 0
+            enter(keys, error, X.stretch(i, j), X.factors(slice(i, j)), i)
             progress("nodes compared with new ones", j, X.n)
         return nb.merge_lists(D_new, I_new, *_exact_on_gpu(new, X, k, progress, False, on_gpu, existing), k)
     new_lost = np.empty(m, np.float32)
@@ -292,10 +311,10 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
         block = nb.to_bytes(x, scale, residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
         error = _error(lost, lost_most, X.longest, new.longest)
-        bound = _bar(D, I, i, j, error)
+        bound = worst[i:j] - error
         keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(I.shape[1] + SPARE, m), axis=1)
         nb.search_all(queries, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
-        _enter(keys, error, x, scale, new, D[i:j], I[i:j], first_new_number)
+        enter(keys, error, x, scale, i)
         progress("nodes compared with new ones", j, X.n)
     found_D, found_I, unsure = _best_and_unsure(keys_new, _error(new_lost, X_lost_most, new.longest, X.longest), new, X, k)
     if len(unsure):
@@ -303,27 +322,20 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None):
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)
 
 
-def _bar(D, I, i, j, error):
-    """What products of nodes i .. j - 1 have to exceed to be among their neighbours D, I, if they err by `error`."""
-    return np.where(I[i:j, -1] < 0, np.float32(-np.inf), D[i:j, -1] - error)
+def _entering(keys, error, x, scale, new, k):
+    """(rows, D, I): those of the nodes x that have new ones among `keys`, and the k best of these for each.
 
-
-def _enter(keys, error, x, scale, new, D, I, first_new_number):
-    """New nodes enter the lists D, I of the nodes x, in place. keys: for each node the new ones that may, as many as there
-    are or all that fit, by products that err by `error`; bars and zeros are none."""
-    columns = I.shape[1]
+    keys: for each node the new ones that may enter its list, as many as there are or all that fit, by products that err by
+    `error`; bars and zeros are none.
+    """
     rows = np.flatnonzero(nb.numbers(keys[:, 0]) >= 0)      # the best comes first, or the one that made room for others
-    if not len(rows):
-        return
     keys, x, scale = np.ascontiguousarray(keys[rows]), x[rows], None if scale is None else scale[rows]
-    found_D, found_I = nb.exact_products(keys, x, new.arrays, columns, q_scale=scale, x_scale=new.scale)
+    D, I = nb.exact_products(keys, x, new.arrays, k, q_scale=scale, x_scale=new.scale)
     full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < new.n)
-    unsure = np.flatnonzero(full & (found_D[:, -1] < nb.worst_products(keys) + error[rows]))
+    unsure = np.flatnonzero(full & (D[:, -1] < nb.worst_products(keys) + error[rows]))
     if len(unsure):
-        found_D[unsure], found_I[unsure] = exact_knn(
-            x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, columns)
-    found_I[found_I >= 0] += first_new_number
-    D[rows], I[rows] = nb.merge_lists(D[rows], I[rows], found_D, found_I, columns)
+        D[unsure], I[unsure] = exact_knn(x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, k)
+    return rows, D, I
 
 
 # ---- recall

@@ -6,6 +6,7 @@ import pytest
 
 import reference
 from data_directory import make_data_directory
+from graph_utils import SymmetricGraph
 from lowshot import completion, knn
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
@@ -21,13 +22,19 @@ def data(tmp_path_factory):
     return DataDir(str(root)), vectors(root)
 
 
-def complete(ddir, nbg, base_rows, test_rows, novel, train):
-    """(nodes' I, test images' I, order) of background, base and novel images, in this order."""
+def complete(ddir, nbg, base_rows, test_rows, novel, train, stored=False):
+    """(nodes' I, test images' I, rank) of background, base and novel images, in this order; W is checked to be theirs."""
     key = completion.FixedKey(ddir, "val", nbg, K, DIM, base_rows, test_rows)
-    fixed = key.make(lambda line: None)
+    fixed = (key.stored_or_made if stored else key.make)(lambda line: None)
     x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"))
-    graph = completion.add_novel(fixed, x, train[novel])
-    return graph.I, graph.test_I, graph.order
+    changes = completion.add_novel(fixed, x, train[novel])
+    I = np.concatenate([fixed.load("I"), changes.novel_I])
+    np.testing.assert_array_equal(I[changes.rows], changes.before)
+    I[changes.rows] = changes.after
+    W = SymmetricGraph.changed(fixed.graph(), len(I), *changes.of_entries())
+    for found, anew in zip(W.arrays, SymmetricGraph(I, changes.rank).arrays):
+        np.testing.assert_array_equal(found, anew)
+    return I, changes.test_I, changes.rank
 
 
 def recall(found, true):
@@ -41,9 +48,9 @@ def test_exact(data, nbg, nbase, nnovel):
     if nbg not in (0, NBG):
         write_background_graph(ddir.root, nbg, 16)
     base, novel, test = np.arange(nbase), np.arange(nbase, nbase + nnovel), np.arange(0, 80, 2)
-    I, test_I, order = complete(ddir, nbg, base, test, novel, v["train"])
+    I, test_I, rank = complete(ddir, nbg, base, test, novel, v["train"])
     x = np.concatenate([v["background"][:nbg], v["train"][base], v["train"][novel]])
-    assert order is None
+    np.testing.assert_array_equal(rank, np.arange(len(x)))
     # equal but for neighbours that are equally near to rounding
     assert recall(I, reference.neighbours(x, x, K)) > 0.9995 or len(x) < K
     assert recall(test_I, reference.neighbours(v["val"][test], x, K)) > 0.9995 or len(x) < K
@@ -51,8 +58,8 @@ def test_exact(data, nbg, nbase, nnovel):
     np.testing.assert_array_equal(I[:, 0], np.arange(len(x)))
 
 
-@pytest.mark.parametrize("index", ["", "IVF60,Flat", "Flat", "truncated"])
-def test_by_cells(data, monkeypatch, index):
+@pytest.mark.parametrize("index,stored", [("", False), ("IVF60,Flat", True), ("Flat", False), ("truncated", False)])
+def test_by_cells(data, monkeypatch, index, stored):
     """The cells are those of the background's index where it has some."""
     ddir, v = data
     monkeypatch.setattr(knn, "EXACT_BELOW", 100)
@@ -71,12 +78,12 @@ def test_by_cells(data, monkeypatch, index):
         made.add(v["background"])
         faiss.write_index(made, path)
     base, novel, test = np.arange(200), np.arange(200, 260), np.arange(100)
-    I, test_I, order = complete(ddir, NBG, base, test, novel, v["train"])
+    I, test_I, rank = complete(ddir, NBG, base, test, novel, v["train"], stored)
     assert bool(trained) == (index != "IVF60,Flat")
     if os.path.exists(path):
         os.unlink(path)
     x = np.concatenate([v["background"], v["train"][base], v["train"][novel]])
-    np.testing.assert_array_equal(np.sort(order), np.arange(len(x)))
+    np.testing.assert_array_equal(np.sort(rank), np.arange(len(x)))
     assert recall(I, reference.neighbours(x, x, K)) >= 0.95
     assert recall(test_I, reference.neighbours(v["val"][test], x, K)) >= 0.98
     for row in I:
@@ -93,7 +100,7 @@ def test_test_images_are_searched_by_cells(data, monkeypatch, nbg, nbase):
     search_cells = knn.nb.search_cells
     monkeypatch.setattr(knn.nb, "search_cells", lambda Q, *a, **k: searched.append(len(Q)) or search_cells(Q, *a, **k))
     base, novel, test = np.arange(nbase), np.arange(300, 340), np.arange(100)
-    I, test_I, order = complete(ddir, nbg, base, test, novel, v["train"])
+    I, test_I, rank = complete(ddir, nbg, base, test, novel, v["train"])
     assert len(test) in searched
     x = np.concatenate([v["background"][:nbg], v["train"][base], v["train"][novel]])
     assert recall(I, reference.neighbours(x, x, K)) >= 0.95
@@ -107,7 +114,7 @@ def test_the_stored_part_is_read_as_it_was_made(data):
     made, stored = key.make(lambda line: None), key.stored_or_made(lambda line: None)
     for name in completion.FixedPart.NAMES:
         np.testing.assert_array_equal(made.load(name), stored.load(name))
-    assert stored.load("I", room=7).shape == (NBG + 50 + 7, K)
+        np.testing.assert_array_equal(made.load(name), stored.mapped(name))
     other = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(51), np.arange(30))
     assert other.stored() is None
     os.utime(ddir.train)

@@ -215,6 +215,62 @@ def test_bad_graphs():
         SymmetricGraph(np.array([[0], [1]], np.int32), np.array([0, 0]))
 
 
+def changes(before, after):
+    """Entries in which two matrices differ, as SymmetricGraph.changed() takes them."""
+    rows, columns = np.nonzero(before != after)
+    return rows.astype(np.int32), columns.astype(np.int32), (after - before)[rows, columns].astype(np.int8)
+
+
+def entries(I, n):
+    """W0 + W0^T, int (n, n); rows and columns beyond those of I are zeros."""
+    W0 = np.zeros((n, n), int)
+    for i, row in enumerate(I):
+        W0[i, row[row >= 0]] = 1
+    return W0 + W0.T
+
+
+@pytest.mark.parametrize("n0,n,k", [(1, 1, 1), (0, 7, 3), (7, 7, 3), (40, 65, 30), (1100, 1101, 4), (1024, 2500, 12)])
+def test_a_changed_graph_is_as_made_anew(n0, n, k):
+    rs = np.random.RandomState(n)
+    I = random_graph(rs, n, k)
+    old = np.where(I[:n0] < n0, I[:n0], -1)             # no edges to nodes that are not there yet
+    W = SymmetricGraph(old)
+    some = rs.rand(n0) < .3
+    I[:n0][~some] = old[~some]
+    changed = SymmetricGraph.changed(W.arrays, n, *changes(entries(old, n), entries(I, n)))
+    for found, anew in zip(changed.arrays, SymmetricGraph(I).arrays):
+        np.testing.assert_array_equal(found, anew)
+    same = SymmetricGraph.changed(W.arrays, n0, *changes(entries(old, n0), entries(old, n0)))
+    assert all(np.array_equal(a, b) for a, b in zip(same.arrays, W.arrays))
+
+
+def test_bad_changes():
+    indptr, indices, nsingle = SymmetricGraph(np.array([[0, 1], [1, 2], [2, 0]], np.int32)).arrays
+    none = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8)
+
+    def changed(message, n=3, change=none, indptr=indptr, indices=indices, nsingle=nsingle):
+        with pytest.raises(ValueError, match=message):
+            SymmetricGraph.changed((indptr, indices, nsingle), n, *map(np.array, change))
+
+    def change(rows, columns, by):
+        return np.array(rows, np.int32), np.array(columns, np.int32), np.array(by, np.int8)
+
+    changed("entry 0, 0 of the graph would be 3", change=change([0], [0], [1]))
+    changed("entry 1, 2 of the graph would be -1", change=change([1], [2], [-2]))
+    changed("out of range", change=change([3], [0], [1]))
+    changed("out of range", change=change([0], [-1], [1]))
+    changed("not in increasing order", change=change([1, 0], [0, 1], [1, 1]))
+    changed("not in increasing order", change=change([1, 1], [0, 0], [1, 1]))
+    changed("offsets are damaged", n=2)
+    changed("3 nodes has 2 offsets", indptr=indptr[:2])
+    for bad in ([1, 3, 6, 9], [0, 3, 6, 8], [0, 7, 6, 9], [0, 3, 10, 9]):
+        changed("offsets are damaged", indptr=np.array(bad))
+    for bad in ([-1, 2, 2], [2, 2, 4]):
+        changed("offsets are damaged", nsingle=np.array(bad, np.int32))
+    for bad in (3, -1):
+        changed("a neighbour in the graph is out of range", indices=np.where(indices == 1, bad, indices).astype(np.int32))
+
+
 def test_bad_panels():
     graph = SymmetricGraph(np.array([[0], [1]], np.int32))
     L = aligned_zeros((2, 16))
