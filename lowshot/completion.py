@@ -136,7 +136,7 @@ class Changes:
     """What novel images, as m nodes after the n of the fixed part, change there.
 
     rows int32 (c,): nodes whose lists change; before, after int32 (c, k): their neighbours. novel_I int32 (m, k): those of the
-    novel images; test_I int32 (nt, k): those of the test images, among all nodes. rank int32 (n + m,): rows of W, as of Graph.
+    novel images; test_I int32 (nt, k): those of the test images, among all nodes. rank int32 (n + m,): rows of W.
     """
     rows: np.ndarray
     before: np.ndarray
@@ -205,6 +205,7 @@ class FixedPart:
         self.arrays, self.folder = arrays, folder
 
     def load(self, name):
+        """The array, in memory."""
         if self.folder is None:
             return self.arrays[name]
         path = self._path(name)
@@ -215,7 +216,7 @@ class FixedPart:
         return a
 
     def mapped(self, name):
-        """The array, of which little will be looked at."""
+        """The array, of which little will be looked at: a map of the file."""
         if self.folder is None:
             return self.arrays[name]
         shape, dtype, offset = npy_header(self._path(name))

@@ -30,7 +30,7 @@ from lowshot.script import Progress, size
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
-INSERTED_SPARE = 8 * SPARE  # the same for new nodes, by products of bytes, which prove less
+INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
