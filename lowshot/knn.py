@@ -30,7 +30,8 @@ from lowshot.script import Progress, size
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
-INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less
+FEW_INSERTED, INSERTED_SPARE = 32 * SPARE, 6 * SPARE        # the same for new nodes, by products of bytes, which prove less:
+                            # for few of them, and at least
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
@@ -304,7 +305,8 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
     new_lost = np.empty(m, np.float32)
     queries = np.concatenate([new.converted(nb.to_bytes, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
-    keys_new = np.zeros((m, min(k + INSERTED_SPARE, X.n)), np.int64)
+    spare = max(min((1 << 20) // m, FEW_INSERTED), INSERTED_SPARE)
+    keys_new = np.zeros((m, min(k + spare, X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
         lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), X.factors(slice(i, j))

@@ -152,7 +152,8 @@ def test_cross_insert_of_duplicates():
 
 
 def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
-    monkeypatch.setattr(knn, "INSERTED_SPARE", 3)
+    for spare in ("FEW_INSERTED", "INSERTED_SPARE"):
+        monkeypatch.setattr(knn, spare, 3)
     monkeypatch.setattr(knn, "SPARE", 4)
     searched = []
     exact_knn = knn.exact_knn
