@@ -216,7 +216,7 @@ class FixedPart:
         return a
 
     def mapped(self, name):
-        """The array, of which little will be looked at: a map of the file."""
+        """The array, of which little is looked at, or all once: a map of the file."""
         if self.folder is None:
             return self.arrays[name]
         shape, dtype, offset = npy_header(self._path(name))
@@ -224,7 +224,7 @@ class FixedPart:
 
     def graph(self):
         """indptr, indices, nsingle."""
-        return [self.load(name) for name in ("indptr", "indices", "nsingle")]
+        return self.load("indptr"), self.mapped("indices"), self.load("nsingle")
 
     def _path(self, name):
         return os.path.join(self.folder, name + ".npy")
