@@ -70,12 +70,13 @@ class Problem:
         novel = read_features(self.ddir.train, rows[nbase:], self.ddir.pca(args.dim), "novel images read")
         base, self.test = fixed.load("base"), fixed.load("test")
         self.x = fixed_vectors(self.ddir, args.nbg, args.dim, base)
-        graph = add_novel(fixed, self.x, novel)
+        changes = add_novel(fixed, self.x, novel)
+        I = changes.of_neighbours(fixed.load("I"))
         self.labelled = np.concatenate([base, novel])
-        self.n, self.nl, self.nt = len(graph.I), len(rows), len(test_rows)
+        self.n, self.nl, self.nt = len(I), len(rows), len(test_rows)
         # as the files and the paper have it: the labelled images first
         self.I, self.test_I = (np.where(I < 0, -1, (I + self.nl) % self.n).astype(np.int32)
-                               for I in (np.roll(graph.I, self.nl, axis=0), graph.test_I))
+                               for I in (np.roll(I, self.nl, axis=0), changes.test_I))
 
     def matrix(self, with_tests=False):
         """W0 + W0^T, scipy CSR; the test images as further nodes if asked for."""

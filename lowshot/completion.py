@@ -145,6 +145,12 @@ class Changes:
     test_I: np.ndarray
     rank: np.ndarray
 
+    def of_neighbours(self, I):
+        """The neighbours of all nodes, int32 (n + m, k), from those in the fixed part."""
+        I = np.concatenate([I, self.novel_I])
+        I[self.rows] = self.after
+        return I
+
     def of_entries(self):
         """Changed entries of W = W0 + W0^T: rows and columns, int32, and by how much, int8; in order of rows and columns."""
         n = len(self.rank)

@@ -28,9 +28,8 @@ def complete(ddir, nbg, base_rows, test_rows, novel, train, stored=False):
     fixed = (key.stored_or_made if stored else key.make)(lambda line: None)
     x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"))
     changes = completion.add_novel(fixed, x, train[novel])
-    I = np.concatenate([fixed.load("I"), changes.novel_I])
-    np.testing.assert_array_equal(I[changes.rows], changes.before)
-    I[changes.rows] = changes.after
+    np.testing.assert_array_equal(fixed.load("I")[changes.rows], changes.before)
+    I = changes.of_neighbours(fixed.load("I"))
     W = SymmetricGraph.changed(fixed.graph(), len(I), *changes.of_entries())
     for found, anew in zip(W.arrays, SymmetricGraph(I, changes.rank).arrays):
         np.testing.assert_array_equal(found, anew)
