@@ -126,7 +126,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
     an exact search for novel images looks up.
     """
-    from graph_utils.neighbours import words
+    from graph_utils.neighbours import words, words_of_bytes
     from lowshot import knn
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
@@ -146,9 +146,12 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
     if not stored:
         listed = k + knn.SPARE_LISTED
+        steps["add novel images"] += 4 * edges + 24 * n
         steps["symmetrise"] += vectors + lists
-        # base images among themselves: in bfloat16, candidates
-        steps["complete"] = vectors + lists + max(blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE))
+        # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
+        steps["complete"] = vectors + lists + max(
+            blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE),
+            4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + knn.INSERTED_SPARE))
         if not exact:
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
             steps["complete"] = (vectors + lists + 130e6 + 24 * n
@@ -313,10 +316,11 @@ def main():
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
     changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
     steps.done("novel images added to the graph")
-    W = Backend.changed(fixed.graph(), n, *changes.of_entries())
-    key.check_unchanged(fixed)
     rank = changes.rank         # node i is row rank[i] of W
-    test_I = np.where(changes.test_I < 0, -1, rank[changes.test_I])
+    with fixed.errors_name_folder():
+        W = Backend.changed(fixed.graph(), n, *changes.of_entries())
+        test_I = np.where(changes.test_I < 0, -1, rank[changes.test_I])
+    key.check_unchanged(fixed)
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)
     seeds = rank[args.nbg:]
     # L as stored has the labelled images first

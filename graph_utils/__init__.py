@@ -10,7 +10,7 @@ except ImportError as e:
     raise ImportError(f"graph_utils is not built for this Python ({e}): run bash compile.bash") from e
 
 from graph_utils.product import (PANEL, WIDEST, BestClasses, SymmetricGraph, aligned_zeros,  # noqa: F401
-                                 mkl_product, neighbour_sums, panel_widths)
+                                 check_permutation, mkl_product, neighbour_sums, panel_widths)
 from graph_utils.sgd import FusedSGD  # noqa: F401
 
 has_mkl = core.has_mkl

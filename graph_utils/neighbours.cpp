@@ -405,8 +405,8 @@ void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* 
     const int64_t stride = Kernel::Format::stride(np);
     // as many equal groups for each thread as it takes for their lists to stay in cache
     const int64_t threads = omp_get_max_threads(), groups = threads * (nq / (threads * kGroup) + 1);
-    const int64_t share = (nq / groups + kTile) / kTile * kTile;
-    parallel_blocks<Scanner<Kernel>>(nq, share, [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
+    const int64_t share = (nq + groups * kTile - 1) / (groups * kTile) * kTile;
+    parallel_blocks<Scanner<Kernel>>(nq, std::max<int64_t>(share, kTile), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
         scanner.lists.start(i1 - i0, K);
         if (bound) std::copy(bound + i0, bound + i1, scanner.lists.worst.begin());
         for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);

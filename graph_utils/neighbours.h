@@ -1,8 +1,8 @@
 // K-nearest-neighbour search and graphs by inner product.
 //
 // Matrices are row major. Candidates are found with vectors in bytes, a quarter of the memory of float32 and, on CPUs with
-// products of them, four to many times its speed; in bfloat16, whose errors are four times smaller, and small enough to
-// prove that candidates hold the best; or, where vectors are nearly the same, in float32. What is kept is computed again
+// products of them, four to many times its speed; in bfloat16, whose errors are four times smaller, so that fewer candidates
+// prove that they hold the best; or, where vectors are nearly the same, in float32. What is kept is computed again
 // from the float32 vectors at the end (exact_products). `bits` is the size of an element. Vectors are padded with zeros to
 // np words, a multiple of 16: of one element in float32, of two in bfloat16, of four in bytes, and one word more, the
 // scale: an element is (byte - 128) scale, where 127 scale is the largest of the vector.

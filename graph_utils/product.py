@@ -47,6 +47,12 @@ def _rows(a, dtype, name, writeable=False):
     return np.lib.stride_tricks.as_strided(a, ((n - 1) * stride + m,), (a.itemsize,), writeable=writeable), stride
 
 
+def check_permutation(rank):
+    """ValueError where rank int (n,) does not hold the numbers 0 .. n - 1."""
+    if len(rank) and (rank.min() < 0 or not np.array_equal(np.bincount(rank, minlength=len(rank)), np.ones(len(rank)))):
+        raise ValueError("rank is not a permutation of the nodes")
+
+
 class SymmetricGraph:
     """W = W0 + W0^T of a k-nearest-neighbour graph, where W0 has a one at (i, I[i, j]): entries 1 and 2.
 
@@ -66,8 +72,9 @@ class SymmetricGraph:
         rows, stride = _rows(I, np.int32, "I")
         if rank is not None:
             rank = np.ascontiguousarray(rank, np.int32)
-            if not np.array_equal(np.bincount(rank, minlength=n), np.ones(n, np.int64)):
-                raise ValueError("rank is not a permutation of the nodes")
+            if len(rank) != n:
+                raise ValueError(f"rank has {len(rank)} entries for {n} nodes")
+            check_permutation(rank)
         indptr, mutual = np.empty(n + 1, np.int64), np.empty((n, -(-k // 8)), np.uint8)
         nnz = core.symmetrise_count(n, k, stride, rows, rank, indptr, mutual)
         indices, nsingle = aligned_zeros(nnz, np.int32), np.empty(n, np.int32)
@@ -92,6 +99,8 @@ class SymmetricGraph:
         indptr, indices, nsingle = arrays
         if len(indptr) != len(nsingle) + 1:
             raise ValueError(f"a graph of {len(nsingle)} nodes has {len(indptr)} offsets")
+        if not len(rows) == len(columns) == len(by):
+            raise ValueError(f"{len(rows)} rows, {len(columns)} columns and {len(by)} changes of entries")
         changes = len(rows), rows, columns, by
         new_indptr, new_nsingle = np.empty(n + 1, np.int64), np.empty(n, np.int32)
         core.change_count(len(nsingle), indptr, len(indices), indices, nsingle, n, *changes, new_indptr, new_nsingle)
@@ -128,9 +137,14 @@ class SymmetricGraph:
 
     def reach(self, rows, reached, most):
         """Neighbours of `rows` not yet marked in `reached` (uint8 (n,), updated), int32; None if more than `most`."""
+        self._check_rows(rows)
         found = np.empty(most, np.int32)
         count = core.reach(self.indptr, self.indices, len(rows), rows, reached, most, found)
         return None if count < 0 else found[:count]
+
+    def _check_rows(self, rows):
+        if len(rows) and not (0 <= rows.min() and rows.max() < self.n):
+            raise ValueError("a row number is out of range")
 
     def product(self, L, out, scale=None, rows=None, weights=None):
         """out = diag(1 / row sums) W L diag(scale); returns the column sums of out, float64 (ncol,).
@@ -148,8 +162,7 @@ class SymmetricGraph:
                 raise ValueError(f"scale has shape {scale.shape}, ({L.shape[1]},) expected")
         if rows is not None:
             rows = np.ascontiguousarray(rows, np.int32)
-            if len(rows) and not (0 <= rows.min() and rows.max() < self.n):
-                raise ValueError("a row number is out of range")
+            self._check_rows(rows)
         if weights is not None and (weights.shape != (self.n,) or weights.dtype != np.float32):
             raise ValueError(f"weights is {weights.dtype} {weights.shape}, float32 ({self.n},) expected")
         colsum = np.empty(L.shape[1], np.float64)

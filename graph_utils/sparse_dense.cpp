@@ -248,15 +248,15 @@ void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, con
 
 namespace {
 
-// Changed rows of a graph, row by row in increasing order.
+// Changed rows of a graph, asked for every row from `first` on in turn.
 class ChangedRows {
   public:
     ChangedRows(int64_t n0, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t nchange,
                 const int32_t* row, const int32_t* column, const int8_t* by, int64_t first)
-        : n0_(n0), nchange_(nchange), indptr_(indptr), indices_(indices), nsingle_(nsingle), row_(row), column_(column), by_(by),
-          at_(std::lower_bound(row, row + nchange, first) - row) {}
+        : n0_(n0), nchange_(nchange), indptr_(indptr), indices_(indices), nsingle_(nsingle), row_(row), column_(column),
+          by_(by), at_(std::lower_bound(row, row + nchange, first) - row) {}
 
-    // Whether row i changes; then `once` and `twice` are its neighbours of either multiplicity. i may not be less than before.
+    // Whether row i changes; then `once` and `twice` are its neighbours of either multiplicity.
     bool next(int64_t i) {
         const int64_t begin = at_;
         while (at_ < nchange_ && row_[at_] == i) at_++;
@@ -304,17 +304,10 @@ void change_count(int64_t n0, const int64_t* indptr, int64_t nnz, const int32_t*
     }
     if (n < n0 || indptr[0] != 0 || indptr[n0] != nnz) throw std::invalid_argument("the graph's offsets are damaged");
     parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
-        for (int64_t i = i0; i < std::min(i1, n0); i++) {
+        for (int64_t i = i0; i < std::min(i1, n0); i++)
             if (indptr[i] < 0 || indptr[i + 1] < indptr[i] || indptr[i + 1] > nnz || nsingle[i] < 0 ||
                 nsingle[i] > indptr[i + 1] - indptr[i])
                 throw std::invalid_argument("the graph's offsets are damaged");
-            int32_t least = 0, most = -1;
-            for (int64_t e = indptr[i]; e < indptr[i + 1]; e++) {
-                least = std::min(least, indices[e]);
-                most = std::max(most, indices[e]);
-            }
-            if (least < 0 || most >= n0) throw std::invalid_argument("a neighbour in the graph is out of range");
-        }
         ChangedRows changed(n0, indptr, indices, nsingle, nchange, row, column, by, i0);
         for (int64_t i = i0; i < i1; i++)
             if (changed.next(i)) {
@@ -337,11 +330,20 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
         for (int64_t i = i0; i < i1; i++) {
             int32_t* out = new_indices + new_indptr[i];
             if (changed.next(i)) {
+                if ((int64_t)changed.once.size() != new_nsingle[i] ||
+                    (int64_t)(changed.once.size() + changed.twice.size()) != new_indptr[i + 1] - new_indptr[i])
+                    throw std::invalid_argument("the changes are others than were counted");
                 std::copy(changed.once.begin(), changed.once.end(), out);
                 std::copy(changed.twice.begin(), changed.twice.end(), out + new_nsingle[i]);
             } else if (i < n0) {
                 std::copy(indices + indptr[i], indices + indptr[i + 1], out);
             }
+            int32_t least = 0, most = -1;
+            for (int64_t e = new_indptr[i]; e < new_indptr[i + 1]; e++) {
+                least = std::min(least, new_indices[e]);
+                most = std::max(most, new_indices[e]);
+            }
+            if (least < 0 || most >= n) throw std::invalid_argument("a neighbour in the graph is out of range");
         }
     });
 }

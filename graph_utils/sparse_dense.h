@@ -36,10 +36,10 @@ void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, con
 
 // A graph of symmetrise_fill with some multiplicities changed and nodes added: first pass, the new offsets.
 //
-// indptr, indices, nsingle  in   of n0 nodes. Throws std::invalid_argument where they are damaged
+// indptr, indices, nsingle  in   of n0 nodes, nnz entries. Both passes throw std::invalid_argument where they are damaged
 // n                         in   nodes afterwards, >= n0
-// row, column, by           in   nchange changes by -2 .. 2, in increasing order of row and then column, none twice; multiplicities
-//                                have to be from 0 to 2 afterwards
+// row, column, by           in   nchange changes by -2 .. 2, in increasing order of row and then column, none twice;
+//                                multiplicities have to be from 0 to 2 afterwards
 // new_indptr, new_nsingle   out  n + 1, n
 void change_count(int64_t n0, const int64_t* indptr, int64_t nnz, const int32_t* indices, const int32_t* nsingle, int64_t n,
                   int64_t nchange, const int32_t* row, const int32_t* column, const int8_t* by, int64_t* new_indptr,

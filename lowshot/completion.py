@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graph_utils import SymmetricGraph
+from graph_utils import SymmetricGraph, check_permutation
 from lowshot import knn
 from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
@@ -154,19 +154,19 @@ class Changes:
     def of_entries(self):
         """Changed entries of W = W0 + W0^T: rows and columns, int32, and by how much, int8; in order of rows and columns."""
         n = len(self.rank)
+        check_permutation(self.rank)
         first = n - len(self.novel_I)
         come, stay = self.after >= first, ((self.after >= 0) & (self.after < first)).sum(axis=1)
         # lists are merged: of what was there the first ones stay
         gone = (self.before >= 0) & (np.arange(self.before.shape[1]) >= stay[:, None])
-        row, column, by = [], [], []
+        entry, by = [], []
         for nodes, I, which, change in ((self.rows, self.before, gone, -1), (self.rows, self.after, come, 1),
                                         (np.arange(first, n), self.novel_I, self.novel_I >= 0, 1)):
-            row.append(self.rank[np.repeat(nodes, which.sum(axis=1))])
-            column.append(self.rank[I[which]])
-            by.append(np.full(len(row[-1]), change))
-        row, column, by = map(np.concatenate, (row, column, by))
-        entry, place = np.unique(np.concatenate([row * np.int64(n) + column, column * np.int64(n) + row]), return_inverse=True)
-        by = np.bincount(place, np.concatenate([by, by]), len(entry)).astype(np.int8)
+            row, column = (self.rank[i].astype(np.int64) for i in (np.repeat(nodes, which.sum(axis=1)), I[which]))
+            entry += [row * n + column, column * n + row]       # W0 and W0^T
+            by.append(np.full(2 * len(row), change))
+        entry, place = np.unique(np.concatenate(entry), return_inverse=True)
+        by = np.bincount(place, np.concatenate(by), len(entry)).astype(np.int8)
         entry, by = entry[by != 0], by[by != 0]
         return (entry // n).astype(np.int32), (entry % n).astype(np.int32), by
 
@@ -179,16 +179,17 @@ def add_novel(fixed, x, novel):
     """
     I, D = fixed.mapped("I"), fixed.mapped("D")
     (n, k), m = D.shape, len(novel)
-    changed = [(np.empty(0, np.int32), np.empty((0, k), np.int32), np.empty((0, k), np.int32))]
+    changed = [(np.empty(0, np.int32), np.empty((0, k), np.int32))]
     with knn.show_progress() as progress:
         _, novel_I = knn.cross_insert(
             novel, knn.Vectors(x, fixed.load("scale")), D, I, n, k, progress, fixed.load("worst"),
-            lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I[rows], I_after)))
+            lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
     found_D, found_I = knn.exact_knn(fixed.load("test"), novel, k)
     found_I[found_I >= 0] += n
     _, test_I = knn.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
     rank = np.concatenate([fixed.load("rank"), np.arange(n, n + m, dtype=np.int32)])
-    return Changes(*map(np.concatenate, zip(*changed)), novel_I, test_I, rank)
+    rows, after = map(np.concatenate, zip(*changed))
+    return Changes(rows, I[rows], after, novel_I, test_I, rank)
 
 
 def file_identity(path):
@@ -201,11 +202,14 @@ class FixedPart:
     """The part of a run that no seed changes: vectors of base and test images, and their completed graph.
 
     Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, worst (n,) as of knn.worst_neighbours(); rank
-    int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr, indices, nsingle as of SymmetricGraph.
-    They are in memory, or in the files of a folder, from where they are read when asked for.
+    int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr, indices, nsingle as of
+    SymmetricGraph. They are in memory, or in the files of a folder, from where they are read when asked for.
     """
 
-    NAMES = ("base", "test", "I", "D", "test_I", "test_D", "scale", "worst", "rank", "indptr", "indices", "nsingle")
+    # dtype, and a letter for each dimension
+    ARRAYS = {"base": ("f4", "bd"), "test": ("f4", "td"), "I": ("i4", "nk"), "D": ("f4", "nk"), "test_I": ("i4", "tk"),
+              "test_D": ("f4", "tk"), "scale": ("f4", "n"), "worst": ("f4", "n"), "rank": ("i4", "n"), "indptr": ("i8", "p"),
+              "indices": ("i4", "e"), "nsingle": ("i4", "n")}
 
     def __init__(self, arrays=None, folder=None):
         self.arrays, self.folder = arrays, folder
@@ -222,7 +226,7 @@ class FixedPart:
         return a
 
     def mapped(self, name):
-        """The array, of which little is looked at, or all once: a map of the file."""
+        """The array, of which little is looked at, or all in order: a map of the file."""
         if self.folder is None:
             return self.arrays[name]
         shape, dtype, offset = npy_header(self._path(name))
@@ -231,6 +235,24 @@ class FixedPart:
     def graph(self):
         """indptr, indices, nsingle."""
         return self.load("indptr"), self.mapped("indices"), self.load("nsingle")
+
+    @contextlib.contextmanager
+    def errors_name_folder(self):
+        """Errors in what is made of the arrays tell that the folder is damaged."""
+        try:
+            yield
+        except (ValueError, IndexError) as e:
+            if self.folder is None:
+                raise
+            raise ValueError(f"{self.folder} is damaged ({e}): remove it, and run this again")
+
+    def check(self):
+        """ValueError where a file of the folder is not whole, or does not fit the others."""
+        sizes = {}
+        for name, (dtype, letters) in self.ARRAYS.items():
+            shape, found, _ = npy_header(self._path(name))
+            if found != dtype or len(shape) != len(letters) or any(sizes.setdefault(*s) != s[1] for s in zip(letters, shape)):
+                raise ValueError(f"{self._path(name)} holds {found} {shape}, and does not fit the other arrays there")
 
     def _path(self, name):
         return os.path.join(self.folder, name + ".npy")
@@ -277,9 +299,9 @@ class FixedKey:
         with contextlib.suppress(OSError, ValueError):
             if read_json(os.path.join(self.folder, "made_from.json")) != self.made_from:
                 return None
-            for name in FixedPart.NAMES:
-                npy_header(os.path.join(self.folder, name + ".npy"))
-            return FixedPart(folder=self.folder)
+            part = FixedPart(folder=self.folder)
+            part.check()
+            return part
         return None
 
     def check_unchanged(self, part):
@@ -321,7 +343,7 @@ class FixedKey:
         temporary = f"{self.folder}.{os.getpid()}.tmp"
         os.makedirs(temporary)
         try:
-            for name in FixedPart.NAMES:
+            for name in FixedPart.ARRAYS:
                 with whole(os.path.join(temporary, name + ".npy")) as path:
                     np.save(path, np.ascontiguousarray(part.arrays[name]))
             write_json(os.path.join(temporary, "made_from.json"), self.made_from)

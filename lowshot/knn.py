@@ -30,8 +30,9 @@ from lowshot.script import Progress, size
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
-FEW_INSERTED, INSERTED_SPARE = 32 * SPARE, 6 * SPARE        # the same for new nodes, by products of bytes, which prove less:
-                            # for few of them, and at least
+INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least,
+FEW_INSERTED = 32 * SPARE   # and where they are few,
+ALL_INSERTED = 1 << 20      # as many for all of them together
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
@@ -202,7 +203,7 @@ def _exact_on_gpu(Q, X, k, progress, self, q=None, x=None):
 
 
 def _error(lost, lost_most, q_longest, x_longest):
-    """Bounds of the errors of products in bfloat16, for each of the first vectors:
+    """Bounds of the errors of products of rounded vectors, for each of the first ones:
     |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
     return lost * (x_longest + lost_most) + q_longest * lost_most + np.float32(4e-5) * q_longest * x_longest
 
@@ -250,11 +251,6 @@ def _float32_candidates(xq, X, k):
     return keys
 
 
-def _float32_knn(xq, X, k):
-    """Exact search in float32 throughout."""
-    return _best_of(_float32_candidates(xq, X, k), _vectors(xq), X, k)
-
-
 def merge_neighbours(D1, I1, D2, I2, k):
     """The k best of two neighbour lists per row, each best first; a number stands in one of the two only."""
     return nb.merge_lists(D1, I1, D2, I2, k)
@@ -266,13 +262,14 @@ def worst_neighbours(D, I):
 
 
 def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None, replace=None):
-    """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once.
+    """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once, and again for new nodes whose
+    neighbours the first products leave in doubt.
 
     x_new (m, d), numbered from first_new_number on; x: the n existing nodes, with lists D, I (n, >= k), which new nodes enter
     where they are better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
     and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
     those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
-    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), and blocks of x.
+    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), or 8 bytes for each of k + 204 candidates; and blocks of x.
     """
     def in_place(rows, changed_D, changed_I):
         D[rows], I[rows] = changed_D, changed_I
@@ -290,8 +287,10 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
         rows, found_D, found_I = _entering(keys, error, x, scale, new, I.shape[1])
         found_I[found_I >= 0] += first_new_number
         rows += i
-        if len(rows):
-            replace(rows, *nb.merge_lists(D[rows], I[rows], found_D, found_I, I.shape[1]))
+        merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, I.shape[1])
+        entered = (merged_I >= first_new_number).any(axis=1)
+        if entered.any():
+            replace(rows[entered], merged_D[entered], merged_I[entered])
 
     if _on_gpu(new, X):
         existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
@@ -305,7 +304,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
     new_lost = np.empty(m, np.float32)
     queries = np.concatenate([new.converted(nb.to_bytes, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
-    spare = max(min((1 << 20) // m, FEW_INSERTED), INSERTED_SPARE)
+    spare = max(min(ALL_INSERTED // m, FEW_INSERTED), INSERTED_SPARE)
     keys_new = np.zeros((m, min(k + spare, X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():

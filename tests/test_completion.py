@@ -111,7 +111,7 @@ def test_the_stored_part_is_read_as_it_was_made(data):
     key = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30))
     assert key.stored() is None
     made, stored = key.make(lambda line: None), key.stored_or_made(lambda line: None)
-    for name in completion.FixedPart.NAMES:
+    for name in completion.FixedPart.ARRAYS:
         np.testing.assert_array_equal(made.load(name), stored.load(name))
         np.testing.assert_array_equal(made.load(name), stored.mapped(name))
     other = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(51), np.arange(30))

@@ -173,6 +173,20 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
         f.truncate(200)
     again = diffusion(root, *arguments)
     assert "images: from " not in again and printed(again) == printed(changed)
+    # nor is one that does not fit the others; where only values are damaged, that is told
+    I = np.load(os.path.join(folder, "I.npy"))
+    np.save(os.path.join(folder, "I.npy"), I[:-1])
+    assert "images: from " not in diffusion(root, *arguments)
+    for name, wrong in (("rank", -1), ("rank", 3), ("test_I", 10 ** 6), ("indices", 10 ** 6), ("indptr", -4), ("nsingle", 999)):
+        path = os.path.join(folder, name + ".npy")
+        a = np.load(path)
+        whole = a.copy()
+        a.reshape(-1)[0 if name == "test_I" else len(a) // 2] = wrong
+        np.save(path, a)
+        error = diffusion(root, *arguments, ok=False)
+        assert f"{folder} is damaged (" in error and "remove it" in error, error
+        np.save(path, whole)
+    assert printed(diffusion(root, *arguments)) == printed(changed)
 
 
 def test_examples(ddir, tmp_path):

@@ -213,6 +213,10 @@ def test_bad_graphs():
         SymmetricGraph(np.array([[1, 1], [1, 0]], np.int32))
     with pytest.raises(ValueError, match="permutation"):
         SymmetricGraph(np.array([[0], [1]], np.int32), np.array([0, 0]))
+    with pytest.raises(ValueError, match="permutation"):
+        SymmetricGraph(np.array([[0], [1]], np.int32), np.array([0, -1]))
+    with pytest.raises(ValueError, match="3 entries for 2 nodes"):
+        SymmetricGraph(np.array([[0], [1]], np.int32), np.arange(3))
 
 
 def changes(before, after):
@@ -263,6 +267,7 @@ def test_bad_changes():
     changed("not in increasing order", change=change([1, 1], [0, 0], [1, 1]))
     changed("offsets are damaged", n=2)
     changed("3 nodes has 2 offsets", indptr=indptr[:2])
+    changed("1 rows, 2 columns and 1 changes", change=change([0], [0, 1], [1]))
     for bad in ([1, 3, 6, 9], [0, 3, 6, 8], [0, 7, 6, 9], [0, 3, 10, 9]):
         changed("offsets are damaged", indptr=np.array(bad))
     for bad in ([-1, 2, 2], [2, 2, 4]):
@@ -282,6 +287,8 @@ def test_bad_panels():
         graph.product(aligned_zeros((2, 17)), aligned_zeros((2, 17)))
     with pytest.raises(ValueError, match="out of range"):
         graph.product(L, aligned_zeros((2, 16)), rows=np.array([2]))
+    with pytest.raises(ValueError, match="out of range"):
+        graph.reach(np.array([-5], np.int32), np.zeros(2, np.uint8), 2)
     with pytest.raises(ValueError, match="query 0 has neighbour 2"):
         neighbour_sums(np.array([[2]]), L)
     with pytest.raises(TypeError):
