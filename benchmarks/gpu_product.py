@@ -48,7 +48,7 @@ class Case:
         self.graphs = {(name, renumbered): kind(I, rank if renumbered else None) for name, kind in kinds.items()
                        for renumbered in (False, True)}
         W = self.graphs["torch", False]
-        self.n, self.nnz, self.bytes = W.n, W.nnz, sum(a.nbytes for a in W.arrays)
+        self.n, self.nnz, self.bytes = W.n, W.nnz, W.nbytes
         generator = torch.Generator(args.device).manual_seed(1)
         self.L = torch.rand((self.n, args.columns), generator=generator, device=args.device)
         self.nodes = np.sort(np.random.RandomState(1).choice(self.n, min(SAMPLE, self.n), replace=False))

@@ -88,6 +88,10 @@ class SymmetricGraph:
     def arrays(self):
         return self.indptr, self.indices, self.nsingle
 
+    @property
+    def nbytes(self):
+        return sum(a.nbytes for a in self.arrays)
+
     @classmethod
     def changed(cls, arrays, n, rows, columns, by):
         """The graph of n nodes that a smaller one becomes by changes of its entries: quicker than to make it anew.

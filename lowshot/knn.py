@@ -30,9 +30,9 @@ from lowshot.script import Progress, size
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
-INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least,
-FEW_INSERTED = 32 * SPARE   # and where they are few,
-ALL_INSERTED = 1 << 20      # as many for all of them together
+INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least
+FEW_INSERTED = 32 * SPARE   # and at the most, where new nodes are few
+ALL_INSERTED = 1 << 20      # candidates of all new nodes together, between these
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
@@ -289,8 +289,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
         rows += i
         merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, I.shape[1])
         entered = (merged_I >= first_new_number).any(axis=1)
-        if entered.any():
-            replace(rows[entered], merged_D[entered], merged_I[entered])
+        replace(rows[entered], merged_D[entered], merged_I[entered])
 
     if _on_gpu(new, X):
         existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
