@@ -32,6 +32,7 @@ import numpy as np
 from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
 
 FOR_GPU = 4             # times the configuration's images at a time are quicker there
+ON_CPU = 1 << 18        # pixels at a time: 5 images of 224 x 224, 256 of 32 x 32; more leave the caches, less idle in between
 AHEAD = 2               # batches that each loading process is ahead
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
 
@@ -46,7 +47,6 @@ def main():
     config = load_config(args.cfg)
     check_outputs(args.outfile or os.curdir)
     loader, transforms = config["loader"], config["transforms"]
-    batchsize = args.batchsize or loader["batchsize"]
     device = choose_device(args.device)
     workers = choose_workers(args.workers if args.workers is not None else loader["workers"], device)
 
@@ -70,12 +70,12 @@ def main():
             raise ValueError(f"{args.outfile} exists, made with {differs}: --overwrite replaces it")
 
     if device == "cpu":
-        # each worker has a batch of its own; large ones are no quicker on a CPU, and the last one is waited for
-        most = max(8, 8 * 224 ** 2 // transforms["crop"] ** 2)
-        batchsize = min(max(min(batchsize, 8), batchsize // workers), most)
-    elif args.batchsize is None:
-        batchsize *= FOR_GPU
-    batchsize = min(batchsize, n)
+        # each worker has batches of its own, and as many as the others
+        rounds = -(-n // (workers * max(1, ON_CPU // transforms["crop"] ** 2)))
+        quickest = -(-n // (workers * rounds))
+    else:
+        quickest = FOR_GPU * loader["batchsize"]
+    batchsize = min(args.batchsize or quickest, n)
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
 
@@ -135,8 +135,8 @@ def arguments():
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cpu, cuda (all GPUs), cuda:0, ...; auto: all GPUs if there are "
                        "any")
-    group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, divided among the "
-                       "workers (default: of the configuration, on a GPU four times as many)")
+    group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, of each worker "
+                       "(default: on a CPU what its caches hold, on a GPU four times as many as the configuration)")
     group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
                        "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
                        "CPU, but for one that feeds the GPU)")

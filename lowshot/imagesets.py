@@ -21,7 +21,7 @@ A configuration has three parts, all but `dataset` optional:
       mean: [0.485, 0.456, 0.406]
       std: [0.229, 0.224, 0.225]
     loader:
-      batchsize: 64             # images at a time
+      batchsize: 64             # images at a time; a GPU takes four times as many, a CPU what its caches hold
       workers: null             # threads or processes that read and decode; null: one per CPU
       open_zips: 8              # zip files that a process keeps open
 """
