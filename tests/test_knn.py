@@ -479,10 +479,36 @@ def test_many_duplicates(round_costs, monkeypatch):
     x[200:900] = x[3]
     x[900:1000] = 0
     D, I, info = knn.build_knn_graph(None, 8, cells=Cells.train(Vectors(x), 30))
-    S = x.astype("f8") @ x.T
     np.testing.assert_allclose(D[200:900], 1, atol=1e-6)
     assert (I == np.arange(1500)[:, None]).any(axis=1).all()
     assert info["recall"] >= .95 and default_nlist(1500) == 154
+
+
+def test_copies_beyond_the_first_are_compared_with_nobody_twice(monkeypatch):
+    """Their neighbours are the first ones and themselves; known nodes come first among those that new ones are compared with."""
+    monkeypatch.setattr(cells_module, "KEPT", 40)
+    monkeypatch.setattr(cells_module, "CROWDED", 100)
+    x = clustered(1500)
+    x[200:900:2] = x[3]
+    x[900:1000] = 0
+    cells = Cells.train(Vectors(x), 30)
+    begin, end = cells.compared(40)
+    left_out = np.concatenate([cells.order[i:j] for i, j in zip(end, cells.end)])
+    copies = np.concatenate([[3], np.arange(200, 900, 2)])
+    assert np.array_equal(np.sort(left_out), np.concatenate([copies[40:], np.arange(940, 1000)]))
+    for i, j, last in zip(begin, end, cells.end):
+        assert (np.diff(cells.order[i:j]) > 0).all() and (np.diff(cells.order[j:last]) > 0).all()
+    assert cells.compared(41)[1] is cells.end
+    assert np.array_equal(cells.cell_of(cells.position()[left_out]), cells.cell_of(cells.position()[np.where(left_out < 900, 3, 900)]))
+    D, I, info = knn.build_knn_graph(None, 8, cells=cells)
+    S = np.sort(x.astype("f8") @ x.T, axis=1)[:, ::-1]
+    assert (I == np.arange(1500)[:, None]).any(axis=1).all() and info["recall"] >= .95
+    np.testing.assert_allclose(D[copies], S[copies, :8], atol=1e-6)
+    assert np.isin(I[copies], copies).all() and np.isin(I[copies[40:]], copies[:40]).sum() == 7 * len(copies[40:])
+    for n0 in (1, 500, 1000, 1499):
+        joined = knn.build_knn_graph(None, 8, initial=(D[:n0], I[:n0]), cells=cells)
+        assert joined[2]["recall"] >= .95 and (np.diff(joined[0], axis=1) <= 0).all()
+        np.testing.assert_allclose(joined[0][copies[copies >= n0]], 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("spread,format", [(.03, "bytes"), (.008, "bfloat16"), (.001, "float32"), (1e-5, "bytes")])
