@@ -20,9 +20,9 @@ import os
 import time
 
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
-from lowshot.layout import DataDir, padded_to_power_of_two
-from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, read_json, remove, run,
-                            size, whole, write_json)
+from lowshot.layout import DataDir, padded_to_power_of_two, pca_command
+from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, read_json, remove,
+                            remove_left_behind, run, size, whole, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 FAISS_BLOCK = 1 << 16           # queries between two saves where Faiss searches
@@ -63,7 +63,7 @@ def main():
     start = time.time()
     n, d = args.nbg, args.dim
     raw = ddir.raw(d)
-    matrix_rows(raw, "<f4", d, n, "python train_apply_pca.py apply")
+    matrix_rows(raw, "<f4", d, n, pca_command("apply", d))
     # after the checks: these load Faiss and the compiled library
     from lowshot import knn
     from lowshot.gpu_search import search_device
@@ -80,23 +80,23 @@ def main():
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
+    vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
+    complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
+    if complete:
+        is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
+        for path in (path_I, path_D):
+            have = os.path.getsize(path) if os.path.exists(path) else 0
+            if have != 4 * n * k:
+                raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
+        check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
+        if os.path.exists(ddir.index(n)):
+            checked_index(ddir.index(n), vectors)
+            log(f"{is_complete}, nothing to do (--overwrite makes it again)")
+            return
     with exclusive(ddir.index(n)), knn.show_progress() as progress:
         if args.overwrite:
             for path in (path_I, path_D, ddir.index(n)):
                 remove(path)
-        vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
-        complete = os.path.exists(path_I)       # D gets its name first
-        if complete:
-            is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
-            for path in (path_I, path_D):
-                have = os.path.getsize(path) if os.path.exists(path) else 0
-                if have != 4 * n * k:
-                    raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
-            check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
-            if os.path.exists(ddir.index(n)):
-                checked_index(ddir.index(n), vectors)
-                log(f"{is_complete}, nothing to do (--overwrite makes it again)")
-                return
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
@@ -204,8 +204,12 @@ def stored_index(path, vectors, args, progress, log):
         except RuntimeError as e:
             raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
     for i, j in vectors.blocks():
-        index.add(vectors.stretch(i, j) * vectors.scale[i:j, None])
+        try:
+            index.add(vectors.stretch(i, j) * vectors.scale[i:j, None])
+        except RuntimeError as e:
+            raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
         progress("vectors added to the index", j, n)
+    remove_left_behind(path)
     with whole(path) as temporary:
         faiss.write_index(index, temporary)
     return index, None

@@ -30,7 +30,7 @@ from lowshot.evaluate import NO_NOVEL, accuracies
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.script import (Parser, Progress, check_outputs, log, number, peak_memory, print_header, provenance,
-                            release_memory, run, size, whole, write_json)
+                            release_memory, remove_left_behind, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -120,7 +120,7 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter):
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
@@ -143,7 +143,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
     steps = {"add novel images": vectors + blocks + lists + (looked_up if exact else 0),
              # the graph without the novel images, and with them
              "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
-             "diffuse": Backend.entry_bytes * edges + 24 * n + panels}
+             "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width)}
     if not stored:
         listed = k + knn.SPARE_LISTED
         steps["add novel images"] += 4 * edges + 24 * n
@@ -156,7 +156,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend):
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
             steps["complete"] = (vectors + lists + 130e6 + 24 * n
                                  + max(dim * n + 16 * listed * n, mapped + 4 * listed * n))
-    return int((GPU_LIBRARIES if on_gpu else 90e6) + max(steps.values()))
+    return int((GPU_LIBRARIES if on_gpu else Backend.libraries) + max(steps.values()))
 
 
 def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=True):
@@ -212,6 +212,7 @@ class StoredL:
 
     def __init__(self, path, shape, stack):
         self.shape, self.classes = shape, []
+        remove_left_behind(path)
         temporary = stack.enter_context(whole(path))
         self.file = stack.enter_context(open(temporary, "wb"))
         self.panels = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(temporary)))
@@ -291,16 +292,17 @@ def main():
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
     with FeatureFile(ddir.train) as f:
-        rows, labels, nbase = labelled_images(f.labels(), split, args.nlabeled, args.seed)
+        rows, labels, nbase = labelled_images(f.labels(split.known), split, args.nlabeled, args.seed)
     with FeatureFile(ddir.val) as f:
-        test_rows, test_labels = test_images(f.labels(), split)
+        test_rows, test_labels = test_images(f.labels(split.known), split)
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
-    key = FixedKey(ddir, args.mode, args.nbg, args.k, args.dim, rows[:nbase], test_rows)
+    k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
+    key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
     fixed = None if args.nocache else key.stored()
-    Backend = choose_backend(args.backend, args.device, n, args.k)
+    Backend = choose_backend(args.backend, args.device, n, k)
     use_gpu(search_device(Backend.device))
-    predicted = predict_memory(n, nt, nbase, nl - nbase, args.k, args.dim, fixed is not None,
-                               widest_panel(args.lslice, n, Backend.panel), Backend)
+    predicted = predict_memory(n, nt, nbase, nl - nbase, k, args.dim, fixed is not None,
+                               widest_panel(args.lslice, n, Backend.panel), Backend, args.niter)
     print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
@@ -335,7 +337,7 @@ def main():
     pieces = panels(split.is_novel, width)
     L, out = W.zeros(width), W.zeros(width)
     best = [BestClasses(test_labels) for _ in range(args.niter + 1)]
-    examples = Examples(nt, C, args.k) if args.storeexamples else None
+    examples = Examples(nt, C, k) if args.storeexamples else None
     scores = np.empty((nt, width), np.float32)
     with contextlib.ExitStack() as stack:
         stored = {i: StoredL(f"{args.storeLname}_iter{i}.npy", (n, C), stack) for i in store_at}

@@ -356,8 +356,8 @@ def main():
             raise ValueError(f"{ddir.train} has {train_file.d} columns and {ddir.val} {val_file.d}: "
                              "both must come from the same network")
         d = train_file.d
-        rows, labels, nbase = labelled_images(train_file.labels(), split, args.nlabeled, args.seed)
-        test_rows, test_labels = test_images(val_file.labels(), split)
+        rows, labels, nbase = labelled_images(train_file.labels(split.known), split, args.nlabeled, args.seed)
+        test_rows, test_labels = test_images(val_file.labels(split.known), split)
 
         import torch
         torch.set_grad_enabled(False)

@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from lowshot.features import SLAB_BYTES, FeatureFile, spread_rows
+from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, spread_rows
 from lowshot.layout import DataDir
 from lowshot.script import (Parser, Progress, available_memory, clock, exclusive, log, number, peak_memory,
                             print_header, read_json, remove, run, size, whole, write_json)
@@ -63,12 +63,14 @@ def train(args, block0, path):
         if complete(path, origin, args.overwrite):
             try:
                 load_pca(path)              # an error if it is not whole
-                return
             except ValueError:
                 if not args.overwrite:
                     raise
+            else:
+                log(f"{path} is complete, nothing to do")
+                return
         # rows, the covariance matrix in float32 and float64, its eigenvectors, and a slab being read
-        memory = 4 * n * f.d + 28 * f.d * f.d + 2 * SLAB_BYTES
+        memory = 4 * n * f.d + 28 * f.d * f.d + min(2 * SLAB_BYTES, 4 * n * f.d)
         print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(memory))
         if memory > available_memory():
             raise ValueError(f"training on {n} rows takes {size(memory)}, the machine has {size(available_memory())} "
@@ -108,9 +110,28 @@ def apply(args, blocks, pca_path, path):
     with open(pca_path, "rb") as f:
         origin = {"dim": args.dim, "pca_sha256": hashlib.sha256(f.read()).hexdigest(), "blocks": origins}
     if complete(path, origin, args.overwrite, n * width):
-        return
+        wrong = wrong_row(blocks, counts, pca, path)
+        if wrong is None:
+            log(f"{path} is complete, nothing to do")
+            return
+        if not args.overwrite:
+            raise ValueError(f"{path}: row {wrong} is not what the PCA makes of the features: --overwrite makes it again")
     with exclusive(path + ".partial"):
         write_all(args, blocks, counts, pca, path, origin)
+
+
+def wrong_row(blocks, counts, pca, path):
+    """The first of some rows of the output that is not the transform of its features; None if all are."""
+    rows, first = MatrixFile(path, "<f4", pca.d_out, sum(counts)), 0
+    for block, count in zip(blocks, counts):
+        with FeatureFile(block) as f:
+            for row in spread_rows(count, 16):
+                expected, found = pca.apply(f.read([row]))[0], rows[first + row:first + row + 1][0]
+                # batches of other sizes are summed in another order
+                if not np.abs(found - expected).max() <= 1e-3 * np.linalg.norm(expected):
+                    return first + row
+        first += count
+    return None
 
 
 def write_all(args, blocks, counts, pca, path, origin):
@@ -126,7 +147,7 @@ def write_all(args, blocks, counts, pca, path, origin):
             raise ValueError(f"{partial} was begun from another PCA or other blocks: delete it, or --overwrite")
     columns = pca.d_in
     print_header(args, step="apply", blocks=len(blocks), rows=n, output=size(n * width),
-                 predicted_memory=size(2 * SLAB_BYTES + SLAB_BYTES * args.dim // columns + (150 << 20)))
+                 predicted_memory=size(peak_memory() + min(SLAB_BYTES, 4 * max(counts) * columns) * (2 + args.dim / columns)))
     free = shutil.disk_usage(os.path.dirname(path)).free
     if (n - done) * width > free:
         raise OSError(f"{path} needs {size((n - done) * width)} more, the disk has {size(free)} free")
@@ -199,7 +220,6 @@ def complete(path, origin, overwrite, nbytes=None):
         write_json(note, origin)        # killed between its last two steps
         remove(progress)
     if note_of(note) == origin and right_size:
-        log(f"{path} is complete, nothing to do")
         return True
     if not overwrite:
         found = "was made from something else" if note_of(note) else "does not tell what it was made from"

@@ -62,9 +62,9 @@ class Problem:
         self.args, self.ddir = args, DataDir()
         split = load_split(self.ddir.label_idx(), "test")
         with FeatureFile(self.ddir.train) as f:
-            rows, self.labels, nbase = labelled_images(f.labels(), split, args.nlabeled, args.seed)
+            rows, self.labels, nbase = labelled_images(f.labels(split.known), split, args.nlabeled, args.seed)
         with FeatureFile(self.ddir.val) as f:
-            test_rows, self.test_labels = test_images(f.labels(), split)
+            test_rows, self.test_labels = test_images(f.labels(split.known), split)
         self.is_novel, self.C = split.is_novel, len(split.classes)
         fixed = FixedKey(self.ddir, "test", args.nbg, args.k, args.dim, rows[:nbase], test_rows).stored_or_made(log)
         novel = read_features(self.ddir.train, rows[nbase:], self.ddir.pca(args.dim), "novel images read")

@@ -17,7 +17,7 @@ import importlib.util
 
 import numpy as np
 
-from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
+from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, has_mkl, mkl_product, neighbour_sums
 from lowshot import gpu_search
 from lowshot.script import available_memory, log, size
 
@@ -28,6 +28,7 @@ class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
 
     device, panel, entry_bytes, follows = "cpu", PANEL, 4, True
+    libraries = 90e6                                        # bytes of memory of the process on a CPU, besides its arrays
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
@@ -65,7 +66,7 @@ class MklGraph(OwnGraph):
 class TorchGraph(SymmetricGraph):
     """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device: kept for comparison."""
 
-    follows = False
+    follows, libraries = False, 290e6
     device, panel, entry_bytes = "cuda", WIDEST, 16         # indices become int64 on their way to the device
     on_device = 12                                          # bytes per entry there
     share = .75         # of the device's free memory: cuSPARSE works in a buffer of its own, our kernel adds sums up
@@ -182,6 +183,8 @@ def choose_backend(name, device, n, k):
             return backend
         log(f"note: diffusion on the CPU, as {size(backend.free_memory())} of the GPU's memory do not hold the graph")
         return OwnGraph
+    if name == "mkl" and not has_mkl():
+        raise ValueError("--backend mkl: graph_utils was built without MKL (compile.bash says how to name it)")
     if device != "cpu":
         raise ValueError(f"--backend {name} computes on the CPU, --device is {device}")
     return {"own": OwnGraph, "mkl": MklGraph}[name]

@@ -19,7 +19,7 @@ from lowshot import knn
 from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, check_graph, read_index
-from lowshot.layout import graph_command
+from lowshot.layout import graph_command, pca_command
 from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
@@ -85,18 +85,17 @@ def fixed_vectors(ddir, nbg, dim, base):
     """Vectors of the background and, after it, of the base images, normalised as they are read."""
     if not nbg:
         return NormalisedRows(base)
-    return NormalisedRows(MatrixFile(ddir.raw(dim), "<f4", dim, nbg, "python train_apply_pca.py apply"), base)
+    return NormalisedRows(MatrixFile(ddir.raw(dim), "<f4", dim, nbg, pca_command("apply", dim)), base)
 
 
 def cells_of_nodes(ddir, nbg, vectors, progress):
     """The nodes by cell: the background as in its index, if there is one that serves; otherwise by cells made here."""
     path = ddir.index(nbg)
     if nbg >= knn.EXACT_BELOW and os.path.exists(path):
-        with contextlib.suppress(ValueError):           # truncated, or of another kind
-            index = read_index(path, nbg, vectors.d)
-            if isinstance(index, knn.faiss.IndexIVFFlat):
-                centroids, cell = knn.cells_of_index(index)
-                return knn.Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
+        index = read_index(path, nbg, vectors.d)
+        if isinstance(index, knn.faiss.IndexIVFFlat):
+            centroids, cell = knn.cells_of_index(index)
+            return knn.Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
     return knn.Cells.train(vectors, progress=progress)
 
 
@@ -288,7 +287,8 @@ class FixedKey:
                 sources.append(ddir.index(nbg))
         for path in sources:
             if not os.path.exists(path):
-                raise ValueError(f"{path} does not exist: train_apply_pca.py makes it")
+                maker = "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim)
+                raise ValueError(f"{path} does not exist: {maker} makes it")
         self.made_from = {
             "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": [file_identity(p) for p in sources],
             "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}

@@ -14,6 +14,15 @@ def spread_rows(n, m):
     return np.unique(np.linspace(0, n - 1, m).astype(np.int64)) if n else np.empty(0, np.int64)
 
 
+def check_readable(path, maker):
+    """ValueError where a file is not there, which `maker` makes; PermissionError where it must not be read: libraries take it
+    for damaged."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path} does not exist: {maker} makes it")
+    with open(path, "rb"):
+        pass
+
+
 class FeatureFile:
     """One HDF5 file of features: `all_feats` float32 (n, d), `all_labels` int32 (n), `count` int32 (1).
 
@@ -26,8 +35,7 @@ class FeatureFile:
 
     def __init__(self, path):
         import h5py
-        if not os.path.exists(path):
-            raise ValueError(f"{path} does not exist: save_features.py makes it")
+        check_readable(path, "save_features.py")
         self.path, self._fd = path, None
         try:
             self.file = h5py.File(path, "r")
@@ -71,15 +79,21 @@ class FeatureFile:
         if offset is not None and feats.dtype == np.dtype("<f4"):
             self._fd, self._offset = os.open(path, os.O_RDONLY | os.O_CLOEXEC), offset
 
-    def labels(self):
-        """Labels of the valid rows, int64 (n,)."""
+    def labels(self, known=2 ** 31):
+        """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1."""
         labels = self._stretch("all_labels", 0, self.n)
         if labels.dtype.kind == "f":
             wrong = ~(np.abs(labels) < 2 ** 53) | (np.floor(labels) != labels)
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise ValueError(f"{self.path}: the label of row {row} is {labels[row]}, a whole number was expected")
-        return labels.astype(np.int64)
+        labels = labels.astype(np.int64)
+        outside = (labels < 0) | (labels >= known)
+        if outside.any():
+            row = int(np.argmax(outside))
+            raise ValueError(f"{self.path}: the label of row {row} is {labels[row]}, label_idx.json has classes for labels 0 to "
+                             f"{known - 1} (label 0 is its class 1)")
+        return labels
 
     def _stretch(self, name, start, stop):
         """Rows start .. stop - 1 of a dataset."""
@@ -205,8 +219,9 @@ def matrix_rows(path, dtype, columns, rows=None, maker=None):
     have = os.path.getsize(path)
     if have % width or (rows is not None and have < rows * width) or have == 0:
         want = f"at least {rows * width} ({rows} rows of {width})" if rows else f"a multiple of {width}"
-        why = "truncated or of another shape" if have % width or not have else f"it holds {have // width} rows"
-        again = f"; {maker} --overwrite makes it again" if maker else ""
+        partial = have % width or not have
+        why = "truncated or of another shape" if partial else f"it holds {have // width} rows"
+        again = f"; {maker} --overwrite makes it again" if maker and partial else ""
         raise ValueError(f"{path} has {have} bytes, {want} expected: {why}{again}")
     return have // width
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from graph_utils import aligned_zeros
 from lowshot.cells import BLOCK
-from lowshot.features import MatrixFile, read_into, spread_rows
+from lowshot.features import MatrixFile, check_readable, read_into, spread_rows
 from lowshot.packages import faiss
 from lowshot.script import allocate, log, read_json, remove, remove_left_behind, whole, write_json
 
@@ -19,6 +19,7 @@ SIMILAR_MEAN = 0.0005   # and similarities on average
 
 def read_index(path, n, d, factory=""):
     """Read a Faiss index of n vectors of d dimensions; lists stay on disk. ValueError if it is another."""
+    check_readable(path, "build_graph.py")
     try:
         index = faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as e:
@@ -48,6 +49,7 @@ def write_ivf_flat(path, cells, nprobe=256, progress=None):
     none = lists + b"sprs" + struct.pack("<Q", 0)
     if not header.endswith(none):
         raise RuntimeError(f"Faiss {faiss.__version__} writes IVF indexes in another way than expected")
+    remove_left_behind(path)
     with whole(path) as temporary, open(temporary, "wb") as f:
         f.write(header[:-len(none)] + lists + b"full" + struct.pack("<Q", nlist) + sizes.tobytes())
         for first, last in stretches_of_cells(cells):
@@ -77,7 +79,10 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
     differences = []
     for row in spread_rows(n, 64):
         number, similarity = I[row:row + 1][0], D[row:row + 1][0]
-        have = (number >= 0) & (number < n)
+        have = number >= 0
+        if number.min() < -1 or number.max() >= n or not have.any():
+            raise ValueError(f"{path_I}: row {row} is no list of neighbours among {n} nodes ({number.min()} to {number.max()}); "
+                             f"{remedy}")
         exact = vectors.scaled_rows(number[have]) @ vectors.scaled_rows([row])[0]
         wrong = ~(np.abs(similarity[have] - exact) < SIMILAR)
         if wrong.any():

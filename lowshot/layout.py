@@ -8,6 +8,11 @@ def graph_command(nbg, k, dim):
     return f"python build_graph.py {nbg} --k {k}" + (f" --dim {dim}" if dim != 256 else "")
 
 
+def pca_command(step, dim):
+    """The command that trains or applies the PCA."""
+    return f"python train_apply_pca.py {step}" + (f" --dim {dim}" if dim != 256 else "")
+
+
 def padded_to_power_of_two(k):
     """The number of columns that a stored graph of k neighbours has."""
     return 1 << (k - 1).bit_length()

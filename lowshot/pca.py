@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 
+from lowshot.features import check_readable
+from lowshot.layout import pca_command
 from lowshot.packages import faiss
 
 
@@ -12,21 +14,21 @@ def load_pca(path, columns=None, source=None):
 
     Returns the transform: x float32 (n, d_in) -> transform.apply(x) float32 (n, d_out), not normalised.
     """
-    if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist: python train_apply_pca.py train makes it")
+    name = re.fullmatch(r"PCAR(\d+)\.vt", os.path.basename(path))
+    maker = pca_command("train", int(name.group(1)) if name else 256)
+    again = f"{maker} --overwrite makes it again"
+    check_readable(path, maker)
     try:
         transform = faiss.read_VectorTransform(path)
     except RuntimeError as e:
         raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss VectorTransform: "
-                         f"python train_apply_pca.py train --overwrite makes it again ({str(e).splitlines()[0]})")
-    name = re.fullmatch(r"PCAR(\d+)\.vt", os.path.basename(path))
+                         f"{again} ({str(e).splitlines()[0]})")
     if name and transform.d_out != int(name.group(1)):
-        raise ValueError(f"{path} gives {transform.d_out} dimensions, its name says {name.group(1)}: "
-                         "python train_apply_pca.py train --overwrite makes it again")
+        raise ValueError(f"{path} gives {transform.d_out} dimensions, its name says {name.group(1)}: {again}")
     parameters = [faiss.vector_to_array(getattr(transform, part)) for part in ("A", "b") if hasattr(transform, part)]
     if not transform.is_trained or not all(np.isfinite(p).all() for p in parameters):
         raise ValueError(f"{path} is {'damaged: it holds NaN or infinity' if transform.is_trained else 'not trained'}: "
-                         "python train_apply_pca.py train --overwrite makes it again")
+                         f"{again}")
     if columns is not None and transform.d_in != columns:
         raise ValueError(f"{source} has {columns} columns, {path} expects {transform.d_in}: "
                          "both must come from the same network")

@@ -8,10 +8,14 @@ from lowshot.script import read_json
 
 @dataclass
 class Split:
-    """Class split of one mode: 0-based class numbers, each list increasing. Label c is the c-th class of `classes`."""
+    """Class split of one mode: 0-based class numbers, each list increasing. Label c is the c-th class of `classes`.
+
+    known: the file names no class from this number on, of any mode.
+    """
     mode: str
     base: np.ndarray
     novel: np.ndarray
+    known: int = 2 ** 31
 
     @property
     def classes(self):
@@ -46,7 +50,9 @@ def load_split(path, mode):
         raise ValueError(f"{path}: class {np.intersect1d(base, novel)[0] + 1} is both base and novel for --mode {mode}")
     if not len(base) + len(novel):
         raise ValueError(f"{path} lists no class for --mode {mode}")
-    return Split(mode, base, novel)
+    known = [n for key, numbers in info.items() if "classes" in key and isinstance(numbers, list)
+             for n in numbers if type(n) is int]
+    return Split(mode, base, novel, max(known))
 
 
 def labelled_images(train_labels, split, nlabeled, seed):

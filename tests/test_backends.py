@@ -17,7 +17,7 @@ def gpu(monkeypatch):
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_search.glob, "glob", lambda pattern: [])
     assert choose_backend("auto", "auto", 10, 5) is OwnGraph and choose_backend("auto", "cpu", 10, 5) is OwnGraph
-    assert choose_backend("mkl", "auto", 10, 5) is MklGraph
+    assert not backends.has_mkl() or choose_backend("mkl", "auto", 10, 5) is MklGraph
     assert choose_backend("torch", "auto", 10, 5).device == "cpu"
 
 
@@ -39,3 +39,9 @@ def test_a_gpu_is_taken_where_the_graph_fits(gpu, capsys, monkeypatch, triton, k
 def test_what_cannot_be(gpu, name, device, message):
     with pytest.raises(ValueError, match=message):
         choose_backend(name, device, 10, 5)
+
+
+def test_mkl_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(backends, "has_mkl", lambda: False)
+    with pytest.raises(ValueError, match="--backend mkl: graph_utils was built without MKL"):
+        choose_backend("mkl", "auto", 10, 5)

@@ -310,6 +310,7 @@ def write_index_of(root, n, d):
     (lambda r: (write_index_of(r, 100, DIM), cut(r / "knngraph" / "ndis100.index", 900)), [100], "truncated or not a Faiss index"),
     (lambda r: write_index_of(r, 100, DIM), [100], "it was made from others; --overwrite makes it again"),
     (lambda r: None, [100, "--index", "Nonsense"], "--index Nonsense"),
+    (lambda r: None, [100, "--index", "IDMap,Flat"], "--index IDMap,Flat"),
     (lambda r: None, [100, "--index", "IVF101,Flat"], "101 lists for 100 vectors"),
     (lambda r: None, [0], "at least 1"),
     (lambda r: None, [100, "--k", 0], "at least 1"),
@@ -332,6 +333,12 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     x.tofile(raw)
     x[:, :-2].tofile(raw.with_name(f"concatenated_PCAR{DIM - 2}.raw"))
     assert run(tmp_path, 300, "--k", 8).returncode == 0
+    stored = tmp_path / "knngraph" / "ndis300_k8_I_11.int32"
+    right = stored.read_bytes()
+    for wrong in (b"\xff" * len(right), right[:4] + b"\0\0\1\0" + right[8:]):
+        stored.write_bytes(wrong)
+        assert "row 0 is no list of neighbours among 300 nodes" in run(tmp_path, 300, "--k", 8).stderr
+    stored.write_bytes(right)
     index = tmp_path / "knngraph" / "ndis300.index"
     os.truncate(index, 0)
     assert "truncated or not a Faiss index" in run(tmp_path, 300, "--k", 8).stderr

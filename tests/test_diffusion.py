@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 
@@ -143,6 +144,11 @@ def test_figures_depend_on_neither_slices_cache_nor_order_of_runs(ddir):
         assert printed(diffusion(ddir, *arguments, *extra)) == first, extra
 
 
+def test_more_neighbours_than_nodes_are_all_nodes(ddir):
+    printed_of = [printed(diffusion(ddir, "--mode", "test", "--nbg", 0, "--niter", 2, "--k", k)) for k in (2000, 10 ** 9)]
+    assert printed_of[0] == printed_of[1]
+
+
 def test_a_split_without_novel_test_images_is_noted(ddir, tmp_path):
     root = make_data_directory(tmp_path, nclass=30, dim=64, nbg=NBG, raw=True)
     path = os.path.join(root, "label_idx.json")
@@ -199,6 +205,11 @@ def test_examples(ddir, tmp_path):
     np.testing.assert_allclose(e["contribution"], L[e["neighbours"], best[:, None]], rtol=1e-5)
 
 
+def set_label(ddir, name, row, label):
+    with h5py.File(f"{ddir}/features/{name}.hdf5", "r+") as f:
+        f["all_labels"][row] = label
+
+
 def truncated(path, nbytes):
     with open(path, "rb+") as f:
         f.truncate(nbytes)
@@ -223,6 +234,9 @@ def truncated(path, nbytes):
     (lambda d: np.full(60 * 8, np.nan, np.float32).tofile(d + "/knngraph/ndis60_k8_D_11.float32"), [], "is damaged"),
     (lambda d: np.random.RandomState(0).randn(60, 32).astype("f4").tofile(
         d + "/features/f100m/concatenated_PCAR32.raw"), [], "made from other vectors"),
+    (lambda d: np.full(60 * 8, -1, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "row 0 is no list of neighbours"),
+    (lambda d: set_label(d, "val", 3, 20), [], "val.hdf5: the label of row 3 is 20, .*labels 0 to 19"),
+    (lambda d: set_label(d, "train", 5, -1), [], "train.hdf5: the label of row 5 is -1"),
     (lambda d: None, ["--record", "/"], "is a directory"),
     (lambda d: None, ["--storeLiters", "1"], "--storeLname has to say where"),
     (lambda d: None, ["--device", "banana"], "auto, cpu, cuda, or cuda:0"),

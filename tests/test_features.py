@@ -105,7 +105,13 @@ def test_labels_are_whole_numbers(tmp_path):
     with h5py.File(path, "r+") as f:
         f["all_labels"][1] = 4
     with FeatureFile(path) as f:
-        assert f.labels().tolist() == [7, 4, 2]
+        assert f.labels().tolist() == f.labels(8).tolist() == [7, 4, 2]
+        with pytest.raises(ValueError, match="f.hdf5: the label of row 0 is 7, label_idx.json has classes for labels 0 to 6"):
+            f.labels(7)
+    with h5py.File(path, "r+") as f:
+        f["all_labels"][2] = -1
+    with FeatureFile(path) as f, pytest.raises(ValueError, match="label of row 2 is -1"):
+        f.labels()
 
 
 def test_damaged_chunk_is_named(tmp_path):

@@ -19,6 +19,7 @@ def test_modes_take_their_own_lists_zero_based(tmp_path):
     path = write(tmp_path / "s.json", base_classes=[9, 8, 2, 5], base_classes_1=[9, 2], novel_classes_1=[4, 1],
                  base_classes_2=[8, 5], novel_classes_2=[10, 3, 6])
     val, test = load_split(path, "val"), load_split(path, "test")
+    assert val.known == test.known == 10
     assert val.base.tolist() == [1, 8] and val.novel.tolist() == [0, 3] and val.classes.tolist() == [0, 1, 3, 8]
     assert val.is_novel.tolist() == [True, False, True, False]
     assert test.base.tolist() == [4, 7] and test.novel.tolist() == [2, 5, 9]

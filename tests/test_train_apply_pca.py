@@ -183,10 +183,21 @@ def huge(root):
         f["all_feats"][4] = 3e38
 
 
+def test_a_damaged_output_of_the_right_size_is_not_complete(root):
+    run(root, "train", "apply")
+    right = raw(root)
+    for wrong in (np.zeros_like(right), right + .1):
+        wrong.tofile(path(root))
+        assert "row 0 is not what the PCA makes of the features: --overwrite" in run(root, "apply", ok=False)
+        assert "wrote" in run(root, "apply", "--overwrite")
+        np.testing.assert_array_equal(raw(root), right)
+    assert "complete, nothing to do" in run(root, "train", "apply", "--overwrite")
+
+
 def test_a_truncated_pca_is_not_complete(root):
     run(root, "train")
     os.truncate(path(root, f"PCAR{DIM}.vt"), 0)
-    assert "train --overwrite makes it again" in run(root, "train", ok=False)
+    assert f"train --dim {DIM} --overwrite makes it again" in run(root, "train", ok=False)
     run(root, "train", "--overwrite")
     assert "complete" in run(root, "train")
 
@@ -197,7 +208,7 @@ def nan(root):
 
 
 @pytest.mark.parametrize("spoil,message", [
-    (lambda root: os.unlink(path(root, f"PCAR{DIM}.vt")), "train makes it"),
+    (lambda root: os.unlink(path(root, f"PCAR{DIM}.vt")), f"train --dim {DIM} makes it"),
     (lambda root: os.truncate(path(root, f"PCAR{DIM}.vt"), 100), "truncated"),
     (lambda root: faiss.write_VectorTransform(faiss.PCAMatrix(D, DIM), path(root, f"PCAR{DIM}.vt")), "not trained"),
     (spoil_pca, "NaN or infinity"),
