@@ -69,9 +69,9 @@ def train(args, block0, path):
             else:
                 log(f"{path} is complete, nothing to do")
                 return
-        # rows, the covariance matrix in float32 and float64, its eigenvectors, and a slab being read
-        memory = 4 * n * f.d + 28 * f.d * f.d + min(2 * SLAB_BYTES, 4 * n * f.d)
-        print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(memory))
+        # rows, and a slab being read or, later, the covariance matrix in float32 and its eigenvectors in float64
+        memory = 4 * n * f.d + max(min(SLAB_BYTES, 4 * n * f.d), 12 * f.d * f.d)
+        print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(peak_memory() + memory))
         if memory > available_memory():
             raise ValueError(f"training on {n} rows takes {size(memory)}, the machine has {size(available_memory())} "
                              f"free: --ntrain {max(args.dim, int(0.8 * n * available_memory() / memory))} fits")
