@@ -27,6 +27,7 @@ A configuration has three parts, all but `dataset` optional:
 """
 import collections
 import errno
+import functools
 import hashlib
 import io
 import math
@@ -52,7 +53,8 @@ from lowshot.script import Progress, read_json
 warnings.filterwarnings("ignore", module="PIL")     # of transparency, and of sizes
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
-SMALL = 1 << 16         # bytes that are read before a file is asked for its size
+SMALL = 1 << 16         # bytes that are read before a file is asked for its size, or of small members of zip files at a time
+NAMES = [f"{i:03d}.jpg" for i in range(1000)]   # members of YFCC100M's zip files
 HEADER = 1 << 10        # bytes at the start of a JPEG file among which its size is looked for
 STRIP = 1 << 24         # pixels of a resized image from which on only the part that is kept is resized
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -196,7 +198,7 @@ class ZipSet:
         if not os.path.isdir(root):
             raise ValueError(f"{root} is not a directory: the zip files 00/000.zip ... were expected in it")
         self.root, self.open_zips = root, open_zips
-        self.files, self.lock = collections.OrderedDict(), threading.Lock()
+        self.files, self.lock, self.last = collections.OrderedDict(), threading.Lock(), (None, None)
         self.length = self._last() + 1 if length is None else length
 
     def _last(self):
@@ -232,6 +234,12 @@ class ZipSet:
     def read(self, i):
         """The bytes of image i; raises Missing, or any other exception if its file is damaged."""
         z, i = divmod(i, 1000)
+        last = self.last        # one look, as other threads change it
+        if last[0] != z:
+            last = self.last = z, self._reader(z)
+        return last[1].read(NAMES[i])
+
+    def _reader(self, z):
         with self.lock:
             reader = self.files.get(z)
             if reader is None:
@@ -240,18 +248,22 @@ class ZipSet:
                 reader = self.files[z] = ZipReader(os.path.join(self.root, f"{z // 1000:02d}", f"{z % 1000:03d}.zip"))
             else:
                 self.files.move_to_end(z)
-        return reader.read(f"{i:03d}.jpg")
+        return reader
 
 
 class ZipReader:
     """A zip file whose members are read whole. One that is missing or damaged has no members, and is remembered so.
 
-    Members stored without compression, as in YFCC100M, are read by one system call; the zipfile module, which does
-    the rest, takes longer for each than the decoding of a small image.
+    Members stored without compression, as in YFCC100M, are read by one system call, small ones by one for many; the
+    zipfile module, which does the rest, takes longer for each than the decoding of a small image.
     """
 
+    class Stretch(threading.local):
+        """What a thread has read of the file."""
+        start, data = 0, b""
+
     def __init__(self, path):
-        self.zip, self.members = None, {}
+        self.zip, self.members, self.stretch = None, {}, self.Stretch()
         self.error = None
         try:
             self.zip = zipfile.ZipFile(path)
@@ -273,17 +285,28 @@ class ZipReader:
         if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1:
             return self.zip.read(m)
         # a member is a header of 30 bytes, its name, an extra field, then the data
-        fd, spare = self.zip.fp.fileno(), 64
-        data = os.pread(fd, 30 + len(name) + spare + m.file_size, m.header_offset)
-        if data[:4] != b"PK\3\4" or len(data) < 30:
+        spare = 64
+        data, at = self._stretch(m.header_offset, 30 + len(name) + spare + m.file_size)
+        if data[at:at + 4] != b"PK\3\4" or len(data) < at + 30:
             raise zipfile.BadZipFile(f"no member where {name} should start")
-        start = 30 + sum(struct.unpack_from("<HH", data, 26))
-        if start + m.file_size > len(data):
-            data, start = os.pread(fd, m.file_size, m.header_offset + start), 0
-        data = data[start:start + m.file_size]
+        start = 30 + sum(struct.unpack_from("<HH", data, at + 26))
+        if at + start + m.file_size > len(data):
+            data, at = self._stretch(m.header_offset + start, m.file_size)
+            start = 0
+        data = data[at + start:at + start + m.file_size]
         if zlib.crc32(data) != m.CRC:
             raise zipfile.BadZipFile(f"bad checksum of {name}")
         return data
+
+    def _stretch(self, start, n):
+        """(data, at): n bytes of the file from `start` on, or those up to its end, are data[at:at + n]."""
+        have = self.stretch
+        at = start - have.start
+        if not 0 <= at <= len(have.data) - n:
+            if n > SMALL // 8:
+                return os.pread(self.zip.fp.fileno(), n, start), 0
+            have.start, have.data, at = start, os.pread(self.zip.fp.fileno(), SMALL, start), 0
+        return have.data, at
 
 
 class FileSet:
@@ -430,6 +453,12 @@ class CifarSet:
 
 # ---------------------------------------------------------------------------------------------- pixels
 
+@functools.lru_cache
+def frame_header(shape):
+    """How a JPEG file of this shape (height, width, colours) tells of it."""
+    return struct.pack(">HBHHB", 17, 8, *shape)
+
+
 def decode(data, out=None):
     """An image file's bytes (or pixels as they are) -> uint8 (h, w, 3). Raises some exception if it is damaged.
 
@@ -440,7 +469,7 @@ def decode(data, out=None):
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:
             # the frame header of this very size and three colours says all, and is found in less time than it is parsed
-            if out is not None and data.find(struct.pack(">HBHHB", 17, 8, *out.shape), 0, HEADER) > 0:
+            if out is not None and data.find(frame_header(out.shape), 0, HEADER) > 0:
                 if simplejpeg.decode_jpeg(data, buffer=out).shape == out.shape:
                     return out
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -474,6 +503,8 @@ class Preprocess:
     def __call__(self, data, out=None):
         """out: uint8 (crop, crop, 3), contiguous, or None: where the pixels may be put, if that saves a copy."""
         x = decode(data, out)
+        if x is out and self.resize in (None, self.crop):
+            return x
         h, w, _ = x.shape
         if self.resize is not None and min(h, w) != self.resize:
             new_h = self.resize if h <= w else int(self.resize * h / w)

@@ -337,7 +337,7 @@ def test_bad_files_take_one_line(tmp_path):
     expect("train.hdf5", f"row {row} holds NaN")
     write_features(train, x[:, :5], y)
     expect("train.hdf5 has 5 columns", "val.hdf5 6")
-    write_features(train, x, np.where(y == split.base[0], 999, y))
+    write_features(train, x, np.where(y == split.base[0], split.base[1], y))
     expect(f"class {split.base[0] + 1} of the split has no image")
     write_features(train, x, y)
     with open(val, "rb+") as f:
