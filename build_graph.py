@@ -80,7 +80,7 @@ def main():
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
-    vectors = knn.Vectors(NormalisedRows(MatrixFile(raw, "<f4", d, n)))
+    rows = NormalisedRows(MatrixFile(raw, "<f4", d, n))
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
@@ -88,6 +88,7 @@ def main():
             have = os.path.getsize(path) if os.path.exists(path) else 0
             if have != 4 * n * k:
                 raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
+        vectors = knn.Vectors(rows)
         check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
         if os.path.exists(ddir.index(n)):
             checked_index(ddir.index(n), vectors)
@@ -97,6 +98,7 @@ def main():
         if args.overwrite:
             for path in (path_I, path_D, ddir.index(n)):
                 remove(path)
+        vectors = knn.Vectors(rows)
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:

@@ -29,7 +29,7 @@ import numpy as np
 from lowshot.evaluate import NO_NOVEL, accuracies
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, check_outputs, log, number, peak_memory, print_header, provenance,
+from lowshot.script import (Parser, Progress, check_outputs, exclusive, log, number, peak_memory, print_header, provenance,
                             release_memory, remove_left_behind, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
@@ -212,6 +212,7 @@ class StoredL:
 
     def __init__(self, path, shape, stack):
         self.shape, self.classes = shape, []
+        stack.enter_context(exclusive(path))
         remove_left_behind(path)
         temporary = stack.enter_context(whole(path))
         self.file = stack.enter_context(open(temporary, "wb"))

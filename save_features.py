@@ -32,7 +32,7 @@ import numpy as np
 from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
 
 FOR_GPU = 4             # times the configuration's images at a time are quicker there
-ON_CPU = 1 << 18        # pixels at a time: 5 images of 224 x 224, 256 of 32 x 32; more leave the caches, less idle in between
+ON_CPU = 1 << 18, 256   # pixels and images at a time, at the most: more leave the caches, with less workers wait for each other
 AHEAD = 2               # batches that each loading process is ahead
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
 
@@ -71,7 +71,8 @@ def main():
 
     if device == "cpu":
         # each worker has batches of its own, and as many as the others
-        rounds = -(-n // (workers * max(1, ON_CPU // transforms["crop"] ** 2)))
+        most = min(max(1, ON_CPU[0] // transforms["crop"] ** 2), ON_CPU[1])
+        rounds = -(-n // (workers * most))
         quickest = -(-n // (workers * rounds))
     else:
         quickest = FOR_GPU * loader["batchsize"]
@@ -207,7 +208,7 @@ def by_threads(batches, extract, workers):
         with torch.inference_mode():                # holds for one thread
             return features_of(batch, extract)
 
-    ahead = 4 * workers
+    ahead = 2 * workers
     with concurrent.futures.ThreadPoolExecutor(workers) as readers, \
             concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

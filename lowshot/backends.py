@@ -7,6 +7,7 @@ Each backend is a SymmetricGraph with these operations on panels of L, float32 (
     follows                                       whether to find the rows that labels have reached takes less time than
                                                   all of them
     entry_bytes                                   memory of this process per entry of W, at most
+    libraries                                     and of its libraries, on a CPU
     zeros(ncol)                                   a panel
     seed(L, nodes, columns)                       L = 0 but for ones at (nodes, columns)
     product(L, out, scale, rows, weights)         see SymmetricGraph.product

@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.features import MatrixFile, NormalisedRows, row_norms
+from lowshot.features import MatrixFile, NormalisedRows, row_norms, spread_rows
 from lowshot.packages import faiss
 from lowshot.script import available_memory
 
@@ -14,8 +14,9 @@ TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as 
 FEW_CELLS = 1024                    # of no more than these the nearest is found by comparing with all
 STAY_NEAR = 16                      # from one round of k-means to the next, vectors stay within the nearest 1/16 of the cells
 CHAINED = 64                        # centroids near each that the next in a chain is mostly among
-KEPT = 1 << 10                      # copies of a vector that others of their cell are compared with
-CROWDED = 8 * KEPT                  # vectors of a cell from which on copies are looked for
+KEPT = 1 << 11                      # copies of a vector that others are compared with: more than anybody's candidates
+CROWDED = 4 * KEPT                  # vectors of a cell from which on copies are looked for,
+REPEATED = 20                       # if the same is as many times among a thousand of them
 SAME_CELL = .997                    # share of a sample whose nearest centroid is found by way of few others
 
 
@@ -283,8 +284,9 @@ class Cells:
     """Vectors sorted by cell, cells chained by similarity, within a cell in the order of their numbers.
 
     order      int32 (n,): row p of X is number order[p]
-    begin, end int64 (nlist,): rows of each cell. Where many vectors are the same, as those of unreadable images are, and
-               each would be compared with all, copies beyond the first ones come last
+    begin, end int64 (nlist,): rows of each cell
+    stop       int64 (nlist,): rows that others are compared with end there. Copies of a vector beyond the first KEPT come after
+               them, in the order of their numbers: of a million equal ones, as of unreadable images, each need not see all
     centroids  float32 (nlist, d), in the order of the chain
     and, once it is known what stands for the vectors, after use():
     codes      Codes; X (n, words), int32 or float32: the vectors; C: the centroids
@@ -304,27 +306,30 @@ class Cells:
         sizes = np.bincount(cell, minlength=len(chain))[chain]
         self.end = np.cumsum(sizes)
         self.begin = self.end - sizes
-        self._stop = self.end.copy()
+        self.stop = self.end.copy()
         for c in np.flatnonzero(sizes > CROWDED):
             rows = self.order[self.begin[c]:self.end[c]]
             surplus = self._copies(rows)
-            self._stop[c] -= surplus.sum()
+            self.stop[c] -= surplus.sum()
             rows[:] = np.concatenate([rows[~surplus], rows[surplus]])
 
     def _copies(self, numbers):
         """Whether each of some vectors is equal to KEPT before it, bool (len(numbers),): if their hashes of 64 bits are."""
         odd = np.random.RandomState(0).randint(1 << 62, size=self.vectors.d).astype(np.uint64) * 2 + 1
-        hashes = np.concatenate([self.vectors.rows(numbers[i:i + BLOCK]).view(np.uint32) @ odd
-                                 for i in range(0, len(numbers), BLOCK)])
+
+        def hashes_of(numbers):
+            return np.concatenate([self.vectors.rows(numbers[i:i + BLOCK]).view(np.uint32) @ odd
+                                   for i in range(0, len(numbers), BLOCK)])
+
+        surplus = np.zeros(len(numbers), bool)
+        some = hashes_of(numbers[spread_rows(len(numbers), 1000)])
+        if np.unique(some, return_counts=True)[1].max() < REPEATED:
+            return surplus
+        hashes = hashes_of(numbers)
         order = np.argsort(hashes, kind="stable")
         first = np.searchsorted(hashes, hashes[order], sorter=order)
-        surplus = np.empty(len(numbers), bool)
         surplus[order] = np.arange(len(numbers)) - first >= KEPT
         return surplus
-
-    def compared(self, K):
-        """(begin, end) of the rows of each cell that those are compared with who look for K: int64 (nlist,) each."""
-        return self.begin, self._stop if K <= KEPT else self.end
 
     def use(self, codes, progress=None):
         self.codes, self.X = codes, None

@@ -17,8 +17,8 @@ import numpy as np
 from graph_utils import SymmetricGraph, check_permutation
 from lowshot import knn
 from lowshot.cells import assign
-from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows, read_into
-from lowshot.index_files import SIMILAR, check_graph, read_index
+from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, normalise_rows, read_into
+from lowshot.index_files import SIMILAR, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
 from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
@@ -62,9 +62,10 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
     maker = graph_command(nbg, columns, vectors.d)
     for path, dtype, out in ((path_I, "<i4", I), (path_D, "<f4", D)):
-        rows = matrix_rows(path, dtype, columns, nbg, maker)
-        if rows != nbg:
-            raise ValueError(f"{path} has {rows} rows, {nbg} expected: {maker} makes it")
+        have, width = os.path.getsize(path), 4 * columns
+        if have != nbg * width:
+            raise ValueError(f"{path} has {have} bytes, {nbg * width} ({nbg} rows of {width}) expected: {maker} --overwrite makes it "
+                             "again")
         matrix = MatrixFile(path, dtype, columns, nbg)
         for i in range(0, nbg, BLOCK):
             out[i:i + BLOCK] = matrix[i:i + BLOCK][:, :k]
@@ -92,9 +93,13 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
     """The nodes by cell: the background as in its index, if there is one that serves; otherwise by cells made here."""
     path = ddir.index(nbg)
     if nbg >= knn.EXACT_BELOW and os.path.exists(path):
-        index = read_index(path, nbg, vectors.d)
-        if isinstance(index, knn.faiss.IndexIVFFlat):
-            centroids, cell = knn.cells_of_index(index)
+        index = open_index(path)
+        if isinstance(index, knn.faiss.IndexIVFFlat) and (index.ntotal, index.d, index.metric_type) == (
+                nbg, vectors.d, knn.faiss.METRIC_INNER_PRODUCT):
+            try:
+                centroids, cell = knn.cells_of_index(index)
+            except ValueError as e:
+                raise ValueError(f"{path}: {e}: remove it and run build_graph.py again")
             return knn.Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
     return knn.Cells.train(vectors, progress=progress)
 

@@ -79,8 +79,8 @@ class FeatureFile:
         if offset is not None and feats.dtype == np.dtype("<f4"):
             self._fd, self._offset = os.open(path, os.O_RDONLY | os.O_CLOEXEC), offset
 
-    def labels(self, known=2 ** 31):
-        """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1."""
+    def labels(self, known=None):
+        """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1, if known is given."""
         labels = self._stretch("all_labels", 0, self.n)
         if labels.dtype.kind == "f":
             wrong = ~(np.abs(labels) < 2 ** 53) | (np.floor(labels) != labels)
@@ -88,8 +88,8 @@ class FeatureFile:
                 row = int(np.argmax(wrong))
                 raise ValueError(f"{self.path}: the label of row {row} is {labels[row]}, a whole number was expected")
         labels = labels.astype(np.int64)
-        outside = (labels < 0) | (labels >= known)
-        if outside.any():
+        outside = known is not None and (labels < 0) | (labels >= known)
+        if np.any(outside):
             row = int(np.argmax(outside))
             raise ValueError(f"{self.path}: the label of row {row} is {labels[row]}, label_idx.json has classes for labels 0 to "
                              f"{known - 1} (label 0 is its class 1)")

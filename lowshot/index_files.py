@@ -17,14 +17,19 @@ SIMILAR = 0.01          # by how much stored similarities and elements may diffe
 SIMILAR_MEAN = 0.0005   # and similarities on average
 
 
-def read_index(path, n, d, factory=""):
-    """Read a Faiss index of n vectors of d dimensions; lists stay on disk. ValueError if it is another."""
+def open_index(path):
+    """A Faiss index on disk, whose lists stay there. ValueError if the file is none."""
     check_readable(path, "build_graph.py")
     try:
-        index = faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        return faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as e:
         raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss index: remove it and run "
                          f"build_graph.py again ({str(e).splitlines()[0]})")
+
+
+def read_index(path, n, d):
+    """The same of n vectors of d dimensions. ValueError if it is of others."""
+    index = open_index(path)
     have = (index.ntotal, index.d, index.metric_type)
     if have != (n, d, faiss.METRIC_INNER_PRODUCT):
         raise ValueError(f"{path} holds {have[0]} vectors of {have[1]} dimensions, metric {have[2]}; {n} of {d}, inner "

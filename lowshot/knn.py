@@ -646,8 +646,7 @@ class Lists:
         n = cells.n
         # in each cell the first nodes come first: from `middle` on they are new
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
-        self.compared = begin, end = cells.compared(K)
-        self.middle = begin + known[end] - known[begin]
+        self.middle = cells.begin + known[cells.stop] - known[cells.begin]
         if checkpoint is not None:
             self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K, cells.X.shape[1])
         else:
@@ -677,7 +676,7 @@ class Lists:
         for i in range(self.searched, n, SEARCH_BLOCK):
             block = slice(i, min(i + SEARCH_BLOCK, n))
             self.keys[block] = 0        # of a run that was killed in this block
-            nb.search_cells(c.X[block], c.C, nprobe, *self.compared, c.X, self.keys[block],
+            nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.stop, c.X, self.keys[block],
                             near=self._near(near, np.arange(i, block.stop)))
             self.searched = block.stop
             if self.checkpoint is not None:
@@ -696,7 +695,7 @@ class Lists:
         for i in range(0, len(new), SEARCH_BLOCK):
             rows = new[i:i + SEARCH_BLOCK]
             keys = self.keys[rows]
-            nb.search_cells(c.X[rows], c.C, nprobe, *self.compared, c.X, keys,
+            nb.search_cells(c.X[rows], c.C, nprobe, c.begin, c.stop, c.X, keys,
                             insert=(self.middle, rows, self.keys, worst), near=self._near(near, rows))
             self.keys[rows] = keys
             progress("new nodes compared with near cells", i + len(rows), len(new))
@@ -771,7 +770,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     keys = np.zeros((Q.n, K), np.int64)
     for i in range(0, Q.n, SEARCH_BLOCK):
         rows = slice(i, i + SEARCH_BLOCK)
-        nb.search_cells(queries[order[rows]], cells.C, p, *cells.compared(K), cells.X, keys[rows])
+        nb.search_cells(queries[order[rows]], cells.C, p, cells.begin, cells.stop, cells.X, keys[rows])
         progress("queries searched", min(i + SEARCH_BLOCK, Q.n), Q.n)
 
     def similarities():

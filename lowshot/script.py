@@ -176,12 +176,9 @@ def whole(path):
 
 
 def remove_left_behind(path):
-    """Remove what processes that were killed while they wrote `path` left of it: those that are no more, on this machine."""
-    before, after = _temporary(path, "*").split("*")
-    for temporary in glob.glob(glob.escape(before) + "*" + glob.escape(after)):
-        process = temporary[len(before):-len(after)]
-        if process.isdigit() and not os.path.exists(f"/proc/{process}"):
-            remove(temporary)
+    """Remove what processes that were killed while they wrote `path` left of it."""
+    for temporary in glob.glob(_temporary(glob.escape(path), "*")):
+        remove(temporary)
 
 
 def allocate(path, nbytes=None):

@@ -15,7 +15,7 @@ class Split:
     mode: str
     base: np.ndarray
     novel: np.ndarray
-    known: int = 2 ** 31
+    known: int = None
 
     @property
     def classes(self):

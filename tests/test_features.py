@@ -111,7 +111,7 @@ def test_labels_are_whole_numbers(tmp_path):
     with h5py.File(path, "r+") as f:
         f["all_labels"][2] = -1
     with FeatureFile(path) as f, pytest.raises(ValueError, match="label of row 2 is -1"):
-        f.labels()
+        f.labels(8)
 
 
 def test_damaged_chunk_is_named(tmp_path):

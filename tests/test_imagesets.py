@@ -465,3 +465,22 @@ def test_jpegs_decode_as_by_pil_into_a_buffer_of_any_size(mode):
         x = imagesets.decode(file.getvalue(), out)
         assert np.array_equal(x, expected)
         assert (x is out) == (shape == (20, 30, 3) and mode != "CMYK" and imagesets.simplejpeg is not None)
+        # a comment that looks like the header of an image of another size
+        Image.fromarray(pixels).convert(mode).save(file := io.BytesIO(), "JPEG", comment=imagesets.frame_header(shape))
+        x = imagesets.decode(file.getvalue(), out)
+        assert x.shape == expected.shape and (mode == "CMYK" or np.array_equal(x, expected))
+
+
+@pytest.mark.parametrize("order", [range(700), range(699, -1, -1), np.random.RandomState(1).permutation(700)])
+def test_members_are_read_in_any_order(tmp_path, order):
+    """Small ones many at a time, large ones alone, some across the end of what was read."""
+    rs = np.random.RandomState(0)
+    members = {f"{i:03d}.jpg": rs.bytes(int(rs.choice([0, 1, 700, 5000, 8000, 9000, 70000], p=[.02, .02, .5, .3, .1, .05, .01])))
+               for i in range(700)}
+    write_zip(str(tmp_path / "00" / "000.zip"), members)
+    images = ZipSet(str(tmp_path), 700)
+    assert os.path.getsize(tmp_path / "00" / "000.zip") > 20 * imagesets.SMALL
+    for i in order:
+        assert images.read(int(i)) == members[f"{i:03d}.jpg"]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(images.read, map(int, order))) == [members[f"{i:03d}.jpg"] for i in order]

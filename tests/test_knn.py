@@ -488,17 +488,17 @@ def test_copies_beyond_the_first_are_compared_with_nobody_twice(monkeypatch):
     """Their neighbours are the first ones and themselves; known nodes come first among those that new ones are compared with."""
     monkeypatch.setattr(cells_module, "KEPT", 40)
     monkeypatch.setattr(cells_module, "CROWDED", 100)
+    monkeypatch.setattr(cells_module, "REPEATED", 1)
     x = clustered(1500)
     x[200:900:2] = x[3]
     x[900:1000] = 0
     cells = Cells.train(Vectors(x), 30)
-    begin, end = cells.compared(40)
+    begin, end = cells.begin, cells.stop
     left_out = np.concatenate([cells.order[i:j] for i, j in zip(end, cells.end)])
     copies = np.concatenate([[3], np.arange(200, 900, 2)])
     assert np.array_equal(np.sort(left_out), np.concatenate([copies[40:], np.arange(940, 1000)]))
     for i, j, last in zip(begin, end, cells.end):
         assert (np.diff(cells.order[i:j]) > 0).all() and (np.diff(cells.order[j:last]) > 0).all()
-    assert cells.compared(41)[1] is cells.end
     assert np.array_equal(cells.cell_of(cells.position()[left_out]), cells.cell_of(cells.position()[np.where(left_out < 900, 3, 900)]))
     D, I, info = knn.build_knn_graph(None, 8, cells=cells)
     S = np.sort(x.astype("f8") @ x.T, axis=1)[:, ::-1]
