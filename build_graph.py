@@ -16,6 +16,7 @@ compared with those of its nearest cells, and, where these would be many, with n
 recall is measured on a sample. A run that was cut off goes on: with the index if it is complete, and beyond 2,000,000 vectors
 with the lists found so far, of which a copy is kept every few minutes (not on a GPU, which takes no longer than that).
 """
+import contextlib
 import os
 import time
 
@@ -98,7 +99,8 @@ def main():
         if args.overwrite:
             for path in (path_I, path_D, ddir.index(n)):
                 remove(path)
-        vectors = knn.Vectors(rows)
+        if not complete:
+            vectors = knn.Vectors(rows)
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
@@ -177,6 +179,7 @@ def stored_index(path, vectors, args, progress, log):
     from lowshot.index_files import read_index, write_ivf_flat
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
+    remove_left_behind(path)
     if os.path.exists(path):
         index = checked_index(path, vectors)
         if isinstance(index, faiss.IndexIVFFlat):
@@ -185,10 +188,8 @@ def stored_index(path, vectors, args, progress, log):
     factory = args.index
     if factory == "auto":
         factory = "Flat" if n < knn.EXACT_BELOW else f"IVF{default_nlist(n)},Flat"
-    try:
+    with errors_name_index(factory):
         index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as e:
-        raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
     if isinstance(index, faiss.IndexIVFFlat) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
         if index.nlist > n:
             raise ValueError(f"--index {factory}: {index.nlist} lists for {n} vectors")
@@ -201,20 +202,24 @@ def stored_index(path, vectors, args, progress, log):
         most = min(n, max(50 * ivf.nlist if ivf is not None else 0, 65536))
         rows = np.sort(np.random.RandomState(args.seed).choice(n, most, replace=False))
         log(f"training {factory} on {most} vectors")
-        try:
+        with errors_name_index(factory):
             index.train(vectors.scaled_rows(rows))
-        except RuntimeError as e:
-            raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
     for i, j in vectors.blocks():
-        try:
+        with errors_name_index(factory):
             index.add(vectors.stretch(i, j) * vectors.scale[i:j, None])
-        except RuntimeError as e:
-            raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
         progress("vectors added to the index", j, n)
-    remove_left_behind(path)
     with whole(path) as temporary:
         faiss.write_index(index, temporary)
     return index, None
+
+
+@contextlib.contextmanager
+def errors_name_index(factory):
+    """What Faiss says of an index that it cannot make becomes a ValueError that names it."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise ValueError(f"--index {factory}: {str(e).splitlines()[-1]}")
 
 
 def on_gpus(index, device):

@@ -32,7 +32,8 @@ import numpy as np
 from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
 
 FOR_GPU = 4             # times the configuration's images at a time are quicker there
-ON_CPU = 1 << 18, 256   # pixels and images at a time, at the most: more leave the caches, with less workers wait for each other
+PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
+IMAGES_ON_CPU = 256         # the same, as files may be large where what is kept of them is small
 AHEAD = 2               # batches that each loading process is ahead
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
 
@@ -71,7 +72,7 @@ def main():
 
     if device == "cpu":
         # each worker has batches of its own, and as many as the others
-        most = min(max(1, ON_CPU[0] // transforms["crop"] ** 2), ON_CPU[1])
+        most = min(max(1, PIXELS_ON_CPU // transforms["crop"] ** 2), IMAGES_ON_CPU)
         rounds = -(-n // (workers * most))
         quickest = -(-n // (workers * rounds))
     else:

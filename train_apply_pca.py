@@ -60,15 +60,8 @@ def train(args, block0, path):
             raise ValueError(f"{n} rows of {block0} are too few to train {args.dim} dimensions: at least as many are "
                              "needed (--dim, --ntrain)")
         origin = {"dim": args.dim, "rows": n, "block0": identity(f)}
-        if complete(path, origin, args.overwrite):
-            try:
-                load_pca(path)              # an error if it is not whole
-            except ValueError:
-                if not args.overwrite:
-                    raise
-            else:
-                log(f"{path} is complete, nothing to do")
-                return
+        if complete(path, origin, args.overwrite, lambda: load_pca(path)):
+            return
         # rows, and a slab being read or, later, the covariance matrix in float32 and its eigenvectors in float64
         memory = 4 * n * f.d + max(min(SLAB_BYTES, 4 * n * f.d), 12 * f.d * f.d)
         print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(peak_memory() + memory))
@@ -109,21 +102,16 @@ def apply(args, blocks, pca_path, path):
     n, width = sum(counts), 4 * args.dim
     with open(pca_path, "rb") as f:
         origin = {"dim": args.dim, "pca_sha256": hashlib.sha256(f.read()).hexdigest(), "blocks": origins}
-    if complete(path, origin, args.overwrite, n * width):
-        wrong = wrong_row(blocks, counts, pca, path)
-        if wrong is None:
-            log(f"{path} is complete, nothing to do")
-            return
-        if not args.overwrite:
-            raise ValueError(f"{path}: row {wrong} is not what the PCA makes of the features: --overwrite makes it again")
+    if complete(path, origin, args.overwrite, lambda: check_rows(blocks, counts, pca, path), n * width):
+        return
     with exclusive(path + ".partial"):
         write_all(args, blocks, counts, pca, path, origin)
 
 
-def wrong_row(blocks, counts, pca, path):
-    """The first of some rows of the output that is not the transform of its features; None if all are."""
+def check_rows(blocks, counts, pca, path):
+    """ValueError where one of some rows of the output is not the transform of its features."""
     if not sum(counts):
-        return None
+        return
     rows, first = MatrixFile(path, "<f4", pca.d_out, sum(counts)), 0
     shift = np.linalg.norm(pca.apply(np.zeros((1, pca.d_in), np.float32)))
     for block, count in zip(blocks, counts):
@@ -132,9 +120,9 @@ def wrong_row(blocks, counts, pca, path):
                 expected, found = pca.apply(f.read([row]))[0], rows[first + row:first + row + 1][0]
                 # batches of other sizes are summed in another order
                 if not np.abs(found - expected).max() <= 1e-3 * np.linalg.norm(expected) + 1e-5 * shift:
-                    return first + row
+                    raise ValueError(f"{path}: row {first + row} is not what the PCA makes of the features: --overwrite makes it "
+                                     "again")
         first += count
-    return None
 
 
 def write_all(args, blocks, counts, pca, path, origin):
@@ -212,8 +200,11 @@ def note_of(path):
     return {}
 
 
-def complete(path, origin, overwrite, nbytes=None):
-    """Whether the output is there, made from the same; one made otherwise is an error unless it may be replaced."""
+def complete(path, origin, overwrite, check, nbytes=None):
+    """Whether the output is there, made from the same and whole; one that is not is an error unless it may be replaced.
+
+    check: called where it should be, raises ValueError if it is not whole.
+    """
     if not os.path.exists(path):
         return False
     note, progress = path + ".json", path + ".partial.json"
@@ -223,6 +214,13 @@ def complete(path, origin, overwrite, nbytes=None):
         write_json(note, origin)        # killed between its last two steps
         remove(progress)
     if note_of(note) == origin and right_size:
+        try:
+            check()
+        except ValueError:
+            if not overwrite:
+                raise
+            return False
+        log(f"{path} is complete, nothing to do")
         return True
     if not overwrite:
         found = "was made from something else" if note_of(note) else "does not tell what it was made from"

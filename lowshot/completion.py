@@ -17,7 +17,7 @@ import numpy as np
 from graph_utils import SymmetricGraph, check_permutation
 from lowshot import knn
 from lowshot.cells import assign
-from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, normalise_rows, read_into
+from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
 from lowshot.ordering import locality_order
@@ -60,12 +60,11 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     vectors: knn.Vectors of the nodes, the background's first: some similarities are compared with theirs.
     """
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
-    maker = graph_command(nbg, columns, vectors.d)
+    again = f"{graph_command(nbg, columns, vectors.d)} --overwrite makes it again"
     for path, dtype, out in ((path_I, "<i4", I), (path_D, "<f4", D)):
         have, width = os.path.getsize(path), 4 * columns
         if have != nbg * width:
-            raise ValueError(f"{path} has {have} bytes, {nbg * width} ({nbg} rows of {width}) expected: {maker} --overwrite makes it "
-                             "again")
+            raise ValueError(f"{path} has {have} bytes, {nbg * width} ({nbg} rows of {width}) expected: {again}")
         matrix = MatrixFile(path, dtype, columns, nbg)
         for i in range(0, nbg, BLOCK):
             out[i:i + BLOCK] = matrix[i:i + BLOCK][:, :k]
@@ -73,13 +72,11 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
         d, number = D[i:i + BLOCK], I[i:i + BLOCK]
         if number.max(initial=-1) >= nbg or number.min(initial=0) < -1:
             row = int(np.argmax(((number >= nbg) | (number < -1)).any(axis=1)))
-            raise ValueError(f"{path_I}: row {i + row} names a neighbour that is not below {nbg}: {maker} --overwrite makes it "
-                             "again")
+            raise ValueError(f"{path_I}: row {i + row} names a neighbour that is not below {nbg}: {again}")
         have = number >= 0
         if not np.isfinite(d[have]).all() or not (d[:, :-1] >= d[:, 1:] - SIMILAR)[have[:, 1:]].all():
-            raise ValueError(f"{path_D} is damaged: similarities in decreasing order were expected; {maker} --overwrite makes "
-                             "it again")
-    check_graph(vectors, nbg, path_I, path_D, columns, f"{maker} --overwrite makes it again")
+            raise ValueError(f"{path_D} is damaged: similarities in decreasing order were expected; {again}")
+    check_graph(vectors, nbg, path_I, path_D, columns, again)
 
 
 def fixed_vectors(ddir, nbg, dim, base):
@@ -291,9 +288,7 @@ class FixedKey:
             if os.path.exists(ddir.index(nbg)):
                 sources.append(ddir.index(nbg))
         for path in sources:
-            if not os.path.exists(path):
-                maker = "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim)
-                raise ValueError(f"{path} does not exist: {maker} makes it")
+            check_readable(path, "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim))
         self.made_from = {
             "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": [file_identity(p) for p in sources],
             "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}

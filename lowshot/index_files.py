@@ -54,7 +54,6 @@ def write_ivf_flat(path, cells, nprobe=256, progress=None):
     none = lists + b"sprs" + struct.pack("<Q", 0)
     if not header.endswith(none):
         raise RuntimeError(f"Faiss {faiss.__version__} writes IVF indexes in another way than expected")
-    remove_left_behind(path)
     with whole(path) as temporary, open(temporary, "wb") as f:
         f.write(header[:-len(none)] + lists + b"full" + struct.pack("<Q", nlist) + sizes.tobytes())
         for first, last in stretches_of_cells(cells):
