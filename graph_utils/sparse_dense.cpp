@@ -40,7 +40,10 @@ constexpr int64_t kBlock = 1024;    // rows that a thread takes at a time
 typedef float Vector __attribute__((vector_size(64)));
 
 // How many cache lines of L are fetched ahead, as measured: with too few the memory waits, too many push out each other.
-constexpr int64_t kAheadLines = 256;
+// Where all neighbours have near numbers it is enough to fetch the rows in turn, once each, kAheadBytes before the one that
+// is computed.
+constexpr int64_t kAheadLines = 256, kAheadBytes = 1 << 18;
+constexpr int64_t kNearBytes = 1 << 19;     // what is nearer is in an L2 cache of 1 MB by then
 
 // Into the L2 cache: it can wait for more lines at a time than L1, where so many would push out what is in use.
 // always_inline: GCC takes functions that only prefetch for functions without effect, and leaves their calls out.
@@ -73,10 +76,25 @@ __attribute__((noinline)) Row<NV> sum_of_many(const int32_t* indices, int64_t be
     return out;
 }
 
+// Whether all but a few neighbours of rows i0 .. i1 have numbers within `distance` of the row's, as seen on a sample.
+bool all_near(const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t i0, int64_t i1, int64_t distance) {
+    int64_t far = 0, seen = 0;
+    for (int64_t i = i0; i < i1; i += 16) {
+        const int64_t begin = indptr[i], end = indptr[i + 1], middle = begin + nsingle[i];
+        if (begin == end) continue;
+        // both lists are in order
+        const int64_t first = std::min(indices[begin], indices[middle < end ? middle : begin]);
+        const int64_t last = std::max(indices[end - 1], indices[middle > begin ? middle - 1 : end - 1]);
+        far += first < i - distance || last > i + distance;
+        seen++;
+    }
+    return 8 * far <= seen;
+}
+
 // Columns are NV vectors wide, so that the accumulators of a row live in registers. Sums over rows are kept in float for
-// a few rows only. weights: null, or n factors of the rows in these sums.
-template <int NV>
-void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, const Vector* L,
+// a few rows only. in_turn: fetch the rows in turn, not each neighbour. weights: null, or n factors of the rows in the sums.
+template <int NV, bool in_turn>
+void product_rows(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, const Vector* L,
                   const Vector* scale, int64_t nnz, const int32_t* rows, int64_t i0, int64_t i1, Vector* out,
                   const float* weights, double* colsum) {
     Vector sums[NV] = {};
@@ -86,7 +104,9 @@ void product_rows(const int64_t* indptr, const int32_t* indices, const int32_t* 
         Vector one[NV] = {}, two[NV] = {};
         // fetching runs on into the next row that is computed here
         const int64_t next = r + 1 < i1 ? indptr[rows ? rows[r + 1] : r + 1] - end : 0;
+        if (in_turn) prefetch_row<NV>(L + std::min<int64_t>(i + kAheadBytes / (NV * (int64_t)sizeof(Vector)), n - 1) * NV);
         auto fetch = [&](int64_t e) __attribute__((always_inline)) {
+            if (in_turn) return;
             const int64_t ahead = e + kAheadLines / NV;
             prefetch_row<NV>(L + (int64_t)indices[std::min(ahead < end ? ahead : ahead + next, nnz - 1)] * NV);
         };
@@ -362,9 +382,15 @@ void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int
     const int64_t nblock = (count + kBlock - 1) / kBlock;
     // sums per block of rows, added in the order of the blocks: the same for any number of threads
     std::vector<double> partial(nblock * ncol);
-    auto kernel = NV == 1 ? product_rows<1> : NV == 2 ? product_rows<2> : NV == 3 ? product_rows<3> : product_rows<4>;
+    decltype(&product_rows<1, false>) each[] = {product_rows<1, false>, product_rows<2, false>, product_rows<3, false>,
+                                                product_rows<4, false>},
+                                      in_turn[] = {product_rows<1, true>, product_rows<2, true>, product_rows<3, true>,
+                                                   product_rows<4, true>};
+    const int64_t distance = kNearBytes / (ncol * (int64_t)sizeof(float));
     parallel_blocks(count, kBlock, [&](int64_t i0, int64_t i1) {
-        kernel(indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
+        const bool near = !rows && all_near(indptr, indices, nsingle, i0, i1, distance);
+        const auto kernel = (near ? in_turn : each)[NV - 1];
+        kernel(n, indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
                nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * ncol);
     });
     std::fill(colsum, colsum + ncol, 0.0);

@@ -46,6 +46,28 @@ def test_product_equals_dense(n, k, ncol):
     np.testing.assert_allclose(weighted, (W @ expected).sum(axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("ncol", [16, 32, 48, 64])
+def test_product_of_near_and_of_far_neighbours(ncol):
+    """Blocks of rows whose neighbours have near numbers are computed in another way than those with far ones."""
+    rs, n, k = np.random.RandomState(ncol), 40000, 6
+    steps = np.array([rs.choice(60, k, replace=False) - 30 for _ in range(n)])
+    steps[5000:20000] *= 600
+    steps[:, 0] = np.where(rs.rand(n) < .5, 0, steps[:, 0])
+    I = (np.arange(n)[:, None] + steps) % n
+    I = np.where([[j in row[:at] for at, j in enumerate(row)] for row in I], -1, I).astype(np.int32)
+    graph, L, out = SymmetricGraph(I), panel(rs, n, ncol), aligned_zeros((n, ncol))
+    colsum = graph.product(L, out)
+    expected, degree = np.zeros((n, ncol)), np.zeros(n)
+    for column in I.T:
+        i, j = np.flatnonzero(column >= 0), column[column >= 0]
+        for a, b in ((i, j), (j, i)):
+            np.add.at(expected, a, L[b])
+            np.add.at(degree, a, 1)
+    expected /= np.maximum(degree, 1)[:, None]
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(colsum, expected.sum(axis=0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("ncol", [16, 48])
 @pytest.mark.parametrize("n,mutual", [(200001, 0), (20001, 2000)])
 def test_a_node_with_very_many_neighbours(ncol, n, mutual):
