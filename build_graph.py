@@ -127,8 +127,9 @@ def main():
                                                  progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
                                                  checkpoint if n >= CHECKPOINT_FROM else None, release=True,
                                                  exact=all_on_gpu)
-            checkpoint.remove()
         files.finish()
+        if not search_with_faiss:
+            checkpoint.remove()         # not before there is nothing left to lose
     seconds = time.time() - start
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "

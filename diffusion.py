@@ -53,11 +53,11 @@ def arguments():
     g.add_argument("--niter", type=number(int, 0), default=3, help="iterations")
     g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
                    help="classes diffused at a time, rounded up to a multiple of 16, at most 64, on a GPU 128; 0: that many. "
-                        "Memory is 8 bytes x nodes x this; the results do not depend on it. auto: what is quickest, 32 with "
-                        "the library's kernel for CPUs, or as many as the free memory allows")
+                        "Memory is 8 bytes x nodes x this; the results do not depend on it, up to rounding. auto: what is "
+                        "quickest, 32 with the library's kernel for CPUs, or as many as the free memory allows")
     g.add_argument("--noprune", action="store_true",
                    help="compute all rows of L in every iteration, also those that no label has reached or that no test "
-                        "image reads; the results are the same")
+                        "image reads; the results are the same, up to rounding")
     g.add_argument("--backend", choices=("auto", "own", "triton", "mkl", "torch"), default="auto",
                    help="who multiplies: own and triton are the library's kernels for CPUs and GPUs, mkl and torch general "
                         "sparse products; auto: triton on a GPU if one holds the graph, else own. The completion goes by it")

@@ -36,8 +36,8 @@ from graph_utils import FusedSGD, get_num_threads  # noqa: E402
 from lowshot.evaluate import NO_NOVEL, accuracies  # noqa: E402
 from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, log, number,  # noqa: E402
-                            peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, log,  # noqa: E402
+                            number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
                             write_json)
 from lowshot.split import labelled_images, load_split, test_images  # noqa: E402
 
@@ -321,9 +321,12 @@ def read_rows(file, rows, what):
         return file.read(rows, progress=progress.update)
 
 
-def train(classifiers, sampler, X, args, report, checkpoint, first):
-    """Iterations first..maxiter-1; `report(iteration, losses)` where due, checkpoints in between."""
-    losses, last_saved, T, t = [], time.time(), classifiers.together(args.batchsize), first
+def train(classifiers, sampler, X, args, report, checkpoint, first, losses):
+    """Iterations first..maxiter-1; `report(iteration, losses)` where due, `checkpoint(iteration, losses)` in between.
+
+    losses: with --verbose those of the iterations since the last report, a list of arrays (iterations, points).
+    """
+    last_saved, T, t = time.time(), classifiers.together(args.batchsize), first
     with Progress(args.maxiter, "iterations", start=first) as progress:
         while t < args.maxiter:
             # up to the next multiple of T or report: the same groups, thus the same figures, also after a resumption
@@ -336,7 +339,7 @@ def train(classifiers, sampler, X, args, report, checkpoint, first):
                 report(t, np.concatenate(losses).mean(0).tolist() if losses else None)
                 losses = []
             if args.checkpoint and t < args.maxiter and time.time() - last_saved > args.checkpoint:
-                checkpoint(t)
+                checkpoint(t, losses)
                 last_saved = time.time()
             progress.update(t)
 
@@ -347,6 +350,12 @@ def main():
     record = provenance(args)
     args.record = args.record or default_record(ddir, args)
     check_outputs(args.record, args.storemodel, args.storeL)
+    with exclusive(args.record):        # and the state beside it
+        experiment(args, ddir, record)
+
+
+def experiment(args, ddir, record):
+    """Train and evaluate what the arguments say, and complete and write the record."""
     split = load_split(ddir.label_idx(), args.mode)
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]
@@ -387,10 +396,11 @@ def main():
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": [os.stat(path).st_mtime_ns for path in (ddir.train, ddir.val, ddir.label_idx())]})
-    first, t0 = 0, time.time()
+    first, losses, t0 = 0, [], time.time()
     saved = state.load(classifiers)
     if saved:
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
+        losses = [np.array(some) for some in saved.get("losses", [])]
         log(f"going on from iteration {first} of an interrupted run")
 
     def report(iteration, losses):
@@ -409,7 +419,8 @@ def main():
             runs[g]["results"].append({"iteration": iteration, "top5": top5, "top5_novel": novel, "seconds": seconds})
 
     train(classifiers, sampler, X, args, report,
-          lambda done: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0), first)
+          lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,
+                                          losses=[some.tolist() for some in losses]), first, losses)
     for g in range(len(points) if args.storemodel else 0):
         weight, bias = classifiers.weights(g)
         with whole(point_file(args.storemodel, points, g)) as temporary, open(temporary, "wb") as f:

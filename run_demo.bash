@@ -11,7 +11,7 @@
 # NLABELED, SEEDS, JOBS     see run_diffusion.bash; JOBS defaults to half of the cores
 # EXPERIMENT   experiment file (default: configs/demo.yaml)
 # DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts"
-# EPOCHS       epochs of training (default: demo/train_network.py's)
+# EPOCHS       epochs of training (default: 14)
 # PYTHON, REQUIREMENTS      see setup.bash
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
@@ -21,6 +21,7 @@ mkdir -p "$DDIR"
 DDIR=$(cd "$DDIR" && pwd)
 export DDIR
 EXPERIMENT=$(realpath "${EXPERIMENT:-$(dirname "${BASH_SOURCE[0]}")/configs/demo.yaml}")
+EPOCHS=${EPOCHS:-14}
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.bash
 
@@ -47,12 +48,6 @@ export NBG
 step() { now=$SECONDS; number=$((${number:-0} + 1)); printf '\n== %d/9 %s   [%d:%02d]\n' "$number" "$1" $((now / 60)) $((now % 60)); }
 # run a command, printed so that it can be pasted into a shell in this folder
 show() { local words; words=$(printf ' %q' "$@"); echo "\$${words//"$PWD/"/}"; "$@"; }
-# whether $1 is missing or older than one of the other files or folders
-outdated() {
-    local output=$1
-    shift
-    [ ! -e "$output" ] || [ -n "$(find "$@" -newer "$output" -print -quit)" ]
-}
 SECONDS=0
 printf 'data directory:  export DDIR=%q\n' "$DDIR"
 
@@ -61,19 +56,16 @@ step "data: characters of a hundred fonts"
 show "$PYTHON" demo/make_data.py --nbg $((most > 0 ? most : 6000)) ${DATA:-}       # the PCA needs some in any case
 
 step "network: ResNet10, trained on the base classes"
-show "$PYTHON" demo/train_network.py ${EPOCHS:+--epochs "$EPOCHS"}
-modelfile=$(ls -t "$DDIR"/models/checkpoints/ResNet10/*.tar | head -n 1)
+show "$PYTHON" demo/train_network.py --epochs "$EPOCHS"
+modelfile=$DDIR/models/checkpoints/ResNet10/$((EPOCHS - 1)).tar
 
 step "features of background and labelled images"
-features() {        # configuration, output, the images
-    local replace=()
-    # the script itself tells whether a file is of this network and these images
-    if [ -e "$2" ] && outdated "$2" "$modelfile" "$3"; then replace=(--overwrite); fi
-    show "$PYTHON" save_features.py --cfg "$1" --model ResNet10 --modelfile "$modelfile" --outfile "$2" "${replace[@]}"
+features() {        # configuration, output; the script itself tells whether a file is of this network and these images
+    show "$PYTHON" save_features.py --cfg "$1" --model ResNet10 --modelfile "$modelfile" --outfile "$2" --overwrite
 }
-features demo_train.yaml "$DDIR/features/train.hdf5" "$DDIR/imagenet_meta_train.json"
-features demo_val.yaml "$DDIR/features/val.hdf5" "$DDIR/imagenet_meta_val.json"
-features demo_background.yaml "$DDIR/features/f100m/block0.hdf5" "$DDIR/yfcc100m"
+features demo_train.yaml "$DDIR/features/train.hdf5"
+features demo_val.yaml "$DDIR/features/val.hdf5"
+features demo_background.yaml "$DDIR/features/f100m/block0.hdf5"
 
 step "PCA to $dim dimensions"
 raw=$DDIR/features/f100m/concatenated_PCAR$dim.raw
@@ -81,7 +73,8 @@ show "$PYTHON" train_apply_pca.py train apply --dim "$dim" --overwrite
 
 step "graphs of the background"
 for nbg in $NBG; do
-    if [ "$nbg" -gt 0 ] && outdated "$DDIR/knngraph/ndis${nbg}_k${columns}_I_11.int32" "$raw"; then
+    graph=$DDIR/knngraph/ndis${nbg}_k${columns}_I_11.int32
+    if [ "$nbg" -gt 0 ] && { [ ! -e "$graph" ] || [ "$raw" -nt "$graph" ]; }; then
         rm -f "$DDIR"/knngraph/ndis"$nbg".index "$DDIR"/knngraph/ndis"$nbg"_k*
         show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim"
     fi
@@ -109,7 +102,7 @@ if [ "$most" -gt 0 ]; then
         --dim "$dim" --niter "$niter" --storeexamples "$examples" --record "$DDIR/demo_examples.json"
     sheet=(--sheet "$DDIR/demo_examples.png" --examples "$examples")
 fi
-show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --k "$k" --nlabeled "${nlabeled[@]:0:2}" "${sheet[@]}"
+show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --experiment "$(basename "${EXPERIMENT%.*}")" --k "$k" --nlabeled "${nlabeled[@]:0:2}" "${sheet[@]}"
 printf '\nall of it: %d:%02d. Table: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$DDIR/logs/$(basename "${EXPERIMENT%.*}").md"
 echo "figure:   $DDIR/demo_figure.png"
 if [ "$most" -gt 0 ]; then echo "examples: $DDIR/demo_examples.png"; fi

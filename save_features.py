@@ -234,6 +234,8 @@ def slots(workers, batches):
 def by_processes(batches, extract, workers):
     """The same for GPUs: processes read and decode, and this one feeds the network."""
     from torch.utils.data import DataLoader
+    if not len(batches):        # all rows were written before
+        return
     shared = InSharedMemory(batches, extract.shape, slots(workers, batches))
     loader = DataLoader(shared, batch_size=None, num_workers=workers, prefetch_factor=AHEAD, collate_fn=as_it_is,
                         worker_init_fn=be_quiet, multiprocessing_context="fork")

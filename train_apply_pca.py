@@ -84,8 +84,7 @@ def train(args, block0, path):
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
     with whole(path) as temporary:
         faiss.write_VectorTransform(pca, temporary)
-        remove(path + ".json")                  # that of the file about to be replaced
-    write_json(path + ".json", origin)
+        make_way(path, origin)
     log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "
         f"{clock(time.time() - start)}, peak memory {size(peak_memory())}")
 
@@ -173,9 +172,8 @@ def write_all(args, blocks, counts, pca, path, origin):
         save()
     if os.path.getsize(partial) != n * width:
         raise OSError(f"{partial} has {os.path.getsize(partial)} bytes, {n * width} expected ({n} rows of {width})")
-    remove(path + ".json")
+    make_way(path, origin)
     os.replace(partial, path)
-    write_json(path + ".json", origin)
     os.unlink(progress_path)
     log(f"wrote {path}: {n} x {args.dim}, {os.path.getsize(path)} bytes, in {clock(time.time() - start)}, "
         f"peak memory {size(peak_memory())}")
@@ -200,6 +198,12 @@ def note_of(path):
     return {}
 
 
+def make_way(path, origin):
+    """What is done before a file gets its name: no other has it, and the note beside it tells what this one is made from."""
+    remove(path)
+    write_json(path + ".json", origin)
+
+
 def complete(path, origin, overwrite, check, nbytes=None):
     """Whether the output is there, made from the same and whole; one that is not is an error unless it may be replaced.
 
@@ -207,13 +211,8 @@ def complete(path, origin, overwrite, check, nbytes=None):
     """
     if not os.path.exists(path):
         return False
-    note, progress = path + ".json", path + ".partial.json"
-    right_size = nbytes in (None, os.path.getsize(path))
-    if not os.path.exists(note) and not os.path.exists(path + ".partial") and note_of(progress).get("made_from") == origin \
-            and right_size:
-        write_json(note, origin)        # killed between its last two steps
-        remove(progress)
-    if note_of(note) == origin and right_size:
+    note = path + ".json"
+    if note_of(note) == origin and nbytes in (None, os.path.getsize(path)):
         try:
             check()
         except ValueError:

@@ -5,7 +5,7 @@ Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (bui
 Prints a Markdown table, and writes it to --out.
 
 Ours: the kernel of diffusion.py --backend triton, panel by panel, with column sums and scaling; the graph renumbered by
-lowshot.ordering, and in the order of the files. cuSPARSE: torch's CSR tensor times L, all columns at once and in panels
+graph_utils.locality_order, and in the order of the files. cuSPARSE: torch's CSR tensor times L, all columns at once and in panels
 of as many columns as ours, the product alone; then with scaling and column sums as torch's operations. The best of
 several rounds counts, timed by events on the GPU. Every result is compared with float64 on a sample of rows.
 
@@ -98,7 +98,7 @@ def main():
     args = arguments()
     print_header(args)
     import torch
-    from lowshot.ordering import locality_order
+    from graph_utils import locality_order
     if not torch.cuda.is_available():
         raise ValueError("this torch sees no GPU")
     I, recall = read_graph(args)

@@ -6,7 +6,7 @@ Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (bui
 Prints a Markdown table, and writes it to --out.
 
 Ours: panels of 32 columns, no array of values, with column sums and scaling; the graph renumbered by
-lowshot.ordering, and in the order of the files. MKL: its general product of a CSR matrix and a row-major L, with the
+graph_utils.locality_order, and in the order of the files. MKL: its general product of a CSR matrix and a row-major L, with the
 nodes in the order of the files as in the paper, and renumbered. scipy, torch (CSR tensors) and sparse_dot_mkl: the
 same W in the order of the files, the product alone. All get the same L, threads and number of columns; the best of
 several rounds counts. Every result is compared with float64 on a sample of rows.
@@ -253,7 +253,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(args.threads)
     print_header(args)
     import graph_utils
-    from lowshot.ordering import locality_order
+    from graph_utils import locality_order
     graph_utils.set_num_threads(args.threads)
     I, recall = read_graph(args)
     t0 = time.perf_counter()

@@ -2,7 +2,7 @@
 """What leaving rows out of the diffusion saves: diffusion.py with and without --noprune, for 1 to 7 iterations.
 
 Reads $DDIR as diffusion.py does. Prints a Markdown table, and writes it to --out. Times are of the diffusion alone; the
-accuracies of both runs have to be equal.
+accuracies of both runs have to be equal, up to rounding.
 
     DDIR=/path/to/data python benchmarks/pruning.py --nbg 1000000 --nlabeled 2
 """

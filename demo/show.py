@@ -4,7 +4,8 @@ The figure: accuracy against the number of iterations, one curve a background si
 background, with logistic regression as a line; a row for all test images and one for those of the novel classes.
 The contact sheet: test images, their five best classes, and the nearest background images that carried the label.
 
-reads   $DDIR/logs/**/*.json                   records of diffusion.py and logreg.py; those of the validation split
+reads   $DDIR/logs/{diffusion,logreg}/EXPERIMENT/*.json
+                                               records of diffusion.py and logreg.py; those of the validation split
                                                choose the number of iterations, those of the test split are drawn
         FILE.npz of diffusion.py --storeexamples, and the images, for the contact sheet
 writes  --figure and --sheet, PNG
@@ -35,7 +36,7 @@ def arguments():
     parser.add_argument("--figure", default="", metavar="PNG", help="draw the figure into this file")
     parser.add_argument("--sheet", default="", metavar="PNG", help="draw the contact sheet into this file")
     parser.add_argument("--examples", default="", metavar="NPZ", help="what diffusion.py --storeexamples wrote")
-    parser.add_argument("--logs", default="", metavar="DIR", help="folder of the records (default: $DDIR/logs)")
+    parser.add_argument("--experiment", default="demo", help="whose records are drawn")
     parser.add_argument("--k", type=number(int, 1), default=30, help="draw the diffusions of so many neighbours")
     parser.add_argument("--nlabeled", type=number(int, 1), nargs="+", default=[1, 2],
                         help="numbers of labels of the figure's columns")
@@ -54,11 +55,9 @@ def main():
     check_outputs(args.figure, args.sheet)
     ddir = DataDir()
     if args.figure:
-        logs = args.logs or ddir.log()
-        if not os.path.isdir(logs):
-            raise ValueError(f"{logs} is not a folder: diffusion.py and logreg.py write their records there")
-        diffusion, logreg = read_records(logs, "test", args.k)
-        validation, _ = read_records(logs, "val", args.k)
+        folders = [ddir.log(system, args.experiment) for system in ("diffusion", "logreg")]
+        diffusion, logreg = read_records(folders, "test", args.k)
+        validation, _ = read_records(folders, "val", args.k)
         save(figure(diffusion, logreg, args.nlabeled, chosen_iterations(validation, args.nlabeled)), args.figure)
     if args.sheet:
         if not os.path.exists(args.examples):
@@ -80,10 +79,10 @@ def save(fig, path):
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-def read_records(folder, mode, k):
-    """(records of diffusion.py with k neighbours, records of logreg.py) of one mode among a folder's JSON files."""
+def read_records(folders, mode, k):
+    """(records of diffusion.py with k neighbours, records of logreg.py) of one mode among the folders' JSON files."""
     diffusion, logreg = [], []
-    for path in sorted(glob.glob(os.path.join(folder, "**", "*.json"), recursive=True)):
+    for path in sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.json"))):
         record = read_json(path)
         arguments = record.get("arguments") if isinstance(record, dict) else None
         if isinstance(arguments, dict) and arguments.get("mode") == mode:

@@ -5,7 +5,7 @@ published form. Cross entropy, SGD with one cycle of the learning rate, on the i
 
 reads   $DDIR/imagenet_meta_{train,val}.json and the images they name, $DDIR/label_idx.json
 writes  $DDIR/models/checkpoints/ResNet10/<last epoch>.tar    epochs are numbered from 0
-        $DDIR/logs/train_network.json                         arguments, loss, accuracy and time of each epoch
+        $DDIR/logs/train_network_ResNet10_13.json             arguments, loss, accuracy and time of each epoch
 
 A run that was cut off goes on after the last whole epoch ($DDIR/models/checkpoints/ResNet10/training.pt). Same seed,
 same number of threads, same machine: same weights.
@@ -44,7 +44,8 @@ def main():
     ddir = DataDir()
     folder = ddir.path("models", "checkpoints", args.model)
     checkpoint = os.path.join(folder, f"{args.epochs - 1}.tar")
-    record_path, state_path = ddir.log("train_network.json"), os.path.join(folder, "training.pt")
+    record_path = ddir.log(f"train_network_{args.model}_{args.epochs - 1}.json")
+    state_path = os.path.join(folder, "training.pt")
     print_header(args)
     if os.path.exists(checkpoint) and os.path.exists(record_path):
         made_with = read_json(record_path).get("arguments")

@@ -9,6 +9,7 @@ try:
 except ImportError as e:
     raise ImportError(f"graph_utils is not built for this Python ({e}): run bash compile.bash") from e
 
+from graph_utils.ordering import locality_order  # noqa: F401
 from graph_utils.product import (PANEL, WIDEST, BestClasses, SymmetricGraph, aligned_zeros,  # noqa: F401
                                  check_permutation, mkl_product, neighbour_sums, panel_widths)
 from graph_utils.sgd import FusedSGD  # noqa: F401

@@ -1,6 +1,5 @@
 #include "neighbours.h"
 
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,7 +8,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -18,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "parallel.h"
 #include "tiles.h"
 
 namespace {
@@ -53,31 +52,6 @@ std::string& chosen_products() {
     static std::string chosen = checked_products(std::getenv("GRAPH_UTILS_PRODUCTS") ? std::getenv("GRAPH_UTILS_PRODUCTS") : "");
     return chosen;
 }
-
-// Calls body(i0, i1) on blocks of [0, n) in parallel, with a thread's own Scratch; the first exception is thrown again.
-template <class Scratch, class Body>
-void parallel_blocks(int64_t n, int64_t block, Body body) {
-    std::exception_ptr error;
-    std::atomic<bool> failed{false};
-    const int64_t nblock = (n + block - 1) / block;
-#pragma omp parallel
-    {
-        std::unique_ptr<Scratch> scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t b = 0; b < nblock; b++) {
-            if (failed) continue;
-            try {
-                if (!scratch) scratch.reset(new Scratch());
-                body(b * block, std::min(n, (b + 1) * block), *scratch);
-            } catch (...) {
-                if (!failed.exchange(true)) error = std::current_exception();
-            }
-        }
-    }
-    if (error) std::rethrow_exception(error);
-}
-
-struct Nothing {};
 
 // ---- keys
 
@@ -394,7 +368,7 @@ void check_numbers(int64_t n) {
 
 template <class Kernel>
 void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* X, int64_t np, int64_t first,
-                     int64_t K, const float* bound, int64_t* keys, int64_t x_K, uint64_t* x_keys, float* x_worst) {
+                     int64_t K, int64_t* keys, int64_t x_K, uint64_t* x_keys, float* x_worst) {
     std::unique_ptr<Inserter> inserter;
     std::vector<int32_t> numbers;
     if (x_keys) {
@@ -408,7 +382,6 @@ void search_all_with(int64_t nq, const uint32_t* Q, int64_t nb, const uint32_t* 
     const int64_t share = (nq + groups * kTile - 1) / (groups * kTile) * kTile;
     parallel_blocks<Scanner<Kernel>>(nq, std::max<int64_t>(share, kTile), [&](int64_t i0, int64_t i1, Scanner<Kernel>& scanner) {
         scanner.lists.start(i1 - i0, K);
-        if (bound) std::copy(bound + i0, bound + i1, scanner.lists.worst.begin());
         for (int64_t i = i0; i < i1; i++) scanner.lists.load(i - i0, keys + i * K);
         scanner.queries(i1 - i0, np, [&](int64_t i) { return Q + (i0 + i) * stride; }, [](int64_t i) { return i; });
         if (inserter)
@@ -426,7 +399,7 @@ void search_self_with(int64_t first, int64_t last, const uint32_t* X, int64_t np
     const int64_t stride = Kernel::Format::stride(np);
     Lists lists;
     lists.start(last, K);
-    parallel_blocks<Nothing>(last, kGroup, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(last, kGroup, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) lists.load(i, keys + i * K);
     });
     const int64_t size = 512;       // whatever the number of threads: which of equals are kept depends on it
@@ -462,7 +435,7 @@ void search_self_with(int64_t first, int64_t last, const uint32_t* X, int64_t np
             pairs.emplace_back(nold + (nnew <= nold ? t : (round + t) % nnew), nnew <= nold ? (round + t) % nold : t);
         compare();
     }
-    parallel_blocks<Nothing>(last, kGroup, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(last, kGroup, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) lists.store(i, keys + i * K);
     });
 }
@@ -512,11 +485,11 @@ struct CellScratch {
     std::vector<std::pair<float, int32_t>> order;
 };
 
-// Cells of query q in order of similarity until they hold `enough` vectors: for the rare query whose nprobe nearest
+// Cells of query q in order of similarity until they hold K vectors: for the rare query whose nprobe nearest
 // cells hold fewer.
 template <class Kernel>
 void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const uint32_t* centroids, int64_t nprobe,
-                int64_t enough, const int64_t* begin, const int64_t* end, CellScratch<Kernel>& t) {
+                int64_t K, const int64_t* begin, const int64_t* end, CellScratch<Kernel>& t) {
     const int64_t stride = Kernel::Format::stride(np);
     t.order.clear();
     for (int64_t c = 0; c < nlist; c++) {
@@ -525,7 +498,7 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
     }
     std::sort(t.order.begin(), t.order.end());
     int64_t have = 0;
-    for (int64_t i = 0; i < nlist && (i < nprobe || have < enough); i++) {
+    for (int64_t i = 0; i < nlist && (i < nprobe || have < K); i++) {
         const int32_t c = t.order[i].second;
         have += end[c] - begin[c];
         t.visits.emplace_back(c, q);
@@ -534,14 +507,15 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
 
 template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
-                       Near near, int64_t nprobe, int64_t enough, const int64_t* begin, const int64_t* end,
+                       Near near, int64_t nprobe, const int64_t* begin, const int64_t* end,
                        const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers,
                        uint64_t* x_keys, float* x_worst) {
     const int64_t stride = Kernel::Format::stride(np);
     std::unique_ptr<Inserter> inserter;
     if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
-    // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles
-    const int64_t size = std::clamp(nq / (8 * omp_get_max_threads()) / kGroup, (int64_t)1, (int64_t)8) * kGroup;
+    // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles. Whatever the
+    // number of threads: which of equals are kept depends on it
+    const int64_t size = std::clamp(nq / (128 * kGroup), (int64_t)1, (int64_t)8) * kGroup;
     parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * stride;
@@ -564,9 +538,9 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                     have += end[c] - begin[c];
                     t.visits.emplace_back(c, (int32_t)(j0 + i));
                 }
-                if (have < enough && nprobe < nlist) {
+                if (have < K && nprobe < nlist) {
                     t.visits.resize(before);
-                    more_cells((int32_t)(j0 + i), group + (j0 + i) * stride, np, nlist, centroids, nprobe, enough, begin,
+                    more_cells((int32_t)(j0 + i), group + (j0 + i) * stride, np, nlist, centroids, nprobe, K, begin,
                                end, t);
                 }
             }
@@ -834,7 +808,7 @@ void use_products(const std::string& name) { chosen_products() = checked_product
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
     if (d > 2 * np) throw std::invalid_argument("to_bfloat16: more elements than fit");
-    parallel_blocks<Nothing>(n, 64, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(n, 64, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             const float* row = x + i * d;
             uint16_t* o = (uint16_t*)(out + i * np);
@@ -858,7 +832,7 @@ void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64
 void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
     if (d > 4 * np) throw std::invalid_argument("to_bytes: more elements than fit");
-    parallel_blocks<Nothing>(n, 1024, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(n, 1024, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             const float* row = x + i * d;
             const float factor = scale ? scale[i] : 1.0f;
@@ -886,12 +860,12 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
 }
 
 void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int bits, int64_t first,
-                int64_t K, const float* bound, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst) {
+                int64_t K, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(first + nb);
     if (K < 1 || (x_keys && x_K < 1)) throw std::invalid_argument("search_all: K is less than 1");
     if (x_keys && !x_worst) throw std::invalid_argument("search_all: x_worst is missing");
-    DISPATCH(search_all_with, bits, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, bound, keys, x_K,
+    DISPATCH(search_all_with, bits, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, keys, x_K,
              (uint64_t*)x_keys, x_worst);
 }
 
@@ -930,7 +904,7 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t enough,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe,
                   const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
@@ -939,7 +913,7 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nl
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
     const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
     DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
-             std::min(nprobe, nlist), enough, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
+             std::min(nprobe, nlist), begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
              x_worst);
 }
 
@@ -949,7 +923,7 @@ void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* 
         if (order[i] < 0 || order[i] >= n) throw std::invalid_argument("group_sums: a row is out of range");
     for (int64_t g = 0; g < ngroup; g++)
         if (end[g] < (g ? end[g - 1] : 0) || end[g] > m) throw std::invalid_argument("group_sums: ends of groups do not rise");
-    parallel_blocks<Nothing>(ngroup, 16, [&](int64_t g0, int64_t g1, Nothing&) {
+    parallel_blocks(ngroup, 16, [&](int64_t g0, int64_t g1) {
         std::fill(out + g0 * d, out + g1 * d, 0.0f);
         for (int64_t g = g0; g < g1; g++)
             for (int64_t i = g ? end[g - 1] : 0; i < end[g]; i++) {
@@ -973,7 +947,7 @@ void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_
 
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {
     check_numbers(n);
-    parallel_blocks<Nothing>(n, 4096, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(n, 4096, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             uint64_t* list = (uint64_t*)keys + i * K;
             std::sort(list, list + K, std::greater<uint64_t>());
@@ -1096,7 +1070,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
 
 void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d, float* out) {
     const int64_t bytes = 4 * d;
-    parallel_blocks<Nothing>(n, 64, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(n, 64, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             if (rows[i] < 0 || rows[i] >= nrow) continue;
             char* to = (char*)(out + i * d);
@@ -1112,7 +1086,7 @@ void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d
 
 void merge_lists(int64_t n, int64_t k1, const float* D1, const int32_t* I1, int64_t k2, const float* D2,
                  const int32_t* I2, int64_t k, float* D, int32_t* I) {
-    parallel_blocks<Nothing>(n, 4096, [&](int64_t i0, int64_t i1, Nothing&) {
+    parallel_blocks(n, 4096, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             const float *a = D1 + i * k1, *b = D2 + i * k2;
             const int32_t *u = I1 + i * k1, *v = I2 + i * k2;

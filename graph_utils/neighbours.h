@@ -34,12 +34,11 @@ void to_bytes(int64_t n, int64_t d, const float* x, const float* scale, int64_t 
 // The K best of base vectors first .. first + nb - 1 for each query, joined with what keys held.
 //
 // Q nq x np, X nb x np words, or np + 1 in bytes; keys in/out nq x K (zeros to begin with)
-// bound      in  nq or null: products that are not greater are left out
 // x_keys     in/out  null, or the lists of the base vectors, nb x x_K: the queries enter them, under the numbers of their
 //                    rows in Q, and are marked as new there
 // x_worst    in/out  nb: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
 void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int64_t np, int bits, int64_t first,
-                int64_t K, const float* bound, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst);
+                int64_t K, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst);
 
 // The same for vectors among themselves, with half the products: rows first .. last - 1 of X are compared with each other
 // and with those before. Memory: 8 bytes for each of 2.5 K candidates of `last` vectors.
@@ -65,14 +64,13 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 // own        in  nq, or null: a cell near each query. Only cells listed for that one, as in search_near, are then looked at for
 //                the nearest. Quick if successive queries have the same
 // begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
-// enough     in  cells are added to the nprobe nearest until they hold this many vectors
 //
 // x_keys     in/out  null, or the lists of the rows of X, n x K: the queries enter those of the rows that they are
 //                    compared with, of each cell the rows begin .. middle - 1, and are marked as new there
 // middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
 // x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t enough,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe,
                   const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst);
 

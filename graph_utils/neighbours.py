@@ -116,12 +116,11 @@ def to_float32(x, scale=None):
 FORMATS = {"bytes": to_bytes, "bfloat16": to_bfloat16, "float32": to_float32}
 
 
-def search_all(Q, X, K, keys=None, first=0, bound=None, insert=None):
+def search_all(Q, X, K, keys=None, first=0, insert=None):
     """The K best of X (nb, words) for each of Q (nq, words), numbered from `first`, joined with `keys`. Returns keys.
 
     Both are held in the same way.
 
-    bound: float32 (nq,), products that are not greater are left out.
     insert: None, or (x_keys int64 (nb, L), x_worst float32 (nb,)): the queries enter, under the numbers of their rows,
     the lists x_keys of the rows of X, in the place of the worst, or of the first of the worst. x_worst are the worst
     products in x_keys, see worst_products; both are updated.
@@ -132,8 +131,7 @@ def search_all(Q, X, K, keys=None, first=0, bound=None, insert=None):
     if insert:
         _check(x_keys, np.int64, (len(X), None), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
-    core.search_all(nq, _words(Q, "Q"), len(X), _words(X, "X", Q), *_format(Q), first, K,
-                    None if bound is None else _check(bound, np.float32, (nq,), "bound"), keys,
+    core.search_all(nq, _words(Q, "Q"), len(X), _words(X, "X", Q), *_format(Q), first, K, keys,
                     x_keys.shape[1] if insert else 0, x_keys, x_worst)
     return keys
 
@@ -190,9 +188,9 @@ def group_sums(x, order, end):
     return out
 
 
-def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=None, near=None):
+def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=None):
     """Join to keys (nq, K) the best of rows begin[c]..end[c]-1 of X for the nprobe cells c that are nearest to each
-    query, and of more cells until they hold `enough` vectors (K by default).
+    query, and of more cells until they hold K vectors.
 
     insert: None, or (middle int64 (nlist,), numbers int32 (nq,), x_keys int64 (n, K), x_worst float32 (n,)): the queries
     enter, under these numbers, the lists x_keys of the rows begin[c]..middle[c]-1 that they are compared with. x_worst
@@ -215,7 +213,7 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, enough=None, insert=
             raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
         own, _, offsets, listed = _listed(*near, nq)
     core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), own, offsets, listed, nprobe,
-                      K if enough is None else enough, _check(begin, np.int64, (nlist,), "begin"),
+                      _check(begin, np.int64, (nlist,), "begin"),
                       _check(end, np.int64, (nlist,), "end"), _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"),
                       middle, numbers, x_keys, x_worst)
 

@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
+
 namespace {
 
 constexpr int64_t kSmallest = 256;      // nodes of the smallest clusters: 64 KB of a panel of L, near the size of an L1 cache
@@ -94,11 +96,8 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
         for (int64_t i0 = 0; i0 < n; i0 += batch) {
             const int64_t i1 = std::min(n, i0 + batch);
             // waking the threads up takes longer than a small batch
-#pragma omp parallel if (i1 - i0 > 2048)
-            {
-                Tally tally;
-#pragma omp for schedule(dynamic, 256)
-                for (int64_t i = i0; i < i1; i++) {
+            parallel_blocks<Tally>(i1 - i0, i1 - i0 > 2048 ? 256 : 2048, [&](int64_t j0, int64_t j1, Tally& tally) {
+                for (int64_t i = i0 + j0; i < i0 + j1; i++) {
                     if (g.I && i + 8 < i1)
                         for (int64_t j = 0; j < g.k; j++) __builtin_prefetch(&label[std::max(g.I[(i + 8) * g.stride + j], 0)]);
                     tally.start(g.degree(i));
@@ -114,7 +113,7 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
                         }
                     wish[i - i0] = best;
                 }
-            }
+            });
             for (int64_t i = i0; i < i1; i++) {
                 const int32_t to = wish[i - i0], weight = g.weight_of(i);
                 if (to == label[i] || room[to] < weight) continue;
@@ -159,39 +158,34 @@ Level contract(Level& g) {
     std::vector<int32_t> members;
     list_members(g.cluster, m, start, members);
     constexpr int64_t block = 64;
-    const int64_t nblock = (m + block - 1) / block;
-    std::vector<std::vector<Edge>> found(nblock);
+    std::vector<std::vector<Edge>> found((m + block - 1) / block);
     next.offset.assign(m + 1, 0);
-#pragma omp parallel
-    {
-        std::vector<Edge> all;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t b = 0; b < nblock; b++)
-            for (int64_t c = b * block; c < std::min<int64_t>(m, (b + 1) * block); c++) {
-                all.clear();
-                for (int64_t at = start[c]; at < start[c + 1]; at++)
-                    g.each_edge(members[at], [&](int32_t t, float weight) {
-                        if (g.cluster[t] != c) all.push_back({g.cluster[t], weight});
-                    });
-                std::sort(all.begin(), all.end(), [](Edge x, Edge y) {
-                    return x.to != y.to ? x.to < y.to : x.weight < y.weight;
+    parallel_blocks<std::vector<Edge>>(m, block, [&](int64_t c0, int64_t c1, std::vector<Edge>& all) {
+        for (int64_t c = c0; c < c1; c++) {
+            all.clear();
+            for (int64_t at = start[c]; at < start[c + 1]; at++)
+                g.each_edge(members[at], [&](int32_t t, float weight) {
+                    if (g.cluster[t] != c) all.push_back({g.cluster[t], weight});
                 });
-                size_t distinct = 0;
-                for (const Edge& e : all) {
-                    if (distinct && all[distinct - 1].to == e.to)
-                        all[distinct - 1].weight += e.weight;
-                    else
-                        all[distinct++] = e;
-                }
-                all.resize(distinct);
-                const size_t kept = std::min<size_t>(kKept, distinct);
-                std::partial_sort(all.begin(), all.begin() + kept, all.end(), [](Edge x, Edge y) {
-                    return x.weight != y.weight ? x.weight > y.weight : x.to < y.to;
-                });
-                next.offset[c + 1] = (int64_t)kept;
-                found[b].insert(found[b].end(), all.begin(), all.begin() + kept);
+            std::sort(all.begin(), all.end(), [](Edge x, Edge y) {
+                return x.to != y.to ? x.to < y.to : x.weight < y.weight;
+            });
+            size_t distinct = 0;
+            for (const Edge& e : all) {
+                if (distinct && all[distinct - 1].to == e.to)
+                    all[distinct - 1].weight += e.weight;
+                else
+                    all[distinct++] = e;
             }
-    }
+            all.resize(distinct);
+            const size_t kept = std::min<size_t>(kKept, distinct);
+            std::partial_sort(all.begin(), all.begin() + kept, all.end(), [](Edge x, Edge y) {
+                return x.weight != y.weight ? x.weight > y.weight : x.to < y.to;
+            });
+            next.offset[c + 1] = (int64_t)kept;
+            found[c0 / block].insert(found[c0 / block].end(), all.begin(), all.begin() + kept);
+        }
+    });
     for (int64_t c = 0; c < m; c++) next.offset[c + 1] += next.offset[c];
     next.edges.reserve(next.offset[m]);
     for (auto& part : found) {
@@ -211,12 +205,14 @@ std::vector<int32_t> expand(const Level& g, const std::vector<int32_t>& clusters
     std::vector<int32_t> where(g.n);            // place of each node among the members of its cluster
     for (int64_t c = 0; c < m; c++)
         for (int64_t at = start[c]; at < start[c + 1]; at++) where[members[at]] = (int32_t)(at - start[c]);
-#pragma omp parallel
-    {
+    struct Scratch {
         std::vector<float> score;
         std::vector<int32_t> left, chain;
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t s = 0; s < m; s++) {
+    };
+    parallel_blocks<Scratch>(m, 16, [&](int64_t s0, int64_t s1, Scratch& scratch) {
+        std::vector<float>& score = scratch.score;
+        std::vector<int32_t>&left = scratch.left, &chain = scratch.chain;
+        for (int64_t s = s0; s < s1; s++) {
             const int32_t c = clusters[s], before = s ? clusters[s - 1] : -1;
             int32_t* const all = members.data() + start[c];
             const int64_t count = start[c + 1] - start[c];
@@ -244,7 +240,7 @@ std::vector<int32_t> expand(const Level& g, const std::vector<int32_t>& clusters
             }
             std::copy(chain.begin(), chain.end(), all);
         }
-    }
+    });
     std::vector<int32_t> sequence;
     sequence.reserve(g.n);
     for (int32_t c : clusters) sequence.insert(sequence.end(), members.begin() + start[c], members.begin() + start[c + 1]);

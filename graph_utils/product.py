@@ -47,6 +47,12 @@ def _rows(a, dtype, name, writeable=False):
     return np.lib.stride_tricks.as_strided(a, ((n - 1) * stride + m,), (a.itemsize,), writeable=writeable), stride
 
 
+def _check(a, dtype, shape, name):
+    """ValueError where an array has another dtype or shape."""
+    if a.dtype != dtype or a.shape != shape:
+        raise ValueError(f"{name} is {a.dtype} {a.shape}, {np.dtype(dtype)} {shape} expected")
+
+
 def check_permutation(rank):
     """ValueError where rank int (n,) does not hold the numbers 0 .. n - 1."""
     if len(rank) and (rank.min() < 0 or not np.array_equal(np.bincount(rank, minlength=len(rank)), np.ones(len(rank)))):
@@ -118,11 +124,6 @@ class SymmetricGraph:
     def nnz(self):
         return int(self.indptr[-1])
 
-    def row_sums(self):
-        """Sums of the rows of W, int64 (n,)."""
-        degree = np.diff(self.indptr)
-        return 2 * degree - self.nsingle
-
     def values(self):
         """The array of values that the product does without, float32 (nnz,): multiplicity / row sum."""
         values = np.empty(self.nnz, np.float32)
@@ -142,6 +143,7 @@ class SymmetricGraph:
     def reach(self, rows, reached, most):
         """Neighbours of `rows` not yet marked in `reached` (uint8 (n,), updated), int32; None if more than `most`."""
         self._check_rows(rows)
+        _check(reached, np.uint8, (self.n,), "reached")
         found = np.empty(most, np.int32)
         count = core.reach(self.indptr, self.indices, len(rows), rows, reached, most, found)
         return None if count < 0 else found[:count]
@@ -158,17 +160,14 @@ class SymmetricGraph:
         weights: float32 (n,) or None; if given, the sums are weighted by it.
         """
         for name, a in (("L", L), ("out", out)):
-            if a.shape != (self.n, L.shape[1]) or a.dtype != np.float32:
-                raise ValueError(f"{name} is {a.dtype} {a.shape}, float32 ({self.n}, {L.shape[1]}) expected")
+            _check(a, np.float32, (self.n, L.shape[1]), name)
         if scale is not None:
-            scale = np.ascontiguousarray(scale, np.float32)
-            if scale.shape != (L.shape[1],):
-                raise ValueError(f"scale has shape {scale.shape}, ({L.shape[1]},) expected")
+            _check(scale, np.float32, (L.shape[1],), "scale")
         if rows is not None:
             rows = np.ascontiguousarray(rows, np.int32)
             self._check_rows(rows)
-        if weights is not None and (weights.shape != (self.n,) or weights.dtype != np.float32):
-            raise ValueError(f"weights is {weights.dtype} {weights.shape}, float32 ({self.n},) expected")
+        if weights is not None:
+            _check(weights, np.float32, (self.n,), "weights")
         colsum = np.empty(L.shape[1], np.float64)
         core.product(self.n, self.indptr, self.indices, self.nsingle, L.shape[1], L, scale,
                      0 if rows is None else len(rows), rows, weights, out, colsum)
@@ -184,8 +183,9 @@ def neighbour_sums(I, L, scale=None, scores=None):
     I = np.ascontiguousarray(I, np.int32)
     if scores is None:
         scores = np.empty((len(I), L.shape[1]), np.float32)
-    if scores.shape != (len(I), L.shape[1]):
-        raise ValueError(f"scores has shape {scores.shape}, ({len(I)}, {L.shape[1]}) expected")
+    _check(scores, np.float32, (len(I), L.shape[1]), "scores")
+    if scale is not None:
+        _check(scale, np.float32, (L.shape[1],), "scale")
     flat, stride = _rows(scores, np.float32, "scores", writeable=True)
     core.neighbour_sums(len(I), I.shape[1], I, len(L), L.shape[1], L, scale, stride, flat)
     return scores
@@ -220,7 +220,10 @@ class BestClasses:
 
 def mkl_product(indptr, indices, values, L, out=None):
     """out = A L by MKL. A: CSR with indptr int64 (n + 1), indices int32, values float32; L float32 (m, ncol)."""
+    shape = len(indptr) - 1, L.shape[1]
     if out is None:
-        out = np.empty((len(indptr) - 1, L.shape[1]), np.float32)
+        out = np.empty(shape, np.float32)
+    for name, a, its_shape in (("values", values, indices.shape), ("out", out, shape)):
+        _check(a, np.float32, its_shape, name)
     core.mkl_product(len(indptr) - 1, len(L), indptr, indices, values, L.shape[1], L, out)
     return out

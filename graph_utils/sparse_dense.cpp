@@ -1,13 +1,12 @@
 #include "sparse_dense.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <iterator>
 #include <string>
 #include <vector>
+
+#include "parallel.h"
 
 #ifdef GRAPH_UTILS_MKL
 #include <mkl_service.h>
@@ -15,24 +14,6 @@
 #endif
 
 namespace {
-
-// Runs body(i0, i1) on blocks of [0, n) in parallel; the first exception of any thread is thrown again here.
-template <class Body>
-void parallel_blocks(int64_t n, int64_t block, Body body) {
-    std::exception_ptr error;
-    std::atomic<bool> failed{false};
-    const int64_t nblock = (n + block - 1) / block;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t b = 0; b < nblock; b++) {
-        if (failed) continue;
-        try {
-            body(b * block, std::min(n, (b + 1) * block));
-        } catch (...) {
-            if (!failed.exchange(true)) error = std::current_exception();
-        }
-    }
-    if (error) std::rethrow_exception(error);
-}
 
 constexpr int64_t kBlock = 1024;    // rows that a thread takes at a time
 
@@ -76,7 +57,7 @@ __attribute__((noinline)) Row<NV> sum_of_many(const int32_t* indices, int64_t be
     return out;
 }
 
-// Whether all but a few neighbours of rows i0 .. i1 have numbers within `distance` of the row's, as seen on a sample.
+// Whether of rows i0 .. i1 all but a few have no neighbour farther than `distance` from their own numbers, by a sample.
 bool all_near(const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t i0, int64_t i1, int64_t distance) {
     int64_t far = 0, seen = 0;
     for (int64_t i = i0; i < i1; i += 16) {

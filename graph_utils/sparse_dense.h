@@ -56,7 +56,7 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
 // ncol     columns of L and out: a multiple of 16, at most 64; both 64-byte aligned
 // L        in   n x ncol
 // scale    in   ncol factors, or null for ones
-// rows     in   nrow row numbers to compute, or null for all n (then nrow = n); other rows of out are left as they are
+// rows     in   nrow row numbers to compute, or null for all n; other rows of out are left as they are
 // weights  in   n factors of the rows in the column sums, or null for ones
 // out      out  n x ncol, not L
 // colsum   out  ncol sums of out over the rows computed

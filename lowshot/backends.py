@@ -50,7 +50,7 @@ class OwnGraph(SymmetricGraph):
 class MklGraph(OwnGraph):
     """MKL's product with an array of values: the paper's way, kept for comparison."""
 
-    panel, entry_bytes = WIDEST, 8
+    panel, entry_bytes, follows = WIDEST, 8, False
 
     def _take(self, *arrays):
         super()._take(*arrays)

@@ -301,7 +301,6 @@ class Cells:
         self.vectors, self.codes, self.X, self.chosen = vectors, None, None, False
         self.n = vectors.n
         self.centroids = np.ascontiguousarray(centroids[chain])
-        self.chain = chain
         self.order = np.argsort(rank[cell], kind="stable").astype(np.int32)
         sizes = np.bincount(cell, minlength=len(chain))[chain]
         self.end = np.cumsum(sizes)

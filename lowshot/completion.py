@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graph_utils import SymmetricGraph, check_permutation
+from graph_utils import SymmetricGraph, check_permutation, locality_order
 from lowshot import knn
 from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
-from lowshot.ordering import locality_order
 from lowshot.pca import load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 

@@ -57,6 +57,10 @@ class Experiment:
         unknown = set(content) - {"nlabeled", "seeds", "published", *SYSTEMS}
         if unknown:
             raise ValueError(f"{path}: unknown entry {min(map(str, unknown))!r}")
+        diffusion = content.get("diffusion")
+        for name, entries in (("NLABELED", content), ("SEEDS", content), ("NBG", diffusion)):
+            if environment.get(name, "").strip() and isinstance(entries, dict):
+                entries[name.lower()] = numbers(environment[name], name)
         self.nlabeled, self.seeds = (self._value(content, key, "") for key in ("nlabeled", "seeds"))
         for system in SYSTEMS:
             required, optional = self.KEYS[system]
@@ -65,10 +69,6 @@ class Experiment:
                 raise ValueError(f"{path}: {system} must have the entries {', '.join(sorted(required))}"
                                  f" and may have {', '.join(sorted(optional))}")
             setattr(self, system, {key: self._value(grid, key, system + ": ") for key in grid})
-        for name, target, key in (("NLABELED", vars(self), "nlabeled"), ("SEEDS", vars(self), "seeds"),
-                                  ("NBG", self.diffusion, "nbg")):
-            if environment.get(name, "").strip():
-                target[key] = numbers(environment[name], name)
         published = content.get("published")
         if published is not None and not isinstance(published, str):
             raise ValueError(f"{path}: published must be the name of a JSON file, found {published!r}")

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from lowshot.script import exclusive, read_json, remove, size, write_json
+from lowshot.script import exclusive, read_json, remove, remove_left_behind, size, whole, write_json
 
 
 class FeatureWriter:
@@ -74,27 +74,23 @@ class FeatureWriter:
     def _create(self, labels):
         import h5py
         remove(self.progress)                   # of a file that is no more
+        remove_left_behind(self.partial)
         needed = self.n * (4 * self.d + 5) + 10000
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(self.path))).free
         if needed > free:
             raise OSError(f"{self.path} needs {size(needed)}, the disk has {size(free)} free")
-        fresh = f"{self.partial}.{os.getpid()}.tmp"
-        try:
-            with h5py.File(fresh, "w") as f:
-                f.attrs["made_from"] = json.dumps(self.made_from)
-                f["count"] = np.array([self.n], np.int32)
-                f["all_labels"] = np.ascontiguousarray(labels, np.int32)
-                for name, shape, dtype in (("all_feats", (self.n, self.d), h5py.h5t.IEEE_F32LE),
-                                           ("readable", (self.n,), h5py.h5t.py_create(np.dtype(bool), logical=True))):
-                    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-                    plist.set_layout(h5py.h5d.CONTIGUOUS)
-                    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)         # so that its place is known
-                    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-                    h5py.h5d.create(f.id, name.encode(), dtype, h5py.h5s.create_simple(shape), dcpl=plist)
-                self.offsets = {name: f[name].id.get_offset() for name in self._widths()}
-            os.replace(fresh, self.partial)
-        finally:
-            remove(fresh)
+        with whole(self.partial) as temporary, h5py.File(temporary, "w") as f:
+            f.attrs["made_from"] = json.dumps(self.made_from)
+            f["count"] = np.array([self.n], np.int32)
+            f["all_labels"] = np.ascontiguousarray(labels, np.int32)
+            for name, shape, dtype in (("all_feats", (self.n, self.d), h5py.h5t.IEEE_F32LE),
+                                       ("readable", (self.n,), h5py.h5t.py_create(np.dtype(bool), logical=True))):
+                plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                plist.set_layout(h5py.h5d.CONTIGUOUS)
+                plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)         # so that its place is known
+                plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                h5py.h5d.create(f.id, name.encode(), dtype, h5py.h5s.create_simple(shape), dcpl=plist)
+            self.offsets = {name: f[name].id.get_offset() for name in self._widths()}
 
     def write(self, features, readable):
         """Write the next rows: float32 (m, d) and bool (m,)."""

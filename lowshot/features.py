@@ -112,7 +112,8 @@ class FeatureFile:
     def read(self, rows, transform=None, progress=None):
         """Rows in the order given, float32 (len(rows), d); transform: function of (m, d) applied to each part.
 
-        Reads the rows that are needed only, about 64 MB at a time, so memory is that of the result.
+        Reads the rows that are needed, of chunked files all that is between them too, about 64 MB at a time: memory is that of
+        the result.
         """
         rows = np.asarray(rows, np.int64)
         if len(rows) and not (0 <= rows.min() and rows.max() < self.n):

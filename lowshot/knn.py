@@ -10,8 +10,8 @@ are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lows
     cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change
     cells = Cells.train(Vectors(x))                                         cells.order puts near nodes together
     build_knn_graph(x, k, recall=.95, initial=(D, I), cells=cells) -> D, I, info
-    search(cells, xq, k, recall=.95) -> D, I, info
-    search_index(index, xq, k, recall=.95, x=None) -> D, I, info            index: Faiss index (IVF,Flat or Flat)
+    search_begun(cells, xq, k, recall=.95)() -> D, I, info
+    cells_of_index(index) -> centroids, cell                                of a Faiss index IVF,Flat
 
 Below EXACT_BELOW vectors all is exact, and with a GPU (use_gpu) where that compares all with all quickly enough; otherwise
 recall is measured on a sample by exact search, and raised until it is reached.
@@ -742,18 +742,11 @@ class Lists:
 
 # ---- searching for vectors that are no nodes
 
-def search(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None):
+def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say=lambda line: None):
     """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
 
-    nprobe: number of cells to search, found by measurement if 0. Returns D, I, info (recall, nprobe).
-    """
-    return search_begun(cells, xq, k, recall, nprobe, seed, progress)()
-
-
-def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say=lambda line: None):
-    """search() in two parts: this one needs the vectors in cells, and the function that it returns needs them no more.
-
-    say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
+    In two parts: this one needs the codes in cells; the function that it returns, which needs them no more, returns
+    D, I, info (recall, nprobe). nprobe: number of cells to search, found by measurement if 0. say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors
@@ -780,21 +773,6 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     return similarities
 
 
-def search_index(index, xq, k, recall=0.95, x=None, progress=None):
-    """The same in a Faiss index: by cells for IVF,Flat, by Faiss itself (with its settings) for others.
-
-    x: the vectors in the index, if they are at hand; they are copied out of it otherwise.
-    """
-    if x is None and not isinstance(index, (faiss.IndexIVFFlat, faiss.IndexFlat)):
-        D, I = index.search(np.ascontiguousarray(xq[0:len(xq)], np.float32), k)
-        return np.where(I < 0, np.float32(-np.inf), D), I.astype(np.int32), {}
-    if isinstance(index, faiss.IndexIVFFlat):
-        centroids, cell = cells_of_index(index)
-        vectors = _vectors(x) if x is not None else Vectors(vectors_of_index(index))
-        return search(Cells(vectors, centroids, cell), xq, k, recall, progress=progress)
-    return *exact_knn(xq, x if x is not None else index.reconstruct_n(0, index.ntotal), k, progress), {"exact": True}
-
-
 def cells_of_index(index):
     """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index."""
     cell = np.full(index.ntotal, -1, np.int32)
@@ -811,17 +789,3 @@ def cells_of_index(index):
     if (cell < 0).any():
         raise ValueError(f"the index has no vector number {np.argmax(cell < 0)}")
     return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
-
-
-def vectors_of_index(index):
-    """Copies of all vectors of an IVF,Flat index, float32 (n, d)."""
-    x = np.empty((index.ntotal, index.d), np.float32)
-    lists = index.invlists
-    for c in range(index.nlist):
-        size = lists.list_size(c)
-        if size:
-            ids, codes = lists.get_ids(c), lists.get_codes(c)
-            x[faiss.rev_swig_ptr(ids, size)] = faiss.rev_swig_ptr(codes, size * 4 * index.d).view(np.float32).reshape(size, -1)
-            lists.release_ids(c, ids)
-            lists.release_codes(c, codes)
-    return x

@@ -48,7 +48,7 @@ class DataDir:
         """Paths of features/f100m/block0.hdf5, block1.hdf5, ...: consecutive from 0."""
         folder = self.path("features", "f100m")
         names = os.listdir(folder) if os.path.isdir(folder) else []
-        numbers = sorted(int(m.group(1)) for m in (re.fullmatch(r"block(\d+)\.hdf5", n) for n in names) if m)
+        numbers = sorted(int(m.group(1)) for m in (re.fullmatch(r"block(0|[1-9]\d*)\.hdf5", n) for n in names) if m)
         if not numbers:
             raise ValueError(f"no block0.hdf5 in {folder}: save_features.py makes it")
         if numbers != list(range(len(numbers))):

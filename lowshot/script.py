@@ -7,6 +7,7 @@ import fcntl
 import glob
 import json
 import os
+import pathlib
 import platform
 import re
 import resource
@@ -26,8 +27,8 @@ class Parser(argparse.ArgumentParser):
             none = action.default is None or action.default is False or action.default == "" or "(default" in action.help
             return action.help if none else super()._get_help_string(action)
 
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, formatter_class=self._Formatter, **kwargs)
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self._Formatter)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -280,15 +281,14 @@ def peak_memory():
 
 
 def available_memory():
-    """Bytes that this process may still take: the smaller of what the machine has free and the cgroup's limit."""
+    """Bytes that this process may still take: the least of what the machine has free and its cgroups' limits."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     with contextlib.suppress(OSError):
         with open("/proc/meminfo") as f:
             for line in f:
                 if line.startswith("MemAvailable:"):
                     free = int(line.split()[1]) * 1024
-    for folder, limit, used in (("/sys/fs/cgroup", "memory.max", "memory.current"),
-                                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+    for folder, limit, used in memory_cgroups():
         with contextlib.suppress(OSError, ValueError):
             values = {}
             for name in (limit, used):
@@ -301,6 +301,27 @@ def available_memory():
                 + int(stat.get("total_active_file", stat.get("active_file", 0)))
             free = min(free, max(values[limit] - values[used] + cached, 0))
     return free
+
+
+def memory_cgroups(processes="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """(folder, name of the limit, name of what is used) of the cgroups that this process is in, those above included.
+
+    In a container the names in `processes` may be those outside of it: then only the topmost is there.
+    """
+    groups = ["0::/", "0:memory:/"]
+    with contextlib.suppress(OSError):
+        with open(processes) as f:
+            groups += f.read().splitlines()
+    found = {}
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        path = pathlib.PurePosixPath(path)
+        for folder in (path, *path.parents):
+            if not controllers:             # version 2
+                found[f"{root}{folder}"] = "memory.max", "memory.current"
+            elif "memory" in controllers.split(","):
+                found[f"{root}/memory{folder}"] = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    return [(folder, *names) for folder, names in found.items()]
 
 
 def size(nbytes):

@@ -291,13 +291,15 @@ def test_training_killed_and_resumed(data, tmp_path):
     assert all(tensor.is_contiguous() and tensor.isfinite().all() for tensor in state.values())
     assert load_checkpoint(make_network("ResNet10"), folder / "2.tar") == 2
 
-    record = json.loads((two / "logs" / "train_network.json").read_text())
+    record = json.loads((two / "logs" / "train_network_ResNet10_2.json").read_text())
     assert record["classes"] == NCLASS // 2 and record["training_images"] == NCLASS // 2 * NTRAIN
     assert len(record["epochs"]) == 3 and record["checkpoint"] == "models/checkpoints/ResNet10/2.tar"
     assert not (folder / "training.pt").exists()
     before = (folder / "2.tar").stat().st_mtime_ns
     assert "is complete" in script("train_network.py", two, *options).stdout
     assert (folder / "2.tar").stat().st_mtime_ns == before
+    (two / "logs" / "train_network_ResNet10_7.json").write_text("{}")           # another number of epochs is another network
+    assert "is complete" in script("train_network.py", two, *options).stdout
     done = script("train_network.py", two, *options, "--seed", 1, check=False)
     assert done.returncode == 1 and "was trained with other arguments" in done.stderr
 
@@ -339,13 +341,17 @@ def test_figure(tmp_path):
     with pytest.raises(ValueError, match="--nlabeled 7"):
         show.figure(diffusion, logreg, [7])
 
-    logs = tmp_path / "logs"
-    (logs / "diffusion").mkdir(parents=True)
-    for i, r in enumerate(diffusion + logreg + [record("val", 1, 1, 0, [0.1, 0.9]), record("test", 1, 9, 0, [0], k=5)]):
-        (logs / "diffusion" / f"{i}.json").write_text(json.dumps(r))
-    (logs / "train_network.json").write_text(json.dumps({"arguments": {"epochs": 3}}))
-    assert [len(x) for x in show.read_records(str(logs), "test", 30)] == [len(diffusion), 2]
-    assert [len(x) for x in show.read_records(str(logs), "val", 30)] == [1, 0]
+    folders = [tmp_path / "logs" / system / "demo" for system in ("diffusion", "logreg")]
+    by_hand = tmp_path / "logs" / "diffusion"
+    for folder, records in (
+            (folders[0], diffusion + [record("val", 1, 1, 0, [0.1, 0.9]), record("test", 1, 9, 0, [0], k=5)]),
+            (folders[1], logreg), (by_hand, [record("test", 1, 1, 0, [0.1])])):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, r in enumerate(records):
+            (folder / f"{i}.json").write_text(json.dumps(r))
+    (folders[0] / "parameters.json").write_text(json.dumps({"0": {"1": {"niter": 3}}}))
+    assert [len(x) for x in show.read_records(map(str, folders), "test", 30)] == [len(diffusion), 2]
+    assert [len(x) for x in show.read_records(map(str, folders), "val", 30)] == [1, 0]
     script("show.py", tmp_path, "--figure", tmp_path / "figure.png", "--nlabeled", 1)
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and min(image.size) > 500

@@ -76,6 +76,8 @@ def test_lists_from_the_environment(tmp_path):
     assert (e.diffusion["nbg"], e.nlabeled, e.seeds) == ([7, 10000000], [5], [3, 4])
     with pytest.raises(ValueError, match="NBG='1e6' is not a list of whole numbers"):
         experiment(tmp_path, environment={"NBG": "1e6"})
+    with pytest.raises(ValueError, match="nlabeled must be a list of different numbers >= 1, found .0."):
+        experiment(tmp_path, environment={"NLABELED": "0"})
 
 
 @pytest.mark.parametrize("change, message", [

@@ -127,7 +127,7 @@ def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
     check_exact(*knn.cross_insert(new, rows, D, I, 850, 6), new, np.concatenate([whole, new]), 6)
     check_exact(D, I, whole, np.concatenate([whole, new]), 6)
     cells = Cells.train(Vectors(rows), 20)
-    D, I, info = knn.search(cells, np.concatenate([q] * 40), 7, recall=.999, nprobe=20)
+    D, I, info = knn.search_begun(cells, np.concatenate([q] * 40), 7, recall=.999, nprobe=20)()
     check_exact(D[:60], I[:60], q, whole, 7)
     assert np.array_equal(I, np.tile(I[:60], (40, 1))) and info["recall"] > .99
 
@@ -350,20 +350,9 @@ def test_search_among_cells(monkeypatch):
     monkeypatch.setattr(knn, "EXACT_BELOW", 100)
     monkeypatch.setattr(knn, "SAMPLE", 200)
     x, q = clustered(3000), clustered(700, seed=5)
-    D, I, info = knn.search(Cells.train(Vectors(x)), q, 10, recall=.96)
+    D, I, info = knn.search_begun(Cells.train(Vectors(x)), q, 10, recall=.96)()
     assert not info["exact"] and info["recall"] >= .95 and recall(I, q, x, 10) > .95
     np.testing.assert_allclose(D, np.take_along_axis(q.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF30,Flat", "HNSW16"])
-@pytest.mark.parametrize("given", [True, False])
-def test_search_in_a_faiss_index(factory, given):
-    x, q = clustered(2000), clustered(60, seed=5)
-    index = faiss.index_factory(32, factory, faiss.METRIC_INNER_PRODUCT)
-    index.train(x)
-    index.add(x)
-    D, I, info = knn.search_index(index, q, 10, x=x if given else None)
-    assert recall(I, q, x, 10) > .95
 
 
 def test_cells_hold_each_vector_once_near_its_centroid():

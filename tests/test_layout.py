@@ -48,7 +48,7 @@ def test_blocks_are_in_number_order_without_gaps(root):
     d, folder = DataDir(str(root)), root / "features" / "f100m"
     with pytest.raises(ValueError, match="no block0.hdf5"):
         d.blocks()
-    for name in [f"block{i}.hdf5" for i in range(12)] + ["block3.hdf5.tmp", "blocks.hdf5", ".block12.7.tmp.hdf5"]:
+    for name in [f"block{i}.hdf5" for i in range(12)] + ["block3.hdf5.tmp", "block01.hdf5", "blocks.hdf5", ".block12.7.tmp.hdf5"]:
         (folder / name).touch()
     assert [os.path.basename(p) for p in d.blocks()] == [f"block{i}.hdf5" for i in range(12)]
     (folder / "block4.hdf5").unlink()

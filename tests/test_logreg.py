@@ -255,8 +255,9 @@ def test_diverging_run_is_recorded(ddir, tmp_path):
 
 
 def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path):
-    words = ["--mode", "val", "--maxiter", 6000, "--lr", "0.1,0.01", "--wd", "0.1", "--batchsize", 8, "--evalevery", 700]
-    logreg(ddir, *words, "--record", tmp_path / "whole.json", "--storeL", tmp_path / "whole.npy")
+    words = ["--mode", "val", "--maxiter", 6000, "--lr", "0.1,0.01", "--wd", "0.1", "--batchsize", 8, "--evalevery", 700,
+             "--verbose"]
+    whole = logreg(ddir, *words, "--record", tmp_path / "whole.json", "--storeL", tmp_path / "whole.npy")
     record, state = tmp_path / "killed.json", tmp_path / ".killed.state.npz"
     command = [sys.executable, os.path.join(ROOT, "logreg.py"), *map(str, words), "--record", str(record),
                "--storeL", str(tmp_path / "killed.npy"), "--checkpoint", "0.01"]
@@ -275,6 +276,8 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path):
     iteration = int(re.search(r"going on from iteration (\d+)", done.stdout).group(1))
     assert 0 < iteration < 6000
     assert figures(record) == figures(tmp_path / "whole.json")
+    losses = {m.groups() for m in re.finditer(r"lr (.*) wd .* iteration (\d+) .* loss (.*)", done.stdout)}
+    assert losses and losses <= {m.groups() for m in re.finditer(r"lr (.*) wd .* iteration (\d+) .* loss (.*)", whole.stdout)}
     for point in ("lr0.1_wd0.1", "lr0.01_wd0.1"):
         assert np.array_equal(np.load(tmp_path / f"killed_{point}.npy"), np.load(tmp_path / f"whole_{point}.npy"))
     assert not [p for p in os.listdir(tmp_path) if p.startswith(".")]

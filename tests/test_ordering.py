@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 import graph_utils
-from graph_utils import SymmetricGraph
-from lowshot.ordering import locality_order
+from graph_utils import SymmetricGraph, locality_order
 
 
 def random_graph(rs, n, k):

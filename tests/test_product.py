@@ -201,6 +201,20 @@ def test_reach_is_breadth_first():
     assert graph.reach(np.arange(400, dtype=np.int32), np.zeros(400, np.uint8), 3) is None
 
 
+def test_arrays_of_other_sizes_are_refused():
+    graph = SymmetricGraph(random_graph(np.random.RandomState(1), 20, 3))
+    L, I = aligned_zeros((20, 16)), np.zeros((2, 3), np.int32)
+    for call, name in ((lambda: graph.product(L, L[:19]), "out"), (lambda: graph.product(L, L, np.ones(15, np.float32)), "scale"),
+                       (lambda: graph.product(L, L, weights=np.ones(19, np.float32)), "weights"),
+                       (lambda: graph.reach(I[0], np.zeros(19, np.uint8), 5), "reached"),
+                       (lambda: neighbour_sums(I, L, np.ones(15, np.float32)), "scale"),
+                       (lambda: neighbour_sums(I, L, scores=np.ones((2, 15), np.float32)), "scores"),
+                       (lambda: mkl_product(graph.indptr, graph.indices, graph.values()[1:], L), "values"),
+                       (lambda: mkl_product(graph.indptr, graph.indices, graph.values(), L, L[:19]), "out")):
+        with pytest.raises(ValueError, match=f"{name} is .* expected"):
+            call()
+
+
 def test_best_classes_in_any_slices():
     rs = np.random.RandomState(8)
     scores = rs.randint(0, 6, (500, 23)).astype(np.float32)      # many ties, many zeros

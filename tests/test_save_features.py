@@ -301,8 +301,10 @@ def test_progress_of_a_file_that_is_gone_is_not_believed(tmp_path):
     with FeatureWriter(path, 4, 2, np.zeros(4), {}, period=0) as out:
         out.write(np.ones((3, 2)), np.ones(3, bool))
     os.unlink(path + ".partial")
+    (tmp_path / ".x.hdf5.77.tmp.partial").touch()           # of a process that was killed while it made the file
     with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:
         assert out.done == 0 and not os.path.exists(path + ".partial.json")
+    assert not (tmp_path / ".x.hdf5.77.tmp.partial").exists()
 
 
 def test_truncated_partial_file(tmp_path):
@@ -389,6 +391,8 @@ def test_all_ways_of_loading_give_the_same_in_order(data, results, batchsize):
     assert [len(s) for _, s in found] == [min(batchsize, N - i) for i in range(0, N, batchsize)]
     assert close(np.concatenate([x for x, _ in found]), expected)
     assert np.flatnonzero(np.concatenate([s for _, s in found])).tolist() == [MISSING, DAMAGED]
+    nothing = Batches(ZipSet(str(root / "yfcc100m")), Preprocess({"transforms": {"resize": None, "crop": 32}}), N, N, batchsize)
+    assert list(results(nothing, extract, 2)) == []
 
 
 def test_slow_files_are_read_ahead_by_threads_of_their_own():

@@ -14,8 +14,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from lowshot import script  # noqa: E402
-from lowshot.script import Parser, Progress, available_memory, clock, number, peak_memory, read_json, size, \
-    whole, write_json  # noqa: E402
+from lowshot.script import Parser, Progress, available_memory, clock, memory_cgroups, number, peak_memory, read_json, \
+    size, whole, write_json  # noqa: E402
 
 
 @pytest.mark.parametrize("kind, low, high, text, value", [
@@ -34,7 +34,8 @@ def test_number_refuses(kind, low, high, text, message):
 
 
 def test_parser_help_is_the_docstring_with_defaults(capsys):
-    parser = Parser("Title.\n\n    python x.py --k 3\n", prog="x.py")
+    parser = Parser("Title.\n\n    python x.py --k 3\n")
+    parser.prog = "x.py"
     parser.add_argument("--k", type=number(int, 1), default=30, help="neighbours")
     parser.add_argument("--seed", type=int, default=0, help="seed")
     parser.add_argument("--cfg", help="description")
@@ -245,6 +246,20 @@ def test_provenance_is_ready_for_json(capsys, monkeypatch):
     script.print_header(args, predicted_memory="1.00 GB")
     out = capsys.readouterr().out
     assert out.startswith("stage.py ") and "k=30" in out and out.endswith("predicted_memory=1.00 GB\n")
+
+
+def test_the_limits_of_all_cgroups_around_the_process_count(tmp_path, monkeypatch):
+    (tmp_path / "processes").write_text("5:cpu:/x\n4:cpuset,memory:/job/step\n0::/slice/a b\n")
+    groups = memory_cgroups(str(tmp_path / "processes"), str(tmp_path))
+    assert sorted(os.path.relpath(folder, tmp_path) for folder, *_ in groups) == [
+        ".", "memory", "memory/job", "memory/job/step", "slice", "slice/a b"]
+    assert [os.path.relpath(folder, "/sys/fs/cgroup") for folder, *_ in memory_cgroups("/nowhere")] == [".", "memory"]
+    folder = tmp_path / "memory" / "job"
+    folder.mkdir(parents=True)
+    for name, content in (("memory.limit_in_bytes", "5000"), ("memory.usage_in_bytes", "4000"), ("memory.stat", "total_inactive_file 70")):
+        (folder / name).write_text(content)
+    monkeypatch.setattr("lowshot.script.memory_cgroups", lambda: groups)
+    assert available_memory() == 1070
 
 
 def test_memory_figures():

@@ -144,14 +144,34 @@ def test_going_on_after_a_kill(root, monkeypatch):
     np.testing.assert_allclose(raw(root), expected, atol=1e-5)      # slabs are smaller here, rounding differs
 
 
-def test_killed_between_the_last_two_steps(root):
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", ["train", "apply"])
+def test_killed_beside_the_rename(root, monkeypatch, step, after):
+    output = path(root, f"PCAR{DIM}.vt") if step == "train" else path(root)
     run(root, "train", "apply")
-    note = json.load(open(path(root) + ".json"))
-    os.unlink(path(root) + ".json")
-    with open(path(root) + ".partial.json", "w") as f:
-        json.dump({"rows": 802, "made_from": note}, f)
-    assert "nothing to do" in run(root, "apply")
-    assert json.load(open(path(root) + ".json")) == note and not os.path.exists(path(root) + ".partial.json")
+    expected = open(output, "rb").read()
+    os.unlink(output)
+
+    class Killed(BaseException):
+        pass
+
+    def rename_and_die(source, target):
+        if target == output:
+            if after:
+                rename(source, target)
+            raise Killed
+        rename(source, target)
+
+    rename = os.replace
+    with monkeypatch.context() as m:
+        m.setenv("DDIR", str(root))
+        m.setattr(sys, "argv", ["train_apply_pca.py", step, "--dim", str(DIM)])
+        m.setattr(os, "replace", rename_and_die)
+        with pytest.raises(Killed):
+            train_apply_pca.main()
+    assert os.path.exists(output) == after
+    assert ("nothing to do" in run(root, step)) == after
+    assert open(output, "rb").read() == expected and "nothing to do" in run(root, step)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", "not JSON"])
