@@ -26,7 +26,7 @@ import time
 
 import numpy as np
 
-from lowshot.evaluate import NO_NOVEL, accuracies
+from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, log, number, peak_memory, print_header, provenance,
@@ -294,8 +294,10 @@ def main():
     split = load_split(ddir.label_idx(), args.mode)
     with FeatureFile(ddir.train) as f:
         rows, labels, nbase = labelled_images(f.labels(split.known), split, args.nlabeled, args.seed)
+        unreadable = [f.unreadable(rows)]
     with FeatureFile(ddir.val) as f:
         test_rows, test_labels = test_images(f.labels(split.known), split)
+        unreadable.append(f.unreadable(test_rows))
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
@@ -307,6 +309,8 @@ def main():
     print_header(args, predicted_memory=size(predicted))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
         f"({len(split.novel)} novel)")
+    if any(unreadable):
+        log(note_of_unreadable(*unreadable))
     if not split.is_novel[test_labels].any():
         log(NO_NOVEL)
 

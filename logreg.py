@@ -33,7 +33,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from graph_utils import FusedSGD, get_num_threads  # noqa: E402
-from lowshot.evaluate import NO_NOVEL, accuracies  # noqa: E402
+from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable  # noqa: E402
 from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, log,  # noqa: E402
@@ -367,6 +367,7 @@ def experiment(args, ddir, record):
         d = train_file.d
         rows, labels, nbase = labelled_images(train_file.labels(split.known), split, args.nlabeled, args.seed)
         test_rows, test_labels = test_images(val_file.labels(split.known), split)
+        unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
 
         import torch
         torch.set_grad_enabled(False)
@@ -380,6 +381,8 @@ def experiment(args, ddir, record):
             log(f"warning: {size(predicted)} needed, {size(available_memory())} available")
         log(f"{C} classes ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base classes), "
             f"{len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
+        if any(unreadable):
+            log(note_of_unreadable(*unreadable))
         if not split.is_novel[test_labels].any():
             log(NO_NOVEL)
         X = read_rows(train_file, rows, "labelled images")                                         # (n, d)

@@ -133,7 +133,8 @@ def arguments():
     group = parser.add_argument_group("output")
     group.add_argument("--outfile", required=True, help="HDF5 file to write")
     group.add_argument("--overwrite", action="store_true", help="replace OUTFILE where it exists and was made with "
-                       "other arguments")
+                       "other arguments or other images. One that was not is complete: images are told apart by their names, "
+                       "labels and sizes in bytes, not by what is in them")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cpu, cuda (all GPUs), cuda:0, ...; auto: all GPUs if there are "
                        "any")

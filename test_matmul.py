@@ -14,7 +14,7 @@ LIMIT = 1e-6
 
 def arguments():
     p = Parser(__doc__)
-    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the random graphs")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of the random graphs")
     return p.parse_args()
 
 

@@ -42,7 +42,8 @@ def arguments():
     parser.add_argument("--dim", type=number(int, 1), default=256, help="dimensions to keep; file names carry it")
     parser.add_argument("--ntrain", type=number(int, 1), help="train on the first rows of block0 only, this many "
                         "(default: all; takes their memory)")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that were made from something else")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that were made from something else. "
+                        "After train comes apply: diffusion.py refuses vectors of another PCA")
     return parser.parse_args()
 
 
@@ -91,7 +92,7 @@ def train(args, block0, path):
 
 def apply(args, blocks, pca_path, path):
     """Apply the transform to all rows of all blocks, one slab of about 64 MB after the other."""
-    from lowshot.pca import load_pca
+    from lowshot.pca import load_pca, pca_digest
     counts, origins = [], []
     for block in blocks:
         with FeatureFile(block) as f:
@@ -99,8 +100,7 @@ def apply(args, blocks, pca_path, path):
             counts.append(f.n)
             origins.append(identity(f))
     n, width = sum(counts), 4 * args.dim
-    with open(pca_path, "rb") as f:
-        origin = {"dim": args.dim, "pca_sha256": hashlib.sha256(f.read()).hexdigest(), "blocks": origins}
+    origin = {"dim": args.dim, "pca_sha256": pca_digest(pca_path), "blocks": origins}
     if complete(path, origin, args.overwrite, lambda: check_rows(blocks, counts, pca, path), n * width):
         return
     with exclusive(path + ".partial"):
@@ -118,7 +118,9 @@ def check_rows(blocks, counts, pca, path):
             for row in spread_rows(count, 16):
                 expected, found = pca.apply(f.read([row]))[0], rows[first + row:first + row + 1][0]
                 # batches of other sizes are summed in another order
-                if not np.abs(found - expected).max() <= 1e-3 * np.linalg.norm(expected) + 1e-5 * shift:
+                with np.errstate(all="ignore"):         # of what is damaged
+                    apart = np.abs(found - expected).max()
+                if not apart <= 1e-3 * np.linalg.norm(expected) + 1e-5 * shift:
                     raise ValueError(f"{path}: row {first + row} is not what the PCA makes of the features: --overwrite makes it "
                                      "again")
         first += count

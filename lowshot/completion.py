@@ -20,7 +20,7 @@ from lowshot.cells import assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
-from lowshot.pca import load_pca
+from lowshot.pca import check_made_by, load_pca
 from lowshot.script import Progress, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
@@ -288,6 +288,8 @@ class FixedKey:
                 sources.append(ddir.index(nbg))
         for path in sources:
             check_readable(path, "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim))
+        if nbg:
+            check_made_by(ddir.pca(dim), ddir.raw(dim), dim)
         self.made_from = {
             "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": [file_identity(p) for p in sources],
             "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}

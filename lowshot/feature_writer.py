@@ -65,8 +65,20 @@ class FeatureWriter:
         if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
             raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
                              f"delete it and {self.progress} to start over")
+        self._check_structure()
         self.done, self.notes = state["done"], state["notes"]
         return True
+
+    def _check_structure(self):
+        """ValueError where the partial file is not HDF5 with the datasets where they were."""
+        import h5py
+        try:
+            with h5py.File(self.partial, "r") as f:
+                found = {name: f[name].id.get_offset() for name in self._widths()}, f["count"][:].tolist(), len(f["all_labels"])
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+            found = None
+        if found != (self.offsets, [self.n], self.n):
+            raise ValueError(f"{self.partial} is damaged: delete it and {self.progress} to start over")
 
     def _widths(self):
         return {"all_feats": 4 * self.d, "readable": 1}
@@ -122,6 +134,7 @@ class FeatureWriter:
         if self.done != self.n:
             raise ValueError(f"{self.done} of {self.n} rows written")
         self.save()                             # if the rename fails, nothing is lost
+        self._check_structure()
         os.replace(self.partial, self.path)
         remove(self.progress)
 

@@ -102,6 +102,11 @@ class FeatureFile:
         except OSError as e:            # HDF5's, about a damaged chunk or the end of the file
             raise ValueError(f"{self.path}: rows {start} to {stop - 1} of {name} are damaged: save_features.py makes them ({e})")
 
+    def unreadable(self, rows):
+        """How many of the images could not be read: they have the features of a black one. Of files that do not tell, 0."""
+        readable = self.file["readable"][:self.n] if "readable" in self.file else np.ones(self.n, bool)
+        return int((readable[rows] == 0).sum()) if readable.shape == (self.n,) else 0
+
     def slabs(self, start=0, stop=None):
         """Yield (first row, float32 (m, d)) over rows start..stop-1 in order, about 64 MB at a time."""
         stop = self.n if stop is None else stop

@@ -103,7 +103,8 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
 def check_index(index, vectors, path, remedy):
     """The same for the vectors that an IVF,Flat or Flat index holds, those of some of its lists."""
     def compare(number, x):
-        wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
+        with np.errstate(all="ignore"):         # of what is damaged
+            wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
         if wrong.any():
             raise ValueError(f"{path} holds another vector {np.asarray(number)[wrong][0]}: it was made from others; {remedy}")
 

@@ -1,4 +1,6 @@
 """The PCA that brings network features to the dimension of the graph, a Faiss VectorTransform."""
+import contextlib
+import hashlib
 import os
 import re
 
@@ -7,6 +9,7 @@ import numpy as np
 from lowshot.features import check_readable
 from lowshot.layout import pca_command
 from lowshot.packages import faiss
+from lowshot.script import read_json
 
 
 def load_pca(path, columns=None, source=None):
@@ -33,3 +36,20 @@ def load_pca(path, columns=None, source=None):
         raise ValueError(f"{source} has {columns} columns, {path} expects {transform.d_in}: "
                          "both must come from the same network")
     return transform
+
+
+def pca_digest(path):
+    """SHA-256 of the transform's file: notes beside vectors tell by it what made them."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def check_made_by(pca_path, raw, dim):
+    """ValueError where the note beside the background's vectors tells that another PCA made them; without one, as published
+    files are, they are believed."""
+    made_by = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        made_by = read_json(raw + ".json")["pca_sha256"]
+    if made_by not in (None, pca_digest(pca_path)):
+        raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes it again, "
+                         "build_graph.py --overwrite then the graph")

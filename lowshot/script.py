@@ -154,8 +154,10 @@ def _temporary(path, process):
 def whole(path):
     """Yield a temporary name beside `path`; rename to `path` if the block ends well, remove it otherwise.
 
-    So a file under its own name is always complete. The temporary name keeps the extension and ends in .tmp before it.
+    So a file under its own name is always complete. The temporary name keeps the extension and ends in .tmp before it. Where
+    `path` is a link, the file that it leads to is written.
     """
+    path = os.path.realpath(path)
     temporary = _temporary(path, os.getpid())
     folder = os.path.dirname(temporary)
     os.makedirs(folder, exist_ok=True)
@@ -178,7 +180,7 @@ def whole(path):
 
 def remove_left_behind(path):
     """Remove what processes that were killed while they wrote `path` left of it."""
-    for temporary in glob.glob(_temporary(glob.escape(path), "*")):
+    for temporary in glob.glob(_temporary(glob.escape(os.path.realpath(path)), "*")):
         remove(temporary)
 
 
@@ -191,6 +193,8 @@ def allocate(path, nbytes=None):
         nbytes = os.fstat(fd).st_size if nbytes is None else nbytes
         if nbytes:
             os.posix_fallocate(fd, 0, nbytes)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, path) from e
     finally:
         os.close(fd)
 
@@ -256,6 +260,8 @@ def check_outputs(*paths):
     for path in filter(None, paths):
         if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is no regular file: it would be replaced by one")
         folder = os.path.dirname(os.path.abspath(path))
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)

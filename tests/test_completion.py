@@ -1,4 +1,5 @@
 """Graph completion against exact search over all images."""
+import contextlib
 import os
 
 import numpy as np
@@ -10,6 +11,8 @@ from graph_utils import SymmetricGraph
 from lowshot import completion, knn
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
+from lowshot.pca import pca_digest
+from lowshot.script import write_json
 from test_diffusion import DIM, vectors, write_background_graph
 
 NBG, K = 2500, 12
@@ -84,6 +87,16 @@ def test_by_cells(data, monkeypatch, index, stored):
     assert recall(test_I, reference.neighbours(v["val"][test], x, K)) >= 0.98
     for row in I:
         assert len(set(row.tolist())) == K
+
+
+def test_vectors_of_another_pca_are_an_error(data):
+    ddir, _ = data
+    note = ddir.raw(DIM) + ".json"
+    for content, said in (({"pca_sha256": pca_digest(ddir.pca(DIM))}, None), ([], None), ({"pca_sha256": "0"}, "another PCA")):
+        write_json(note, content)
+        with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+            completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(3), np.arange(3))
+    os.unlink(note)
 
 
 def test_a_truncated_index_is_an_error(data, monkeypatch):

@@ -149,6 +149,24 @@ def test_more_neighbours_than_nodes_are_all_nodes(ddir):
     assert printed_of[0] == printed_of[1]
 
 
+@pytest.mark.parametrize("script", ["diffusion.py", "logreg.py"])
+def test_unreadable_images_are_noted(tmp_path, script):
+    root = make_data_directory(tmp_path, nclass=10, dim=64, nbg=NBG, raw=True)
+    split = class_split.load_split(root / "label_idx.json", "val")
+    expected = []
+    for name, choose in (("train", lambda labels: class_split.labelled_images(labels, split, 2, 1)[0]),
+                         ("val", lambda labels: class_split.test_images(labels, split)[0])):
+        _, labels = read_features(root / "features" / f"{name}.hdf5")
+        readable = np.arange(len(labels)) % 3 > 0
+        with h5py.File(root / "features" / f"{name}.hdf5", "a") as f:
+            f["readable"] = readable
+        expected.append(np.count_nonzero(~readable[choose(labels)]))
+    command = [sys.executable, os.path.join(ROOT, script), "--mode", "val", "--nlabeled", "2", "--seed", "1"]
+    command += ["--nbg", "0", "--dim", str(DIM)] if script == "diffusion.py" else ["--maxiter", "3"]
+    out = subprocess.run(command, env={**os.environ, "DDIR": str(root)}, capture_output=True, text=True, check=True).stdout
+    assert "note: {} labelled and {} test images could not be read".format(*expected) in out
+
+
 def test_a_split_without_novel_test_images_is_noted(ddir, tmp_path):
     root = make_data_directory(tmp_path, nclass=30, dim=64, nbg=NBG, raw=True)
     path = os.path.join(root, "label_idx.json")

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -305,6 +306,22 @@ def test_progress_of_a_file_that_is_gone_is_not_believed(tmp_path):
     with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:
         assert out.done == 0 and not os.path.exists(path + ".partial.json")
     assert not (tmp_path / ".x.hdf5.77.tmp.partial").exists()
+
+
+def test_damaged_partial_file(tmp_path):
+    path = str(tmp_path / "x.hdf5")
+    with FeatureWriter(path, 4, 2, np.zeros(4), {}, period=0) as out:
+        out.write(np.ones((4, 2)), np.ones(4, bool))
+        before = Path(path + ".partial").read_bytes()
+        Path(path + ".partial").write_bytes(bytes(512) + before[512:])
+        with pytest.raises(ValueError, match="damaged: delete it"):
+            out.finish()
+    with pytest.raises(ValueError, match="damaged: delete it"):
+        FeatureWriter(path, 4, 2, np.zeros(4), {})
+    Path(path + ".partial").write_bytes(before)
+    with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:
+        out.finish()
+    assert os.listdir(tmp_path) == ["x.hdf5"]
 
 
 def test_truncated_partial_file(tmp_path):

@@ -90,6 +90,18 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         script.check_outputs(str(tmp_path / "file" / "record.json"))
 
 
+def test_outputs_replace_files_only(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="no regular file"):
+            script.check_outputs(str(path))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.json").symlink_to("far/there.json")
+    write_json(str(tmp_path / "link.json"), [1])
+    assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "far" / "there.json") == [1]
+    assert os.listdir(tmp_path / "far") == ["there.json"]
+
+
 def test_one_process_at_a_time(tmp_path):
     path = str(tmp_path / "folder" / "file")
     code = ("import sys\nfrom lowshot.script import exclusive\n"
