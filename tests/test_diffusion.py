@@ -151,7 +151,8 @@ def test_more_neighbours_than_nodes_are_all_nodes(ddir):
 
 @pytest.mark.parametrize("script", ["diffusion.py", "logreg.py"])
 def test_unreadable_images_are_noted(tmp_path, script):
-    root = make_data_directory(tmp_path, nclass=10, dim=64, nbg=NBG, raw=True)
+    root = tmp_path
+    make_data_directory(root, nclass=10, dim=64, nbg=NBG, raw=True)
     split = class_split.load_split(root / "label_idx.json", "val")
     expected = []
     for name, choose in (("train", lambda labels: class_split.labelled_images(labels, split, 2, 1)[0]),
