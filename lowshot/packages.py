@@ -6,6 +6,7 @@ Scripts get faiss and torchvision from here and nowhere else:
     from lowshot.packages import load_torchvision
 """
 import os
+import sys
 
 
 def _cpu_flags():
@@ -43,10 +44,12 @@ def load_torchvision():
     library could not be loaded; declaring their schemas is enough, as nothing here calls them.
     """
     import torch
+    if not torch.cuda.is_available():
+        # torchvision has torch look for Triton, which is of no use on a CPU and complains at the end of the process
+        sys.modules.setdefault("triton", None)
     try:
         import torchvision
     except RuntimeError:
-        import sys
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")

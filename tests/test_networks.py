@@ -3,6 +3,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from lowshot.networks import NETWORKS, load_checkpoint, make_network, save_checkpoint
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPES = os.path.join(os.path.dirname(__file__), "data", "checkpoint_shapes.json")
 
 
@@ -267,6 +270,12 @@ def test_a_refused_checkpoint_leaves_the_network_alone(tmp_path):
     torch.save({"state": state}, tmp_path / "x")
     refusal(network, tmp_path / "x")
     assert all(torch.equal(t, before[n]) for n, t in network.state_dict().items())
+
+
+def test_nothing_is_printed_beside_a_network_of_torchvision():
+    code = "from lowshot.networks import make_network; print(make_network('resnet18').feature_dim)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("512\n", "")
 
 
 @pytest.mark.parametrize("name,dim", [("resnet18", 512), ("mobilenet_v3_small", 1024)])
