@@ -80,6 +80,7 @@ def main():
     if args.device == "gpu" and not gpus and not all_on_gpu:
         raise ValueError(NO_GPU)
     path_I, path_D = ddir.graph(n, k)
+    lists = path_I + ".lists.partial"
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
@@ -93,6 +94,8 @@ def main():
                 raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
         vectors = knn.Vectors(rows)
         check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
+        if os.path.exists(lists):       # of a run that was killed at its last step
+            Checkpoint(lists, None).remove()
         if os.path.exists(ddir.index(n)):
             checked_index(ddir.index(n), vectors)
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
@@ -121,7 +124,7 @@ def main():
         if search_with_faiss:
             info = faiss_graph(index, gpu_index, vectors, k, args, files, progress)
         else:
-            checkpoint = Checkpoint(path_I + ".lists.partial", identity)
+            checkpoint = Checkpoint(lists, identity)
             if all_on_gpu:
                 cells = None        # which take memory
             with checkpoint:

@@ -202,8 +202,9 @@ def note_of(path):
 
 def make_way(path, origin):
     """What is done before a file gets its name: no other has it, and the note beside it tells what this one is made from."""
-    remove(path)
-    write_json(path + ".json", origin)
+    with whole(path + ".json") as temporary:
+        write_json(temporary, origin)
+        remove(os.path.realpath(path))
 
 
 def complete(path, origin, overwrite, check, nbytes=None):
@@ -222,6 +223,8 @@ def complete(path, origin, overwrite, check, nbytes=None):
                 raise
             return False
         log(f"{path} is complete, nothing to do")
+        if os.path.exists(path + ".partial.json") and not os.path.exists(path + ".partial"):
+            remove(path + ".partial.json")      # of a run that was killed at its last step
         return True
     if not overwrite:
         found = "was made from something else" if note_of(note) else "does not tell what it was made from"

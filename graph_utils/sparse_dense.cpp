@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 1024;    // rows that a thread takes at a time
+constexpr int64_t kBlock = 1024;    // rows that are added up before their sums are
 
 // Sixteen floats: one AVX-512 register, two AVX ones or four SSE ones, as the machine has it.
 typedef float Vector __attribute__((vector_size(64)));
@@ -24,7 +24,8 @@ typedef float Vector __attribute__((vector_size(64)));
 // Where all neighbours have near numbers it is enough to fetch the rows in turn, once each, kAheadBytes before the one that
 // is computed.
 constexpr int64_t kAheadLines = 256, kAheadBytes = 1 << 18;
-constexpr int64_t kNearBytes = 1 << 19;     // what is nearer is in an L2 cache of 1 MB by then
+constexpr int64_t kNearBytes = 1 << 19;     // with what is nearer an L2 cache of 1 MB can cope
+constexpr int64_t kShortestRun = 4, kLongestRun = 32;   // blocks that a thread takes at a time: from how many on this pays
 
 // Into the L2 cache: it can wait for more lines at a time than L1, where so many would push out what is in use.
 // always_inline: GCC takes functions that only prefetch for functions without effect, and leaves their calls out.
@@ -368,11 +369,16 @@ void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int
                                       in_turn[] = {product_rows<1, true>, product_rows<2, true>, product_rows<3, true>,
                                                    product_rows<4, true>};
     const int64_t distance = kNearBytes / (ncol * (int64_t)sizeof(float));
-    parallel_blocks(count, kBlock, [&](int64_t i0, int64_t i1) {
-        const bool near = !rows && all_near(indptr, indices, nsingle, i0, i1, distance);
-        const auto kernel = (near ? in_turn : each)[NV - 1];
-        kernel(n, indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
-               nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * ncol);
+    // a thread takes many blocks that follow each other, so that what it fetches ahead is for itself
+    const int64_t run = std::clamp<int64_t>(nblock / (8 * omp_get_max_threads()), 1, kLongestRun);
+    parallel_blocks(count, run * kBlock, [&](int64_t r0, int64_t r1) {
+        for (int64_t i0 = r0; i0 < r1; i0 += kBlock) {
+            const int64_t i1 = std::min(r1, i0 + kBlock);
+            const bool near = !rows && run >= kShortestRun && all_near(indptr, indices, nsingle, i0, i1, distance);
+            const auto kernel = (near ? in_turn : each)[NV - 1];
+            kernel(n, indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
+                   nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * ncol);
+        }
     });
     std::fill(colsum, colsum + ncol, 0.0);
     for (int64_t b = 0; b < nblock; b++)

@@ -59,8 +59,9 @@ class Experiment:
             raise ValueError(f"{path}: unknown entry {min(map(str, unknown))!r}")
         diffusion = content.get("diffusion")
         for name, entries in (("NLABELED", content), ("SEEDS", content), ("NBG", diffusion)):
-            if environment.get(name, "").strip() and isinstance(entries, dict):
-                entries[name.lower()] = numbers(environment[name], name)
+            if environment.get(name, "").strip() and isinstance(entries, dict) and name.lower() in entries:
+                given = numbers(environment[name], name)
+                entries[name.lower()] = self._value({name.lower(): given}, name.lower(), f"as {name}={environment[name]!r} says, ")
         self.nlabeled, self.seeds = (self._value(content, key, "") for key in ("nlabeled", "seeds"))
         for system in SYSTEMS:
             required, optional = self.KEYS[system]
@@ -289,7 +290,9 @@ def run_jobs(jobs, parallel, environment=os.environ):
     log(f"output of each job: {os.path.join(os.path.dirname(todo[0].log), 'NAME.log')}")
 
     waiting, running, failed, done, t0 = list(todo), {}, [], 0, time.time()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that jobs end with this process
+    # so that jobs end with this process; an exception at any moment might leave a lock of subprocess behind
+    ended = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -299,6 +302,8 @@ def run_jobs(jobs, parallel, environment=os.environ):
                     running[subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT,
                                              stdin=subprocess.DEVNULL, env={**environment, **added})] = job
             time.sleep(0.02)
+            if ended:
+                sys.exit(143)
             for process in [p for p in running if p.poll() is not None]:
                 job = running.pop(process)
                 done += 1

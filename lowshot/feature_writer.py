@@ -65,20 +65,28 @@ class FeatureWriter:
         if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
             raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
                              f"delete it and {self.progress} to start over")
-        self._check_structure()
+        try:
+            self._check_structure()
+        except ValueError:
+            if self.overwrite:
+                return False
+            raise
         self.done, self.notes = state["done"], state["notes"]
         return True
 
     def _check_structure(self):
         """ValueError where the partial file is not HDF5 with the datasets where they were."""
         import h5py
+        found, why = None, "its datasets are elsewhere"
         try:
             with h5py.File(self.partial, "r") as f:
                 found = {name: f[name].id.get_offset() for name in self._widths()}, f["count"][:].tolist(), len(f["all_labels"])
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError):
-            found = None
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:
+            if getattr(e, "errno", None):       # not the file's fault
+                raise
+            why = e
         if found != (self.offsets, [self.n], self.n):
-            raise ValueError(f"{self.partial} is damaged: delete it and {self.progress} to start over")
+            raise ValueError(f"{self.partial} is damaged ({why}): delete it and {self.progress} to start over")
 
     def _widths(self):
         return {"all_feats": 4 * self.d, "readable": 1}

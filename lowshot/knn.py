@@ -746,7 +746,9 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
 
     In two parts: this one needs the codes in cells; the function that it returns, which needs them no more, returns
-    D, I, info (recall, nprobe). nprobe: number of cells to search, found by measurement if 0. say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
+    D, I, info (recall, nprobe).
+    nprobe: number of cells to search, found by measurement if 0.
+    say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors

@@ -45,11 +45,13 @@ def pca_digest(path):
 
 
 def check_made_by(pca_path, raw, dim):
-    """ValueError where the note beside the background's vectors tells that another PCA made them; without one, as published
-    files are, they are believed."""
+    """ValueError where the notes beside them tell that another PCA made the background's vectors. Published files have none:
+    they are believed, but for vectors one folder up beside a PCA that was trained here."""
     made_by = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         made_by = read_json(raw + ".json")["pca_sha256"]
-    if made_by not in (None, pca_digest(pca_path)):
-        raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes it again, "
-                         "build_graph.py --overwrite then the graph")
+    trained_later = os.path.exists(pca_path + ".json") and os.path.dirname(raw) != os.path.dirname(pca_path)
+    if trained_later if made_by is None else made_by != pca_digest(pca_path):
+        raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes vectors, "
+                         "build_graph.py --overwrite then the graph; or, if both files were put there, delete the .json "
+                         "beside them")

@@ -298,8 +298,9 @@ def test_training_killed_and_resumed(data, tmp_path):
     before = (folder / "2.tar").stat().st_mtime_ns
     assert "is complete" in script("train_network.py", two, *options).stdout
     assert (folder / "2.tar").stat().st_mtime_ns == before
-    (two / "logs" / "train_network_ResNet10_7.json").write_text("{}")           # another number of epochs is another network
+    script("train_network.py", two, "--epochs", 1, "--batchsize", 16)       # another network
     assert "is complete" in script("train_network.py", two, *options).stdout
+    assert (folder / "2.tar").stat().st_mtime_ns == before
     done = script("train_network.py", two, *options, "--seed", 1, check=False)
     assert done.returncode == 1 and "was trained with other arguments" in done.stderr
 

@@ -7,7 +7,6 @@ from lowshot import cells as cells_module, knn
 from lowshot.cells import Cells, Codes, Vectors, chained, default_nlist, main_directions, train_centroids, ways_to_cells
 from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.layout import padded_to_power_of_two
-from lowshot.packages import faiss
 
 
 pytestmark = pytest.mark.usefixtures("products")

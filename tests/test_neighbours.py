@@ -243,7 +243,7 @@ def test_search_cells_looks_at_listed_cells_only(nprobe, threads, stored):
     listed = np.argsort(-(centroids @ centroids.T), axis=1)[:, :m].astype(np.int32)
     keys = np.zeros((nq, K), np.int64)
     with with_threads(threads):
-        nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, 0, near=(own, listed))
+        nb.search_cells(convert(q), convert(centroids), nprobe, begin, end, convert(x), keys, near=(own, listed))
     S = rounded(q).astype(np.float64) @ rounded(x).T
     coarse = rounded(q).astype(np.float64) @ rounded(centroids).T
     found = nb.numbers(keys)
@@ -376,7 +376,7 @@ def test_bars_are_none_and_keep_the_worse_out(stored):
     assert (nb.numbers(keys) == -1).all()
     np.testing.assert_array_equal(nb.worst_products(keys), bars)
     whole, begin = np.array([400]), np.array([0])
-    nb.search_cells(X, X[:1].copy(), 1, begin, whole, X, keys, 0)
+    nb.search_cells(X, X[:1].copy(), 1, begin, whole, X, keys)
     for row, bar, found in zip(S, bars, nb.numbers(keys)):
         assert set(found[found >= 0]) == set(np.flatnonzero(row > bar)) and len(set(found[found >= 0])) == 4
     keys[keys != 0] |= nb.NEW

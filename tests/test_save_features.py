@@ -314,9 +314,9 @@ def test_damaged_partial_file(tmp_path):
         out.write(np.ones((4, 2)), np.ones(4, bool))
         before = Path(path + ".partial").read_bytes()
         Path(path + ".partial").write_bytes(bytes(512) + before[512:])
-        with pytest.raises(ValueError, match="damaged: delete it"):
+        with pytest.raises(ValueError, match="damaged .*: delete it"):
             out.finish()
-    with pytest.raises(ValueError, match="damaged: delete it"):
+    with pytest.raises(ValueError, match="damaged .*: delete it"):
         FeatureWriter(path, 4, 2, np.zeros(4), {})
     Path(path + ".partial").write_bytes(before)
     with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:

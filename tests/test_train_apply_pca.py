@@ -1,5 +1,4 @@
 """train_apply_pca.py against the PCA written out in numpy, and its files: resumed, replaced, damaged."""
-import json
 import os
 import subprocess
 import sys
@@ -172,6 +171,7 @@ def test_killed_beside_the_rename(root, monkeypatch, step, after):
     assert os.path.exists(output) == after
     assert ("nothing to do" in run(root, step)) == after
     assert open(output, "rb").read() == expected and "nothing to do" in run(root, step)
+    assert not [name for name in os.listdir(os.path.dirname(output)) if "partial" in name or "tmp" in name]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", "not JSON"])
