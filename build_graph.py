@@ -47,9 +47,9 @@ def arguments():
     g = p.add_argument_group("index")
     g.add_argument("--index", default="auto", metavar="FACTORY",
                    help="Faiss factory string, e.g. IVF4000,Flat or OPQ64,IVF4000,PQ64; auto: Flat below 131,072 "
-                        "vectors, else IVF with 4 sqrt(n) lists. Flat and IVF...,Flat are stored, and the graph is found in this "
-                        "script's own way, to --recall; others are searched by Faiss. An index that is there is used, "
-                        "whatever this says, unless --overwrite")
+                        "vectors, else IVF with 4 sqrt(n) lists. Flat and IVF...,Flat are stored, and the graph is found in "
+                        "this script's own way, to --recall; others are searched by Faiss. An index that is there is "
+                        "used, whatever this says, unless --overwrite")
     g = p.add_argument_group("data")
     g.add_argument("--dim", type=number(int, 1), default=256, help="dimensions that the PCA left")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",

@@ -5,8 +5,8 @@ Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (bui
 Prints a Markdown table, and writes it to --out.
 
 Ours: the kernel of diffusion.py --backend triton, panel by panel, with column sums and scaling; the graph renumbered by
-graph_utils.locality_order, and in the order of the files. cuSPARSE: torch's CSR tensor times L, all columns at once and in panels
-of as many columns as ours, the product alone; then with scaling and column sums as torch's operations. The best of
+graph_utils.locality_order, and in the order of the files. cuSPARSE: torch's CSR tensor times L, all columns at once and in
+panels of as many columns as ours, the product alone; then with scaling and column sums as torch's operations. The best of
 several rounds counts, timed by events on the GPU. Every result is compared with float64 on a sample of rows.
 
     DDIR=/path/to/data python benchmarks/gpu_product.py --nbg 1000000 --out gpu_product.md

@@ -60,8 +60,8 @@ class Experiment:
         diffusion = content.get("diffusion")
         for name, entries in (("NLABELED", content), ("SEEDS", content), ("NBG", diffusion)):
             if environment.get(name, "").strip() and isinstance(entries, dict) and name.lower() in entries:
-                given = numbers(environment[name], name)
-                entries[name.lower()] = self._value({name.lower(): given}, name.lower(), f"as {name}={environment[name]!r} says, ")
+                key, given = name.lower(), numbers(environment[name], name)
+                entries[key] = self._value({key: given}, key, f"as {name}={environment[name]!r} says, ")
         self.nlabeled, self.seeds = (self._value(content, key, "") for key in ("nlabeled", "seeds"))
         for system in SYSTEMS:
             required, optional = self.KEYS[system]

@@ -268,7 +268,8 @@ def test_the_limits_of_all_cgroups_around_the_process_count(tmp_path, monkeypatc
     assert [os.path.relpath(folder, "/sys/fs/cgroup") for folder, *_ in memory_cgroups("/nowhere")] == [".", "memory"]
     folder = tmp_path / "memory" / "job"
     folder.mkdir(parents=True)
-    for name, content in (("memory.limit_in_bytes", "5000"), ("memory.usage_in_bytes", "4000"), ("memory.stat", "total_inactive_file 70")):
+    for name, content in (("memory.limit_in_bytes", "5000"), ("memory.usage_in_bytes", "4000"),
+                          ("memory.stat", "total_inactive_file 70")):
         (folder / name).write_text(content)
     monkeypatch.setattr("lowshot.script.memory_cgroups", lambda: groups)
     assert available_memory() == 1070
