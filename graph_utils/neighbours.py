@@ -9,7 +9,7 @@ turns them into float32 similarities and numbers.
 import numpy as np
 
 from graph_utils import core
-from graph_utils.product import aligned_zeros
+from graph_utils.product import _check, aligned_zeros
 
 products = core.products
 use_products = core.use_products
@@ -36,16 +36,6 @@ def make_keys(D, I):
     bits = np.ascontiguousarray(D, np.float32).view(np.int32).astype(np.int64)
     bits = np.where(bits < 0, ~bits & 0xffffffff, bits | 0x80000000)
     return np.where(I < 0, 0, (bits << 32) | ((NONE - I.astype(np.int64)) << 1))
-
-
-def _check(array, dtype, shape, name):
-    """The array itself; ValueError if it is not C-contiguous of this dtype and shape (None: any size)."""
-    if (array.dtype != dtype or array.ndim != len(shape) or not array.flags.c_contiguous
-            or any(s is not None and s != t for s, t in zip(shape, array.shape))):
-        want = "x".join("any" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name}: contiguous {np.dtype(dtype).name} {want} expected, found {array.dtype} "
-                         f"{'x'.join(map(str, array.shape))}")
-    return array
 
 
 def words(d):

@@ -47,10 +47,14 @@ def _rows(a, dtype, name, writeable=False):
     return np.lib.stride_tricks.as_strided(a, ((n - 1) * stride + m,), (a.itemsize,), writeable=writeable), stride
 
 
-def _check(a, dtype, shape, name):
-    """ValueError where an array has another dtype or shape."""
-    if a.dtype != dtype or a.shape != shape:
-        raise ValueError(f"{name} is {a.dtype} {a.shape}, {np.dtype(dtype)} {shape} expected")
+def _check(array, dtype, shape, name):
+    """The array itself; ValueError if it is not C-contiguous of this dtype and shape (None: any size)."""
+    if (array.dtype != dtype or array.ndim != len(shape) or not array.flags.c_contiguous
+            or any(s is not None and s != t for s, t in zip(shape, array.shape))):
+        want = "x".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: contiguous {np.dtype(dtype).name} {want} expected, found {array.dtype} "
+                         f"{'x'.join(map(str, array.shape))}")
+    return array
 
 
 def check_permutation(rank):
@@ -160,7 +164,8 @@ class SymmetricGraph:
         weights: float32 (n,) or None; if given, the sums are weighted by it.
         """
         for name, a in (("L", L), ("out", out)):
-            _check(a, np.float32, (self.n, L.shape[1]), name)
+            if a.shape != (self.n, L.shape[1]) or a.dtype != np.float32:
+                raise ValueError(f"{name} is {a.dtype} {a.shape}, float32 ({self.n}, {L.shape[1]}) expected")
         if scale is not None:
             _check(scale, np.float32, (L.shape[1],), "scale")
         if rows is not None:
@@ -183,7 +188,8 @@ def neighbour_sums(I, L, scale=None, scores=None):
     I = np.ascontiguousarray(I, np.int32)
     if scores is None:
         scores = np.empty((len(I), L.shape[1]), np.float32)
-    _check(scores, np.float32, (len(I), L.shape[1]), "scores")
+    if scores.shape != (len(I), L.shape[1]):
+        raise ValueError(f"scores has shape {scores.shape}, ({len(I)}, {L.shape[1]}) expected")
     if scale is not None:
         _check(scale, np.float32, (L.shape[1],), "scale")
     flat, stride = _rows(scores, np.float32, "scores", writeable=True)

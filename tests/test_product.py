@@ -211,7 +211,7 @@ def test_arrays_of_other_sizes_are_refused():
                        (lambda: neighbour_sums(I, L, scores=np.ones((2, 15), np.float32)), "scores"),
                        (lambda: mkl_product(graph.indptr, graph.indices, graph.values()[1:], L), "values"),
                        (lambda: mkl_product(graph.indptr, graph.indices, graph.values(), L, L[:19]), "out")):
-        with pytest.raises(ValueError, match=f"{name} is .* expected"):
+        with pytest.raises(ValueError, match=f"{name}( is| has shape|: contiguous) .* expected"):
             call()
 
 
