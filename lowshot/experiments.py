@@ -4,6 +4,7 @@ An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs
 run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
 """
 import contextlib
+import ctypes
 import math
 import os
 import re
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lowshot.script import clock, log, read_json
+from lowshot.script import clock, exclusive, log, read_json
 
 SYSTEMS = ("logreg", "diffusion")
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIBC = ctypes.CDLL(None)
 
 
 class Experiment:
@@ -41,6 +43,7 @@ class Experiment:
     REALS = {"lr", "wd", "mom"}
     CHOICES = {"precision": ("float32", "bfloat16")}
     LEAST = {"nlabeled": 1, "batchsize": 1, "maxiter": 1, "evalevery": 1, "k": 1, "dim": 1}
+    MOST = {"seeds": 2 ** 32 - 1, "mom": 1}
 
     def __init__(self, path, environment=os.environ):
         import yaml
@@ -88,9 +91,10 @@ class Experiment:
         values = value if key in self.LISTS else [value]
         kinds = (int, float) if key in self.REALS else (int,)
         if (not isinstance(values, list) or not values or len(set(map(str, values))) < len(values)
-                or not all(type(v) in kinds and self.LEAST.get(key, 0) <= v < float("inf") for v in values)):
+                or not all(type(v) in kinds and self.LEAST.get(key, 0) <= v <= self.MOST.get(key, sys.float_info.max) for v in values)):
             what = "a list of different numbers" if key in self.LISTS else "a number"
-            raise ValueError(f"{self.path}: {where}{key} must be {what} >= {self.LEAST.get(key, 0)}, found {value!r}")
+            most = f" and <= {self.MOST[key]}" if key in self.MOST else ""
+            raise ValueError(f"{self.path}: {where}{key} must be {what} >= {self.LEAST.get(key, 0)}{most}, found {value!r}")
         return value
 
     def folder(self, system, ddir):
@@ -148,9 +152,11 @@ class Job:
             return None
         if not has_figures(record):
             return None
-        if any(os.path.exists(path) and os.stat(path).st_mtime_ns > written for path in self.inputs):
-            return None
-        return record
+        return None if self.newer_input(written) else record
+
+    def newer_input(self, written):
+        """A file that the result depends on and that was changed after `written`, in nanoseconds; None if there is none."""
+        return next((path for path in self.inputs if os.path.exists(path) and os.stat(path).st_mtime_ns > written), None)
 
 
 def defaults(job):
@@ -267,10 +273,21 @@ def test_jobs(e, system, ddir, parameters, source):
     return jobs
 
 
+def check_age(path, jobs):
+    """ValueError where the parameters in the file `path` were chosen before the data of these jobs was changed."""
+    written = os.stat(path).st_mtime_ns
+    for job in jobs:
+        newer = job.newer_input(written)
+        if newer:
+            raise ValueError(f"{path} is older than {newer}: phases 1 and 2 choose parameters for the data as it is now")
+
+
 def run_jobs(jobs, parallel, environment=os.environ):
     """Run the jobs whose record is not complete, `parallel` at a time; raise ValueError naming those that failed.
 
     Each job's output goes to its log file, its command is printed. parallel = 0 prints the commands only, to stdout.
+    Several drivers that are given the same jobs, on machines that share the folder as well, divide them: who runs a job
+    holds the lock of its log.
     """
     todo = [job for job in jobs if job.result() is None]
     print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
@@ -288,42 +305,84 @@ def run_jobs(jobs, parallel, environment=os.environ):
         return
     os.makedirs(os.path.dirname(todo[0].log), exist_ok=True)
     log(f"output of each job: {os.path.join(os.path.dirname(todo[0].log), 'NAME.log')}")
-
-    waiting, running, failed, done, t0 = list(todo), {}, [], 0, time.time()
-    # so that jobs end with this process; an exception at any moment might leave a lock of subprocess behind
-    ended = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
-    try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                job = waiting.pop(0)
-                log(f"[{len(todo) - len(waiting)}/{len(todo)}] {prefix} {shlex.join(job.command())}")
-                with open(job.log, "w") as output:
-                    running[subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT,
-                                             stdin=subprocess.DEVNULL, env={**environment, **added})] = job
-            time.sleep(0.02)
-            if ended:
-                sys.exit(143)
-            for process in [p for p in running if p.poll() is not None]:
-                job = running.pop(process)
-                done += 1
-                elapsed = time.time() - t0
-                left = elapsed / done * (len(todo) - done)
-                if process.returncode or job.result() is None:
-                    failed.append(job.name)
-                    why = f"status {process.returncode}" if process.returncode else "no complete record"
-                    log(f"  {job.name} FAILED ({why}): {last_line(job.log)}")
-                log(f"  {done}/{len(todo)} jobs done, {clock(elapsed)} elapsed, about {clock(left)} left")
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        signal.signal(signal.SIGTERM, previous)
-    failed = [job.name for job in todo if job.name in failed]         # in their order, not in that of their ends
+    failed = Driver(todo, prefix, {**environment, **added}).run(parallel)
     if failed:
         raise ValueError(f"{len(failed)} of {len(todo)} jobs failed: {', '.join(failed)} "
                          "(the same command runs these again)")
+
+
+class Driver:
+    """Runs jobs, each as a process; prefix stands before the commands that are printed."""
+
+    PATIENCE = 1        # seconds between looks at the jobs of other drivers
+
+    def __init__(self, jobs, prefix, environment):
+        self.jobs, self.prefix, self.environment = jobs, prefix, environment
+        self.waiting, self.elsewhere = list(jobs), []
+        self.running = {}       # process -> its job and the lock of this
+        self.done, self.failed, self.t0 = 0, [], time.time()
+
+    def run(self, parallel):
+        """Names of the jobs that failed, in their order."""
+        # so that jobs end with this process; an exception at any moment might leave a lock of subprocess behind
+        ended = []
+        previous = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+        looked = time.time()
+        try:
+            while self.waiting or self.elsewhere or self.running:
+                if not self.waiting and time.time() - looked > self.PATIENCE:
+                    self.waiting, self.elsewhere, looked = self.elsewhere, [], time.time()
+                while self.waiting and len(self.running) < parallel:
+                    self._start(self.waiting.pop(0))
+                time.sleep(0.02)
+                if ended:
+                    sys.exit(143)
+                for process in [p for p in self.running if p.poll() is not None]:
+                    self._finish(process)
+        finally:
+            for process in self.running:
+                process.terminate()
+            for process, (_, lock) in self.running.items():
+                process.wait()
+                lock.close()
+            signal.signal(signal.SIGTERM, previous)
+        return [job.name for job in self.jobs if job.name in self.failed]
+
+    def _start(self, job):
+        with contextlib.ExitStack() as lock:
+            try:
+                lock.enter_context(exclusive(job.log))
+            except ValueError:          # until that driver is done with it, or is killed
+                self.elsewhere.append(job)
+                return
+            if job.result() is not None:
+                self._count(f"{job.name}: by another driver")
+                return
+            log(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {self.prefix} {shlex.join(job.command())}")
+            with open(job.log, "w") as output:
+                process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                           env=self.environment, preexec_fn=end_with_parent)
+            self.running[process] = job, lock.pop_all()
+
+    def _finish(self, process):
+        job, lock = self.running.pop(process)
+        if process.returncode or job.result() is None:
+            self.failed.append(job.name)
+            why = f"status {process.returncode}" if process.returncode else "no complete record"
+            log(f"  {job.name} FAILED ({why}): {last_line(job.log)}")
+        lock.close()
+        self._count()
+
+    def _count(self, how=""):
+        self.done += 1
+        elapsed = time.time() - self.t0
+        left = elapsed / self.done * (len(self.jobs) - self.done)
+        log(f"  {self.done}/{len(self.jobs)} jobs done{how and f' ({how})'}, {clock(elapsed)} elapsed, about {clock(left)} left")
+
+
+def end_with_parent():
+    """In a new process: end when the one that made it ends, also where that is killed and cannot pass it on."""
+    LIBC.prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG
 
 
 def last_line(path):

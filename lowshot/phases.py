@@ -14,8 +14,8 @@ import contextlib
 import os
 import re
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, choose, merge, read_parameters, run_jobs,
-                                 test_jobs, validation_jobs)
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_age, choose, merge, read_parameters,
+                                 run_jobs, test_jobs, validation_jobs)
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
 from lowshot.script import Parser, log, run, write_json
@@ -73,6 +73,8 @@ def main():
         phase_choose(e, args.what, ddir)
     else:
         jobs = test_jobs(e, args.what, ddir, read_parameters(e, args.what, ddir, source), source)
+        if source == "chosen":
+            check_age(e.parameters_path(args.what, ddir), jobs)
         if phase == "3":
             run_jobs(jobs, whole_number("JOBS", 1))
         else:

@@ -1,4 +1,5 @@
 """Experiment files, jobs, the choice of parameters, tables: with records written by hand."""
+import glob
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from lowshot import experiments, phases, report
 from lowshot.experiments import Experiment, Job
 from lowshot.layout import DataDir
-from lowshot.script import run
+from lowshot.script import exclusive, run
 
 CHECKOUT = experiments.CHECKOUT
 TINY = """
@@ -81,7 +82,9 @@ def test_lists_from_the_environment(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (("seeds: [1, 2]", "seeds: 3"), "seeds must be a list of different numbers >= 0, found 3"),
+    (("seeds: [1, 2]", "seeds: 3"), "seeds must be a list of different numbers >= 0 and <= 4294967295, found 3"),
+    (("seeds: [1, 2]", "seeds: [4294967296]"), "seeds must be a list of different numbers >= 0 and <= 4294967295"),
+    (("maxiter: 1000", "maxiter: 1000, mom: 7"), "logreg: mom must be a number >= 0 and <= 1, found 7"),
     (("[0.01, 0.001]", "[0.01, 0.01]"), r"logreg: lr must be a list of different numbers"),
     (("k: 10", "k: ten"), "diffusion: k must be a number >= 1, found 'ten'"),
     (("niter: 4", "niter: 4.5"), "diffusion: niter must be a number"),
@@ -280,22 +283,60 @@ def test_failed_jobs_are_named_and_the_others_go_on(tmp_path, capsys):
     assert jobs[1].result() is not None
 
 
-def test_ended_driver_ends_its_jobs(tmp_path):
+def start_driver(jobs):
+    listed = ", ".join(f"Job({j.name!r}, {j.script!r}, {j.arguments!r}, {j.record!r})" for j in jobs)
+    return subprocess.Popen([sys.executable, "-c", f"from lowshot.experiments import *\nrun_jobs([{listed}], 1)"],
+                            env={**os.environ, "DDIR": ".", "PYTHONPATH": CHECKOUT}, stdout=subprocess.PIPE, text=True)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_driver_ends_its_jobs(tmp_path, by):
     jobs = stand_in_jobs(tmp_path, {"sleep": 60})
-    code = ("from lowshot.experiments import *\n"
-            f"run_jobs([Job('job0', {jobs[0].script!r}, {{'sleep': 60}}, {jobs[0].record!r})], 1)")
-    driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "DDIR": ".", "PYTHONPATH": CHECKOUT},
-                              stdout=subprocess.PIPE, text=True)
+    driver = start_driver(jobs)
     while "[1/1]" not in driver.stdout.readline():
         pass
     while not (os.path.exists(jobs[0].log) and open(jobs[0].log).read().endswith("\n")):
         time.sleep(0.02)
     pid = open(jobs[0].log).read().split()[1]
-    assert os.path.exists(f"/proc/{pid}")
-    driver.send_signal(signal.SIGTERM)
-    assert driver.wait(timeout=20) == 143
+    assert is_running(pid)
+    driver.send_signal(by)
+    assert driver.wait(timeout=20) == (143 if by == signal.SIGTERM else -by)
     driver.stdout.close()
-    assert not os.path.exists(f"/proc/{pid}")
+    end = time.time() + 20
+    while is_running(pid) and time.time() < end:
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
+def test_drivers_divide_the_jobs(tmp_path):
+    jobs = stand_in_jobs(tmp_path, *[{"sleep": 0.5}] * 6)
+    drivers = [start_driver(jobs) for _ in range(2)]
+    outputs = [driver.communicate(timeout=60)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0]
+    for i, job in enumerate(jobs):
+        assert job.result() is not None
+        assert sum(f"[{i + 1}/6]" in out for out in outputs) == 1
+    assert all("6/6 jobs done" in out for out in outputs)
+    assert not glob.glob(str(tmp_path / "logs" / "*.lock"))
+
+
+def test_job_of_a_driver_that_gives_it_up_is_taken_over(tmp_path):
+    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
+    with exclusive(jobs[0].log):
+        driver = start_driver(jobs)
+        while "1/2 jobs done" not in driver.stdout.readline():
+            pass
+        assert jobs[1].result() is not None and not os.path.exists(jobs[0].log)
+    assert "[1/2]" in driver.communicate(timeout=20)[0]
+    assert driver.returncode == 0 and jobs[0].result() is not None
 
 
 # ----------------------------------------------------------------------------------------------------------- choose
@@ -473,6 +514,14 @@ def test_phases_2_and_4(finished, ddir, monkeypatch, capsys):
     assert code == 0 and "nl=1: 61.00" in out.out
     code, out = call(monkeypatch, capsys, "compare", e.path, DDIR=ddir.root, NBG="0")
     assert code == 0 and "no background" in out.out
+
+
+def test_parameters_that_are_older_than_the_data_are_refused(finished, ddir, monkeypatch, capsys):
+    path = finished.parameters_path("logreg", ddir)
+    os.utime(ddir.train, ns=(os.stat(path).st_mtime_ns + 1,) * 2)
+    for phase in "34":
+        code, out = call(monkeypatch, capsys, "logreg", phase, finished.path, DDIR=ddir.root)
+        assert code == 1 and f"{path} is older than {ddir.train}: phases 1 and 2" in out.err
 
 
 @pytest.mark.parametrize("arguments, environment, message", [
