@@ -11,10 +11,11 @@ writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the norm
     python build_graph.py 60000 --k 30 --dim 128
     python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
 
-Below 131,072 vectors the graph is exact, and with a GPU whose memory holds them below 16 million. Otherwise each image is
-compared with those of its nearest cells, and, where these would be many, with neighbours of its neighbours, until the wanted
-recall is measured on a sample. A run that was cut off goes on: with the index if it is complete, and beyond 2,000,000 vectors
-with the lists found so far, of which a copy is kept every few minutes (not on a GPU, which takes no longer than that).
+Below 131,072 vectors the graph is exact, unless --index says otherwise, and with a GPU whose memory holds them below 16
+million. Otherwise each image is compared with those of its nearest cells, and, where these would be many, with neighbours of its neighbours, until the wanted
+recall is measured on a sample. A run that was cut off goes on: with the index if it is complete, and beyond 2,000,000 vectors,
+or where Faiss searches, with the lists found so far, of which a copy is kept every few minutes (not where a GPU compares all
+images with all, which takes no longer than that).
 """
 import contextlib
 import os
@@ -63,7 +64,7 @@ def arguments():
 def main():
     args = arguments()
     ddir = DataDir()
-    start = time.time()
+    record, start = provenance(args), time.time()
     n, d = args.nbg, args.dim
     raw = ddir.raw(d)
     matrix_rows(raw, "<f4", d, n, pca_command("apply", d))
@@ -116,6 +117,8 @@ def main():
         all_on_gpu = own_search and all_on_gpu
         if args.device == "gpu" and not gpus and not all_on_gpu:
             raise ValueError(NO_GPU)
+        if args.nprobe and isinstance(index, faiss.IndexFlat):
+            log(f"note: --nprobe {args.nprobe} is of no use, as the index has no cells: all images are compared with all")
         gpu_index = on_gpus(index, args.device) if gpus and not all_on_gpu else None
         search_with_faiss = gpu_index is not None or not own_search
         if not search_with_faiss:
@@ -139,7 +142,7 @@ def main():
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
-    write_json(record_path, {**provenance(args), **info, "products": knn.nb.products(), "seconds": seconds,
+    write_json(record_path, {**record, **info, "products": knn.nb.products(), "seconds": seconds,
                              "peak_memory": peak_memory(), "predicted_memory": predicted})
 
 
@@ -188,16 +191,14 @@ def stored_index(path, vectors, args, progress, log):
     remove_left_behind(path)
     if os.path.exists(path):
         index = checked_index(path, vectors)
-        if isinstance(index, faiss.IndexIVFFlat):
-            return index, Cells(vectors, *knn.cells_of_index(index))
-        return index, None
+        return index, Cells(vectors, *knn.cells_of_index(index)) if is_plain_ivf(index) else None
     factory = args.index
     if factory == "auto":
         factory = "Flat" if n < knn.EXACT_BELOW else f"IVF{default_nlist(n)},Flat"
     with errors_name_index(factory):
         index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
-    if isinstance(index, faiss.IndexIVFFlat) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
-        if index.nlist > n:
+    if is_plain_ivf(index):
+        if not 1 <= index.nlist <= n:
             raise ValueError(f"--index {factory}: {index.nlist} lists for {n} vectors")
         cells = Cells.train(vectors, index.nlist, args.seed, progress)
         write_ivf_flat(path, cells, progress=progress)
@@ -217,6 +218,12 @@ def stored_index(path, vectors, args, progress, log):
     with whole(path) as temporary:
         faiss.write_index(index, temporary)
     return index, None
+
+
+def is_plain_ivf(index):
+    """Whether an index is IVF...,Flat with centroids that are searched one by one: what this script makes and searches itself."""
+    from lowshot.packages import faiss
+    return isinstance(index, faiss.IndexIVFFlat) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat)
 
 
 @contextlib.contextmanager
@@ -290,9 +297,12 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
     for i in range(files.done, n, FAISS_BLOCK):
         j = min(i + FAISS_BLOCK, n)
         D[i:j], I[i:j] = search(vectors.stretch(i, j) * vectors.scale[i:j, None])
-        if coarse:          # what is stored are exact similarities of what was found, the node itself among it
-            knn.nb.exact_products(knn.nb.make_keys(D[i:j], I[i:j]), vectors.arrays, vectors.arrays, k,
-                                  np.arange(i, j, dtype=np.int32), None, vectors.scale, vectors.scale, True, D, I)
+        # what is stored are exact similarities of what was found, the node itself among it, also beside more than k copies
+        rows = np.arange(i, j, dtype=np.int32)
+        if not coarse:
+            rows = rows[(I[i:j] != rows[:, None]).all(axis=1)]
+        knn.nb.exact_products(knn.nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
+                              vectors.scale, vectors.scale, True, D, I)
         files.save(j)
         progress("images searched", j, n)
     return {"recall": recall, "nprobe": nprobe, "exact": False}

@@ -18,7 +18,7 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
 fi
 CXX=${CXX:-g++}
-ARCH=${CXXFLAGS_ARCH:--march=native}
+read -ra ARCH <<< "${CXXFLAGS_ARCH:--march=native}"
 command -v "$CXX" > /dev/null || fail "no C++ compiler '$CXX' (Debian/Ubuntu: apt-get install g++)"
 command -v "$PYTHON" > /dev/null || fail "no Python interpreter '$PYTHON'"
 prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
@@ -53,7 +53,7 @@ if [ "${1:-}" != none ]; then
 fi
 
 # -Wno-psabi: vectors that functions take and return do not leave their file
-flags=(-std=c++17 -O3 "$ARCH" -fopenmp -fPIC -shared -Wall -Wno-unused-function -Wno-psabi -fvisibility=hidden
+flags=(-std=c++17 -O3 "${ARCH[@]}" -fopenmp -fPIC -shared -Wall -Wno-unused-function -Wno-psabi -fvisibility=hidden
        "-I$include" -Igraph_utils)
 libraries=()
 if [ -n "$mkl" ]; then
@@ -79,4 +79,4 @@ for job in $(jobs -p); do wait "$job" || fail "a source file did not compile"; d
 mv "$build/_core$suffix" "graph_utils/_core$suffix"
 mv "$build/core.py" graph_utils/core.py
 "$PYTHON" -c 'import graph_utils' || fail "the library was built but does not load"
-echo "graph_utils built for $("$PYTHON" -V) with $ARCH; sparse-dense products: own kernel$([ -n "$mkl" ] && echo ", and MKL from $library" || echo " only (no MKL found)")"
+echo "graph_utils built for $("$PYTHON" -V) with ${ARCH[*]}; sparse-dense products: own kernel$([ -n "$mkl" ] && echo ", and MKL from $library" || echo " only (no MKL found)")"

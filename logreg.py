@@ -5,8 +5,8 @@ softmax loss of class-balanced mini-batches: a class at random, then one of its 
 accuracy on the images of val.hdf5 whose class is in the split.
 
 Reads    $DDIR/features/train.hdf5, val.hdf5 (the rows of the split's classes only), $DDIR/label_idx.json
-Writes   $DDIR/logs/logreg/{mode}_nl{nlabeled}_seed{seed}_bs{batchsize}_lr{lr}_wd{wd}_mi{maxiter}.json, with _bfloat16 before
-         .json where --precision bfloat16 is given
+Writes   $DDIR/logs/logreg/{mode}_nl{nlabeled}_seed{seed}_bs{batchsize}_lr{lr}_wd{wd}_mi{maxiter}.json, with _mom{mom} and
+         _bfloat16 before .json where --mom and --precision bfloat16 are given
 
     python logreg.py --mode test --nlabeled 2 --seed 1 --maxiter 29500 --lr 0.001 --wd 0.01 --batchsize 128
 
@@ -27,19 +27,19 @@ import zipfile
 
 import numpy as np
 
+from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
+from lowshot.experiments import as_text
+from lowshot.features import FeatureFile, SLAB_BYTES
+from lowshot.layout import DataDir
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, log,
+                            number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
+                            write_json)
+from lowshot.split import labelled_images, load_split, test_images
+
 if "OMP_WAIT_POLICY" not in os.environ:
     # Read by GCC's OpenMP when it is loaded. Its threads would wait for each other in a loop of 300,000 turns, and keep cores
     # from the one that they wait for where other processes want these: with as many short steps as here, many times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-from graph_utils import FusedSGD, get_num_threads  # noqa: E402
-from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable  # noqa: E402
-from lowshot.features import FeatureFile, SLAB_BYTES  # noqa: E402
-from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, log,  # noqa: E402
-                            number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
-                            write_json)
-from lowshot.split import labelled_images, load_split, test_images  # noqa: E402
 
 
 class Sampler:
@@ -199,6 +199,7 @@ def evaluate(classifiers, X, labels, is_novel, store=None):
 def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
     """Peak memory in bytes of this process: `now` (interpreter and libraries), the features of the n labelled and nt
     test images once, and the larger of what reading and what training hold beside them."""
+    from graph_utils import FusedSGD
     features = 4 * d * (n + nt)
     reading = 2 * min(SLAB_BYTES, 4 * d * max(n, nt)) + 24 * (n + nt)
     drawn = 16 * Sampler.DRAWN * batchsize * 2
@@ -208,7 +209,8 @@ def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
 def point_file(path, points, g):
     """The file of point g: with several points its name gets _lr.._wd.. in front of the extension."""
     stem, extension = os.path.splitext(path)
-    return f"{stem}_lr{points[g][0]:g}_wd{points[g][1]:g}{extension}" if len(points) > 1 else path
+    lr, wd = map(as_text, points[g])
+    return f"{stem}_lr{lr}_wd{wd}{extension}" if len(points) > 1 else path
 
 
 @contextlib.contextmanager
@@ -303,8 +305,8 @@ def parse_arguments():
 
 
 def default_record(ddir, args):
-    lr, wd = (",".join(f"{v:g}" for v in values) for values in (args.lr, args.wd))
-    rest = (f"_mom{args.mom:g}" if args.mom != 0.9 else "") + (f"_{args.precision}" if args.precision != "float32" else "")
+    lr, wd = as_text(args.lr), as_text(args.wd)
+    rest = (f"_mom{as_text(args.mom)}" if args.mom != 0.9 else "") + (f"_{args.precision}" if args.precision != "float32" else "")
     return ddir.log("logreg", f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_bs{args.batchsize}_lr{lr}_wd{wd}"
                               f"_mi{args.maxiter}{rest}.json")
 
@@ -356,6 +358,7 @@ def main():
 
 def experiment(args, ddir, record):
     """Train and evaluate what the arguments say, and complete and write the record."""
+    from graph_utils import FusedSGD, get_num_threads
     split = load_split(ddir.label_idx(), args.mode)
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]

@@ -314,11 +314,10 @@ def save_all(stream, black, out, i0):
         if bad.any():
             raise ValueError(f"the features of image {i0 + out.done + np.argmax(bad)} are NaN or infinite: are the "
                              "network's weights damaged?")
-        for what, code in (("missing", 1), ("damaged", 2)):
-            out.notes[what] = out.notes.get(what, 0) + int((state == code).sum())
-        if faults:
-            out.notes.setdefault("fault", faults[0])
-        out.write(x, state == 0)
+        notes = {what: out.notes.get(what, 0) + int((state == code).sum()) for what, code in (("missing", 1), ("damaged", 2))}
+        if faults and "fault" not in out.notes:
+            notes["fault"] = faults[0]
+        out.write(x, state == 0, notes)
 
     waiting = written = None
     with Progress(out.n, "images", out.done) as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:

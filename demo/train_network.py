@@ -42,6 +42,7 @@ def arguments():
 def main():
     args = arguments()
     ddir = DataDir()
+    record = provenance(args)
     folder = ddir.path("models", "checkpoints", args.model)
     checkpoint = os.path.join(folder, f"{args.epochs - 1}.tar")
     record_path = ddir.log(f"train_network_{args.model}_{args.epochs - 1}.json")
@@ -77,7 +78,7 @@ def main():
                 torch.save({"arguments": vars(args), "history": history, "network": network.state_dict(),
                             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, temporary)
     save_checkpoint(network.to(memory_format=torch.contiguous_format), checkpoint, args.epochs - 1)
-    write_json(record_path, {**provenance(args), "checkpoint": os.path.relpath(checkpoint, ddir.root),
+    write_json(record_path, {**record, "checkpoint": os.path.relpath(checkpoint, ddir.root),
                              "classes": nclass, "training_images": len(images), "validation_images": len(val_images),
                              "threads": torch.get_num_threads(), "accuracy": history[-1]["accuracy"],
                              "seconds": sum(h["seconds"] for h in history), "epochs": history,

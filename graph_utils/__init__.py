@@ -7,7 +7,9 @@
 try:
     from graph_utils import core
 except ImportError as e:
-    raise ImportError(f"graph_utils is not built for this Python ({e}): run bash compile.bash") from e
+    import os
+    why = f" ({e})" if os.path.exists(os.path.join(os.path.dirname(__file__), "core.py")) else ""
+    raise ImportError(f"graph_utils is not built for this Python{why}: run bash compile.bash") from e
 
 from graph_utils.ordering import locality_order  # noqa: F401
 from graph_utils.product import (PANEL, WIDEST, BestClasses, SymmetricGraph, aligned_zeros,  # noqa: F401

@@ -513,9 +513,10 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
     const int64_t stride = Kernel::Format::stride(np);
     std::unique_ptr<Inserter> inserter;
     if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
-    // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles. Whatever the
-    // number of threads: which of equals are kept depends on it
-    const int64_t size = std::clamp(nq / (64 * kGroup), (int64_t)1, (int64_t)8) * kGroup;
+    // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles, but what it
+    // notes of their cells must not take too much memory. Whatever the number of threads: which of equals are kept depends on it
+    constexpr int64_t kVisits = 1 << 19;
+    const int64_t size = std::clamp(std::min(nq / 64, kVisits / nprobe) / kGroup, (int64_t)1, (int64_t)8) * kGroup;
     parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * stride;

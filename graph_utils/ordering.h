@@ -7,7 +7,7 @@
 // the nodes in clusters of at most 256, these in clusters of at most 1024 nodes, and so on; clusters are then laid out
 // from the largest to the smallest, each one's parts chained by the number of edges between them.
 //
-// Does not depend on the number of threads. Memory: about 25 bytes per node.
+// Does not depend on the number of threads. Memory: about 25 bytes per node, up to 100 where neighbours are at random.
 //
 // I      in   n x k neighbour numbers, row stride `stride` >= k; negative numbers mean "none"
 // order  out  n node numbers, a permutation

@@ -16,7 +16,7 @@ def locality_order(I):
 
     Clusters by label propagation, of growing size, each level's clusters made of those of the level below, laid out so
     that clusters with many edges between them are side by side. The same for any number of threads. Memory: about 25
-    bytes per node; seconds for a million nodes, time is proportional to n k.
+    bytes per node, up to 100 where neighbours are at random; seconds for a million nodes, time is proportional to n k.
     """
     I = np.asarray(I)
     n, k = I.shape

@@ -13,6 +13,8 @@ Each backend is a SymmetricGraph with these operations on panels of L, float32 (
     product(L, out, scale, rows, weights)         see SymmetricGraph.product
     neighbour_sums(test_I, L, scale, scores)      see graph_utils.neighbour_sums; into a numpy array
     read(L, rows, scale)                          rows of L * scale as a numpy array
+    free_memory()                                 bytes that it may take where it computes
+    fits(n, k)                                    of those on GPUs: whether W and the narrowest panels fit there
 """
 import importlib.util
 
@@ -46,6 +48,7 @@ class OwnGraph(SymmetricGraph):
 
     def free_memory(self):
         return available_memory()
+
 
 class MklGraph(OwnGraph):
     """MKL's product with an array of values: the paper's way, kept for comparison."""

@@ -5,7 +5,6 @@ and the number of labels (base images and background among themselves, test imag
 kept under $DDIR/knngraph/, keyed by what it was made from; only the novel images are added in each run.
 """
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
@@ -21,7 +20,7 @@ from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_read
 from lowshot.index_files import SIMILAR, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
 from lowshot.pca import check_made_by, load_pca
-from lowshot.script import Progress, read_json, whole, write_json
+from lowshot.script import Progress, exclusive, read_json, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 8
@@ -326,13 +325,11 @@ class FixedKey:
 
     def stored_or_made(self, log):
         """The stored part, made first where there is none; runs that start together make it once."""
-        os.makedirs(os.path.dirname(self.folder), exist_ok=True)
-        try:
-            lock = open(self.folder + ".lock", "w")
-        except OSError as e:
-            raise OSError(f"{e}: the completed graph cannot be kept there; --nocache --record FILE does without")
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self.folder, lambda: log(f"another run is making {self.folder}")))
+            except OSError as e:
+                raise OSError(f"{e}: the completed graph cannot be kept there; --nocache --record FILE does without")
             if self.stored() is None:
                 self._store(self.make(log))
             return self.stored()

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from lowshot.script import exclusive, read_json, remove, remove_left_behind, size, whole, write_json
+from lowshot.script import allocate, exclusive, read_json, remove, remove_left_behind, size, whole, write_json
 
 
 class FeatureWriter:
@@ -92,14 +92,19 @@ class FeatureWriter:
         return {"all_feats": 4 * self.d, "readable": 1}
 
     def _create(self, labels):
-        import h5py
         remove(self.progress)                   # of a file that is no more
         remove_left_behind(self.partial)
         needed = self.n * (4 * self.d + 5) + 10000
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(self.path))).free
         if needed > free:
             raise OSError(f"{self.path} needs {size(needed)}, the disk has {size(free)} free")
-        with whole(self.partial) as temporary, h5py.File(temporary, "w") as f:
+        with whole(self.partial) as temporary:
+            self._lay_out(temporary, labels)
+            allocate(temporary)         # not to fail for want of space hours later
+
+    def _lay_out(self, path, labels):
+        import h5py
+        with h5py.File(path, "w") as f:
             f.attrs["made_from"] = json.dumps(self.made_from)
             f["count"] = np.array([self.n], np.int32)
             f["all_labels"] = np.ascontiguousarray(labels, np.int32)
@@ -112,8 +117,8 @@ class FeatureWriter:
                 h5py.h5d.create(f.id, name.encode(), dtype, h5py.h5s.create_simple(shape), dcpl=plist)
             self.offsets = {name: f[name].id.get_offset() for name in self._widths()}
 
-    def write(self, features, readable):
-        """Write the next rows: float32 (m, d) and bool (m,)."""
+    def write(self, features, readable, notes=()):
+        """Write the next rows: float32 (m, d) and bool (m,). notes: what changes in self.notes when they are written."""
         for name, x in (("all_feats", np.ascontiguousarray(features, "<f4")),
                         ("readable", np.ascontiguousarray(readable, np.uint8))):
             data = memoryview(x).cast("B")
@@ -122,6 +127,7 @@ class FeatureWriter:
                 written = os.pwrite(self.file.fileno(), data, at)
                 data, at = data[written:], at + written
         self.done += len(features)
+        self.notes.update(notes)
         if time.time() > self.saved_at + self.period:
             self.save()
 

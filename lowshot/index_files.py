@@ -230,6 +230,8 @@ class GraphFiles:
             if (identity is not None and all(state.get(key) == value for key, value in self.state.items())
                     and all(os.path.getsize(p) == 4 * n * k for p in self.temporary)):
                 self.done = int(state["done"])
+        if not self.done:
+            remove(self.state_path)
         maps = []
         for path, dtype in zip(self.temporary, ("<f4", "<i4")):
             if not self.done:

@@ -204,7 +204,7 @@ def _exact_on_gpu(Q, X, k, progress, self, q=None, x=None):
 
 def _error(lost, lost_most, q_longest, x_longest):
     """Bounds of the errors of products of rounded vectors, for each of the first ones:
-    |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums."""
+    |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums, of 670 terms at the worst."""
     return lost * (x_longest + lost_most) + q_longest * lost_most + np.float32(4e-5) * q_longest * x_longest
 
 
@@ -269,7 +269,8 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
     where they are better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
     and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
     those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
-    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), or 8 bytes for each of k + 204 candidates; and blocks of x.
+    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), or 8 bytes for each of k + 204 candidates,
+    or up to k + 1088 where new nodes are few; and blocks of x.
     """
     def in_place(rows, changed_D, changed_I):
         D[rows], I[rows] = changed_D, changed_I
@@ -479,7 +480,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     Sets below EXACT_BELOW are compared whole, and others if `exact`, for GPUs. Of larger ones, the vectors of each node's
     nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where that is quicker, until
     recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known lists stay as they
-    are. Deterministic for a seed, whatever the number of threads.
+    are. Deterministic for a seed, and whatever the number of threads but for rounding in projections by BLAS.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
     is that of the other nodes.
@@ -752,7 +753,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     """
     progress = progress or _silent
     Q, X = _vectors(xq), cells.vectors
-    if Q.n * X.n <= 2 * SAMPLE * X.n or X.n < EXACT_BELOW or all_on_gpu(Q.n, X.n, X.d):
+    if Q.n <= 2 * SAMPLE or X.n < EXACT_BELOW or all_on_gpu(Q.n, X.n, X.d):
         found = *exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
     sample = Sample(Q, X, k, seed, progress, cells=cells)

@@ -63,7 +63,7 @@ def run(main):
         if os.environ.get("LOWSHOT_TRACEBACK"):
             raise
         text = " ".join(str(e).split())
-        if not isinstance(e, (ValueError, OSError, MemoryError)):       # input that nobody thought of, or an error of ours
+        if not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):       # input that nobody thought of, or an error of ours
             text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1
@@ -232,9 +232,10 @@ def remove(path):
 
 
 @contextlib.contextmanager
-def exclusive(path):
-    """While the block runs no other process can enter one for the same path: that is a ValueError. Ends with the
-    process, however it ends, and is not passed on to processes it forks."""
+def exclusive(path, wait=None):
+    """While the block runs no other process can enter one for the same path. Ends with the process, however it ends, and is
+    not passed on to processes it forks. Where another process is in it that is a ValueError; or, if `wait` is given, wait() is
+    called, and it is waited for."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with contextlib.ExitStack() as stack:
         while True:
@@ -244,7 +245,10 @@ def exclusive(path):
             except OSError as e:
                 if e.errno not in (errno.EACCES, errno.EAGAIN):
                     raise OSError(e.errno, f"{e.strerror}: the file system of {path} has no locks")
-                raise ValueError(f"another process is writing {path}")
+                if not wait:
+                    raise ValueError(f"another process is writing {path}")
+                wait()
+                fcntl.lockf(lock, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
                     break

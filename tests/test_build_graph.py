@@ -150,6 +150,22 @@ def test_other_indexes_are_searched_by_faiss(tmp_path, factory, wanted):
     assert "nothing to do" in run(tmp_path, 2000, "--index", factory, "--k", 8).stdout
 
 
+def test_an_index_is_searched_the_same_way_when_it_is_read_again(tmp_path):
+    make_raw(tmp_path, 2000)
+    graphs = []
+    for _ in range(2):
+        assert "nprobe 1: recall" in run(tmp_path, 2000, "--index", "IVF20_HNSW8,Flat", "--k", 8).stdout
+        graphs.append(read_graph(tmp_path, 2000, 8))
+        os.unlink(tmp_path / "knngraph" / "ndis2000_k8_I_11.int32")
+    for a, b in zip(*graphs):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nprobe_without_cells_is_noted(tmp_path):
+    make_raw(tmp_path, 100)
+    assert "note: --nprobe 3 is of no use" in run(tmp_path, 100, "--nprobe", 3).stdout
+
+
 def test_nprobe(tmp_path):
     x = make_raw(tmp_path, 3000)
     done = run(tmp_path, 3000, "--index", "IVF50,Flat", "--nprobe", 50)
@@ -178,6 +194,17 @@ def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
     build_graph.main()
     assert saved == [300, 600, 900, 1000] and no_leftovers(tmp_path)
     assert recall(read_graph(tmp_path, 1000, 8)[1], x, 8) > .9
+
+
+def test_files_made_anew_are_not_taken_for_those_of_an_earlier_state(tmp_path):
+    paths = str(tmp_path / "I"), str(tmp_path / "D")
+    files = GraphFiles(*paths, 6, 2, "a search by Faiss")
+    files.arrays[0][:4] = 7
+    files.save(4)
+    assert GraphFiles(*paths, 6, 2, "a search by Faiss").done == 4
+    assert GraphFiles(*paths, 6, 2).done == 0               # another way, whose run is then killed
+    files = GraphFiles(*paths, 6, 2, "a search by Faiss")
+    assert files.done == 0 and not files.arrays[0].any()
 
 
 @pytest.mark.parametrize("stop", ["search", "block", "round"])
@@ -312,6 +339,7 @@ def write_index_of(root, n, d):
     (lambda r: None, [100, "--index", "Nonsense"], "--index Nonsense"),
     (lambda r: None, [100, "--index", "IDMap,Flat"], "--index IDMap,Flat"),
     (lambda r: None, [100, "--index", "IVF101,Flat"], "101 lists for 100 vectors"),
+    (lambda r: None, [100, "--index", "IVF0,Flat"], "0 lists for 100 vectors"),
     (lambda r: None, [0], "at least 1"),
     (lambda r: None, [100, "--k", 0], "at least 1"),
     pytest.param(lambda r: None, [100, "--device", "gpu"], "no GPU",
@@ -412,14 +440,15 @@ def test_two_runs_do_not_write_one_graph(tmp_path):
     assert run(tmp_path, 50).returncode == 0 and no_leftovers(tmp_path)
 
 
-def test_zero_vectors_and_duplicates(tmp_path):
+@pytest.mark.parametrize("factory", ["IVF40,Flat", "IVF20_HNSW8,Flat", "IVF20,SQfp16"])
+def test_zero_vectors_and_duplicates(tmp_path, factory):
     make_raw(tmp_path, 2000)
     path = tmp_path / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw"
     x = np.fromfile(path, "<f4").reshape(-1, DIM)
     x[100:300] = 0
     x[300:500] = x[7]
     x.tofile(path)
-    done = run(tmp_path, 2000, "--index", "IVF40,Flat", "--k", 8)
+    done = run(tmp_path, 2000, "--index", factory, "--k", 8)
     assert done.returncode == 0, done.stderr
     D, I = read_graph(tmp_path, 2000, 8)
     assert (I == np.arange(2000)[:, None]).any(axis=1).all() and not D[100:300].any()

@@ -154,6 +154,7 @@ def test_evaluation_counts_nan_as_wrong_and_the_bias(kind):
 
 def test_point_names():
     assert point_file("a/b.npz", [(0.01, 1), (0.001, 0)], 1) == "a/b_lr0.001_wd0.npz"
+    assert point_file("a/b.npz", [(0.1000001, 0), (0.1, 0)], 0) == "a/b_lr0.1000001_wd0.npz"
     assert point_file("a/b.npz", [(0.001, 0)], 0) == "a/b.npz"
 
 

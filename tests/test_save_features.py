@@ -297,6 +297,19 @@ def test_writer_killed_at_every_step(tmp_path):
     assert os.listdir(tmp_path) == ["x.hdf5"] and made_from(path) == {"a": 1}
 
 
+def test_notes_of_rows_that_could_not_be_written_do_not_count(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.hdf5")
+    with pytest.raises(OSError, match="No space"):
+        with FeatureWriter(path, 6, 2, np.zeros(6), {}, period=0) as out:
+            assert os.stat(path + ".partial").st_blocks * 512 >= 6 * 2 * 4      # its place is reserved
+            out.write(np.ones((3, 2)), np.zeros(3, bool), {"damaged": 3})
+            monkeypatch.setattr(os, "pwrite", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            out.write(np.ones((3, 2)), np.zeros(3, bool), {"damaged": 6})
+    monkeypatch.undo()
+    with FeatureWriter(path, 6, 2, np.zeros(6), {}) as out:
+        assert out.done == 3 and out.notes == {"damaged": 3}
+
+
 def test_progress_of_a_file_that_is_gone_is_not_believed(tmp_path):
     path = str(tmp_path / "x.hdf5")
     with FeatureWriter(path, 4, 2, np.zeros(4), {}, period=0) as out:

@@ -62,6 +62,7 @@ def raising(error):
     (raising(ValueError("a\n  b")), 1, ": error: a b\n"),
     (raising(FileNotFoundError(2, "No such file", "x.bin")), 1, "No such file: 'x.bin'\n"),
     (raising(MemoryError()), 1, ": error: MemoryError\n"),
+    (raising(ImportError("graph_utils is not built")), 1, ": error: graph_utils is not built\n"),
     (raising(KeyboardInterrupt()), 130, ": interrupted\n")])
 def test_run_turns_errors_into_one_line(main, status, text, capsys):
     with pytest.raises(SystemExit) as e:
@@ -110,6 +111,16 @@ def test_one_process_at_a_time(tmp_path):
         assert subprocess.run([sys.executable, "-c", code, path]).returncode == 3
     assert subprocess.run([sys.executable, "-c", code, path]).returncode == 0
     assert os.listdir(tmp_path / "folder") == []
+
+
+def test_another_process_can_be_waited_for(tmp_path):
+    path = str(tmp_path / "file")
+    code = "import sys\nfrom lowshot.script import exclusive, log\nwith exclusive(sys.argv[1], lambda: log('waits')): log('in')"
+    with script.exclusive(path):
+        process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "waits\n" and process.poll() is None
+    assert process.communicate(timeout=20)[0] == "in\n" and process.returncode == 0
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
