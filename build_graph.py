@@ -12,10 +12,10 @@ writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the norm
     python build_graph.py 1000000 --nprobe 256           # search 256 cells per image, as in the paper
 
 Below 131,072 vectors the graph is exact, unless --index says otherwise, and with a GPU whose memory holds them below 16
-million. Otherwise each image is compared with those of its nearest cells, and, where these would be many, with neighbours of its neighbours, until the wanted
-recall is measured on a sample. A run that was cut off goes on: with the index if it is complete, and beyond 2,000,000 vectors,
-or where Faiss searches, with the lists found so far, of which a copy is kept every few minutes (not where a GPU compares all
-images with all, which takes no longer than that).
+million. Otherwise each image is compared with those of its nearest cells, and, where these would be many, with neighbours of
+its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with the index if it is
+complete, and beyond 2,000,000 vectors, or where Faiss searches, with the lists found so far, of which a copy is kept every few
+minutes (not where a GPU compares all images with all, which takes no longer than that).
 """
 import contextlib
 import os
@@ -24,7 +24,7 @@ import time
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
 from lowshot.layout import DataDir, padded_to_power_of_two, pca_command
 from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, read_json, remove,
-                            remove_left_behind, run, size, whole, write_json)
+                            remove_left_behind, run, show_progress, size, whole, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 FAISS_BLOCK = 1 << 16           # queries between two saves where Faiss searches
@@ -69,22 +69,24 @@ def main():
     raw = ddir.raw(d)
     matrix_rows(raw, "<f4", d, n, pca_command("apply", d))
     # after the checks: these load Faiss and the compiled library
-    from lowshot import knn
+    from graph_utils import neighbours as nb
+    from lowshot import exact_search, knn
+    from lowshot.cells import Vectors
     from lowshot.gpu_search import search_device
     from lowshot.index_files import Checkpoint, GraphFiles, check_graph
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
     device = search_device("cpu" if args.device == "cpu" else "auto")
-    knn.use_gpu(device)
-    all_on_gpu = knn.all_on_gpu(n, n, d, self=True) and not args.nprobe
+    exact_search.use_gpu(device)
+    all_on_gpu = exact_search.all_on_gpu(n, n, d, self=True) and not args.nprobe
     if args.device == "gpu" and not gpus and not all_on_gpu:
         raise ValueError(NO_GPU)
     path_I, path_D = ddir.graph(n, k)
     lists = path_I + ".lists.partial"
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
-    print_header(args, predicted_memory=size(predicted), products=knn.nb.products())
+    print_header(args, predicted_memory=size(predicted), products=nb.products())
     rows = NormalisedRows(MatrixFile(raw, "<f4", d, n))
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
@@ -93,7 +95,7 @@ def main():
             have = os.path.getsize(path) if os.path.exists(path) else 0
             if have != 4 * n * k:
                 raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
-        vectors = knn.Vectors(rows)
+        vectors = Vectors(rows)
         check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
         if os.path.exists(lists):       # of a run that was killed at its last step
             Checkpoint(lists, None).remove()
@@ -101,12 +103,12 @@ def main():
             checked_index(ddir.index(n), vectors)
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
             return
-    with exclusive(ddir.index(n)), knn.show_progress() as progress:
+    with exclusive(ddir.index(n)), show_progress() as progress:
         if args.overwrite:
             for path in (path_I, path_D, ddir.index(n)):
                 remove(path)
         if not complete:
-            vectors = knn.Vectors(rows)
+            vectors = Vectors(rows)
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
@@ -142,25 +144,25 @@ def main():
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
-    write_json(record_path, {**record, **info, "products": knn.nb.products(), "seconds": seconds,
+    write_json(record_path, {**record, **info, "products": nb.products(), "seconds": seconds,
                              "peak_memory": peak_memory(), "predicted_memory": predicted})
 
 
 def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False):
     """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them."""
-    from lowshot import knn
+    from lowshot import exact_search, sampling
     from lowshot.gpu_search import GPU_LIBRARIES
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
     libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, 2440 * min(n, 65536)
-    if n < knn.EXACT_BELOW:         # the index and its vectors; or these in bfloat16, candidates, then similarities
-        K = k + knn.SPARE
+    if n < exact_search.EXACT_BELOW:    # the index and its vectors; or these in bfloat16, candidates, then similarities
+        K = k + exact_search.SPARE
         searched = 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k))
         return int(libraries + max(2 * vectors, searched))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
-    rounds = in_bytes + 16 * n * knn.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
-    similarities = vectors + 4 * n * (k + knn.SPARE_LISTED) + 8 * n * k + 24 * n
+    rounds = in_bytes + 16 * n * sampling.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
+    similarities = vectors + 4 * n * (k + sampling.SPARE_LISTED) + 8 * n * k + 24 * n
     return int(libraries + blocks + max(rounds, similarities))
 
 
@@ -183,18 +185,18 @@ def checked_index(path, vectors):
 
 def stored_index(path, vectors, args, progress, log):
     """The Faiss index on disk, made if it is not there: (index, Cells of an IVF,Flat index or None)."""
-    from lowshot import knn
     from lowshot.cells import Cells, default_nlist
-    from lowshot.index_files import read_index, write_ivf_flat
+    from lowshot.exact_search import EXACT_BELOW
+    from lowshot.index_files import cells_of_index, read_index, write_ivf_flat
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
     remove_left_behind(path)
     if os.path.exists(path):
         index = checked_index(path, vectors)
-        return index, Cells(vectors, *knn.cells_of_index(index)) if is_plain_ivf(index) else None
+        return index, Cells(vectors, *cells_of_index(index)) if is_plain_ivf(index) else None
     factory = args.index
     if factory == "auto":
-        factory = "Flat" if n < knn.EXACT_BELOW else f"IVF{default_nlist(n)},Flat"
+        factory = "Flat" if n < EXACT_BELOW else f"IVF{default_nlist(n)},Flat"
     with errors_name_index(factory):
         index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
     if is_plain_ivf(index):
@@ -253,8 +255,10 @@ def on_gpus(index, device):
 def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
     """The graph by searching the index with Faiss, block after block. gpu_index: the same on GPUs, or None. Returns info."""
     import numpy as np
-    from lowshot import knn
+    from graph_utils import neighbours as nb
+    from lowshot.exact_search import exact_knn
     from lowshot.packages import faiss
+    from lowshot.sampling import SAMPLE, sampled
     n = vectors.n
     ivf = faiss.try_extract_index_ivf(index)
     most = ivf.nlist if ivf is not None else 1
@@ -274,9 +278,9 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
         D[I < 0] = -np.inf
         return D, I.astype(np.int32)
 
-    sample = knn.sampled(n, knn.SAMPLE, args.seed)
+    sample = sampled(n, SAMPLE, args.seed)
     x = vectors.scaled_rows(sample)
-    true_D, true_I = knn.exact_knn(x, vectors, k, progress)
+    true_D, true_I = exact_knn(x, vectors, k, progress)
     nprobe, recall = args.nprobe or 1, 0.0
     while True:
         has_nprobe = set_nprobe(nprobe)
@@ -301,7 +305,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
         rows = np.arange(i, j, dtype=np.int32)
         if not coarse:
             rows = rows[(I[i:j] != rows[:, None]).all(axis=1)]
-        knn.nb.exact_products(knn.nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
+        nb.exact_products(nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
                               vectors.scale, vectors.scale, True, D, I)
         files.save(j)
         progress("images searched", j, n)

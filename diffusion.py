@@ -127,31 +127,31 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter):
     an exact search for novel images looks up.
     """
     from graph_utils.neighbours import words, words_of_bytes
-    from lowshot import knn
+    from lowshot import exact_search, sampling
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
     from lowshot.gpu_search import GPU_LIBRARIES
     nbg = n - nbase - nnovel
-    vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + knn.SPARE))
+    vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.SPARE))
     lists = 8 * k * (n + nt)                    # I and D
     edges = ENTRIES * k * n
     on_gpu = Backend.device != "cpu"
     panels = 0 if on_gpu else 2 * 4 * width * n
     mapped = 4 * dim * nbg
-    exact = n - nnovel < knn.EXACT_BELOW or knn.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
+    exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     steps = {"add novel images": vectors + blocks + lists + (looked_up if exact else 0),
              # the graph without the novel images, and with them
              "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width)}
     if not stored:
-        listed = k + knn.SPARE_LISTED
+        listed = k + sampling.SPARE_LISTED
         steps["add novel images"] += 4 * edges + 24 * n
         steps["symmetrise"] += vectors + lists
         # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
         steps["complete"] = vectors + lists + max(
-            blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + knn.SPARE),
-            4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + knn.INSERTED_SPARE))
+            blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + exact_search.SPARE),
+            4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + exact_search.INSERTED_SPARE))
         if not exact:
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
             steps["complete"] = (vectors + lists + 130e6 + 24 * n
@@ -288,7 +288,7 @@ def main():
     from lowshot.backends import choose_backend
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
     from lowshot.gpu_search import search_device
-    from lowshot.knn import use_gpu
+    from lowshot.exact_search import use_gpu
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)

@@ -65,7 +65,7 @@ def read_graph(args):
             raise ValueError(f"{args.graph} holds {I.dtype} {I.shape}, int32 with at least {args.k} columns expected")
         return np.ascontiguousarray(I[:, :args.k]), None
     from lowshot.features import NormalisedRows, map_matrix, normalise_rows
-    from lowshot.knn import exact_knn
+    from lowshot.exact_search import exact_knn
     from lowshot.layout import DataDir
     ddir = DataDir()
     path, _, columns = ddir.find_graph(args.nbg, args.k)

@@ -120,6 +120,10 @@ class Vectors:
         return convert(self.stretch(start, stop), self.factors(slice(start, stop)), **out)
 
 
+def as_vectors(x):
+    return x if isinstance(x, Vectors) else Vectors(x)
+
+
 def default_nlist(n):
     """Cells of an index of n vectors (paper, section 3.2: 4 sqrt(n))."""
     return max(1, min(int(4 * n ** 0.5), n))

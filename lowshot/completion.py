@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from graph_utils import SymmetricGraph, check_permutation, locality_order
-from lowshot import knn
-from lowshot.cells import assign
+from lowshot import exact_search, knn
+from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
-from lowshot.index_files import SIMILAR, check_graph, open_index
+from lowshot.index_files import SIMILAR, cells_of_index, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
+from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
-from lowshot.script import Progress, exclusive, read_json, whole, write_json
+from lowshot.sampling import Sample
+from lowshot.script import Progress, exclusive, read_json, show_progress, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 8
@@ -55,7 +57,7 @@ def read_features(path, rows, pca_path, what):
 def read_background_graph(ddir, nbg, k, I, D, vectors):
     """Read the first k columns of the stored background graph into I, D (nbg, k).
 
-    vectors: knn.Vectors of the nodes, the background's first: some similarities are compared with theirs.
+    vectors: Vectors of the nodes, the background's first: some similarities are compared with theirs.
     """
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
     again = f"{graph_command(nbg, columns, vectors.d)} --overwrite makes it again"
@@ -87,41 +89,41 @@ def fixed_vectors(ddir, nbg, dim, base):
 def cells_of_nodes(ddir, nbg, vectors, progress):
     """The nodes by cell: the background as in its index, if there is one that serves; otherwise by cells made here."""
     path = ddir.index(nbg)
-    if nbg >= knn.EXACT_BELOW and os.path.exists(path):
+    if nbg >= exact_search.EXACT_BELOW and os.path.exists(path):
         index = open_index(path)
-        if isinstance(index, knn.faiss.IndexIVFFlat) and (index.ntotal, index.d, index.metric_type) == (
-                nbg, vectors.d, knn.faiss.METRIC_INNER_PRODUCT):
+        if isinstance(index, faiss.IndexIVFFlat) and (index.ntotal, index.d, index.metric_type) == (
+                nbg, vectors.d, faiss.METRIC_INNER_PRODUCT):
             try:
-                centroids, cell = knn.cells_of_index(index)
+                centroids, cell = cells_of_index(index)
             except ValueError as e:
                 raise ValueError(f"{path}: {e}: remove it and run build_graph.py again")
-            return knn.Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
-    return knn.Cells.train(vectors, progress=progress)
+            return Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
+    return Cells.train(vectors, progress=progress)
 
 
 def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
-    Exact below 131,072 nodes, and where a GPU in use holds them (knn.use_gpu); otherwise base images are searched for among
-    near cells, and neighbours of neighbours, at recall@k >= 0.96, and test images among near cells at recall@k >= 0.99, as
+    Exact below 131,072 nodes, and where a GPU in use holds them (exact_search.use_gpu); otherwise base images are searched for
+    among near cells, and neighbours of neighbours, at recall@k >= 0.96, and test images among near cells at recall@k >= 0.99, as
     measured on samples of both.
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
-    n, vectors = len(x), knn.Vectors(x)
+    n, vectors = len(x), Vectors(x)
     D = np.full((n, k), -np.inf, np.float32)
     I = np.full((n, k), -1, np.int32)
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
-    with knn.show_progress() as progress:
-        if n < knn.EXACT_BELOW or knn.all_on_gpu(2 * len(base) + len(test), n, vectors.d):
-            background = knn.Vectors(NormalisedRows(x.matrices[0]), vectors.scale[:nbg]) if nbg else knn.Vectors(x[:0])
-            D[nbg:], I[nbg:] = knn.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
+    with show_progress() as progress:
+        if n < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * len(base) + len(test), n, vectors.d):
+            background = Vectors(NormalisedRows(x.matrices[0]), vectors.scale[:nbg]) if nbg else Vectors(x[:0])
+            D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
             background.release()
-            test_D, test_I = knn.exact_knn(test, vectors, k, progress)
-            return Graph(I, D, test_I, test_D, locality_order(I) if n >= knn.EXACT_BELOW else None, vectors.scale)
+            test_D, test_I = exact_search.exact_knn(test, vectors, k, progress)
+            return Graph(I, D, test_I, test_D, locality_order(I) if n >= exact_search.EXACT_BELOW else None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # before codes are chosen; and the graph gives the vectors in cells up
-        new = knn.Sample(vectors, vectors, k, 0, progress, first=nbg if len(base) else 0, cells=cells)
+        new = Sample(vectors, vectors, k, 0, progress, first=nbg if len(base) else 0, cells=cells)
         search_done = knn.search_begun(cells, test, k, recall=0.99, progress=progress, say=log)
         knn.build_knn_graph(None, k, recall=0.96, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True, sample=new)
@@ -179,13 +181,13 @@ def add_novel(fixed, x, novel):
     I, D = fixed.mapped("I"), fixed.mapped("D")
     (n, k), m = D.shape, len(novel)
     changed = [(np.empty(0, np.int32), np.empty((0, k), np.int32))]
-    with knn.show_progress() as progress:
-        _, novel_I = knn.cross_insert(
-            novel, knn.Vectors(x, fixed.load("scale")), D, I, n, k, progress, fixed.load("worst"),
+    with show_progress() as progress:
+        _, novel_I = exact_search.cross_insert(
+            novel, Vectors(x, fixed.load("scale")), D, I, n, k, progress, fixed.load("worst"),
             lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
-    found_D, found_I = knn.exact_knn(fixed.load("test"), novel, k)
+    found_D, found_I = exact_search.exact_knn(fixed.load("test"), novel, k)
     found_I[found_I >= 0] += n
-    _, test_I = knn.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
+    _, test_I = exact_search.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
     rank = np.concatenate([fixed.load("rank"), np.arange(n, n + m, dtype=np.int32)])
     rows, after = map(np.concatenate, zip(*changed))
     return Changes(rows, I[rows], after, novel_I, test_I, rank)
@@ -200,9 +202,9 @@ def file_identity(path):
 class FixedPart:
     """The part of a run that no seed changes: vectors of base and test images, and their completed graph.
 
-    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, worst (n,) as of knn.worst_neighbours(); rank
-    int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr, indices, nsingle as of
-    SymmetricGraph. They are in memory, or in the files of a folder, from where they are read when asked for.
+    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, worst (n,) as of
+    exact_search.worst_neighbours(); rank int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr,
+    indices, nsingle as of SymmetricGraph. They are in memory, or in the files of a folder, from where they are read when asked for.
     """
 
     # dtype, and a letter for each dimension
@@ -320,7 +322,7 @@ class FixedKey:
             rank[graph.order] = rank.copy()
         indptr, indices, nsingle = SymmetricGraph(graph.I, rank).arrays
         return FixedPart(dict(base=base, test=test, I=graph.I, D=graph.D, test_I=graph.test_I, test_D=graph.test_D,
-                              scale=graph.scale, worst=knn.worst_neighbours(graph.D, graph.I), rank=rank,
+                              scale=graph.scale, worst=exact_search.worst_neighbours(graph.D, graph.I), rank=rank,
                               indptr=indptr, indices=indices, nsingle=nsingle))
 
     def stored_or_made(self, log):

@@ -91,7 +91,8 @@ class Experiment:
         values = value if key in self.LISTS else [value]
         kinds = (int, float) if key in self.REALS else (int,)
         if (not isinstance(values, list) or not values or len(set(map(str, values))) < len(values)
-                or not all(type(v) in kinds and self.LEAST.get(key, 0) <= v <= self.MOST.get(key, sys.float_info.max) for v in values)):
+                or not all(type(v) in kinds and self.LEAST.get(key, 0) <= v <= self.MOST.get(key, sys.float_info.max)
+                           for v in values)):
             what = "a list of different numbers" if key in self.LISTS else "a number"
             most = f" and <= {self.MOST[key]}" if key in self.MOST else ""
             raise ValueError(f"{self.path}: {where}{key} must be {what} >= {self.LEAST.get(key, 0)}{most}, found {value!r}")

@@ -70,7 +70,8 @@ class Rounded:
             self.lost[i:j] = (x - self.x[i:j, :d]).norm(dim=1).cpu()
 
     def errors_with(self, others, bound):
-        """Function of the numbers of these vectors: bounds of the errors of their products with the others, of knn._error()."""
+        """Function of the numbers of these vectors: bounds of the errors of their products with the others. bound:
+        exact_search._error()."""
         most, longest = float(others.lost.max(initial=0)), (self.vectors.longest, others.vectors.longest)
         return lambda rows: bound(self.lost[rows], most, *longest)
 

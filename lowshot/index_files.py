@@ -37,6 +37,24 @@ def read_index(path, n, d):
     return index
 
 
+def cells_of_index(index):
+    """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index."""
+    cell = np.full(index.ntotal, -1, np.int32)
+    lists = index.invlists
+    for c in range(index.nlist):
+        size = lists.list_size(c)
+        if size:
+            ids = lists.get_ids(c)
+            number = faiss.rev_swig_ptr(ids, size)
+            if number.min() < 0 or number.max() >= index.ntotal:
+                raise ValueError(f"the index numbers its {index.ntotal} vectors up to {number.max()}")
+            cell[number] = c
+            lists.release_ids(c, ids)
+    if (cell < 0).any():
+        raise ValueError(f"the index has no vector number {np.argmax(cell < 0)}")
+    return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
+
+
 def write_ivf_flat(path, cells, nprobe=256, progress=None):
     """Write the vectors of `cells` as a Faiss IVF,Flat index: what faiss.write_index would, without a copy in memory.
 

@@ -63,7 +63,7 @@ def run(main):
         if os.environ.get("LOWSHOT_TRACEBACK"):
             raise
         text = " ".join(str(e).split())
-        if not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):       # input that nobody thought of, or an error of ours
+        if not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):  # input that nobody thought of, or an error of ours
             text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1
@@ -131,6 +131,31 @@ class Progress:
             self._show(time.time())
             if self.terminal:
                 sys.stderr.write("\n")
+
+
+@contextlib.contextmanager
+def show_progress():
+    """A function of (what, done, total) that shows one line of progress per kind of work."""
+    current = [None]
+
+    def close():
+        if current[0] is not None:
+            current[0].__exit__(None, None, None)
+
+    def progress(what, done, total):
+        if current[0] is None or (current[0].what, current[0].total) != (what, total) or done < current[0].done:
+            close()
+            current[0] = Progress(total, what)
+        current[0].update(done)
+
+    try:
+        yield progress
+    finally:
+        close()
+
+
+def silent(what, done, total):
+    pass
 
 
 def clock(seconds):

@@ -210,11 +210,11 @@ def test_files_made_anew_are_not_taken_for_those_of_an_earlier_state(tmp_path):
 @pytest.mark.parametrize("stop", ["search", "block", "round"])
 def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     """Killed after a checkpoint, or when a further block of lists is in the file and no checkpoint says so."""
-    from lowshot import knn
+    from lowshot import knn, sampling
     x = make_raw(tmp_path, 3000)
     monkeypatch.setattr(build_graph, "CHECKPOINT_FROM", 1000)
     monkeypatch.setattr(Checkpoint, "EVERY", 0)
-    monkeypatch.setattr(knn, "SEARCH_BLOCK", 1024)
+    monkeypatch.setattr(sampling, "SEARCH_BLOCK", 1024)
     monkeypatch.setattr(knn, "ROUND", 0)
     monkeypatch.setenv("DDIR", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["build_graph.py", "3000", "--index", "IVF200,Flat", "--k", "16", "--recall", ".95",

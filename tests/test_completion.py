@@ -8,7 +8,9 @@ import pytest
 import reference
 from data_directory import make_data_directory
 from graph_utils import SymmetricGraph
-from lowshot import completion, knn
+from graph_utils import neighbours as nb
+from lowshot import completion, exact_search, sampling
+from lowshot.cells import Cells
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
 from lowshot.pca import pca_digest
@@ -64,10 +66,10 @@ def test_exact(data, nbg, nbase, nnovel):
 def test_by_cells(data, monkeypatch, index, stored):
     """The cells are those of the background's index where it has some."""
     ddir, v = data
-    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
     trained = []
-    train_cells = knn.Cells.train
-    monkeypatch.setattr(knn.Cells, "train", lambda *a, **k: trained.append(1) or train_cells(*a, **k))
+    train_cells = Cells.train
+    monkeypatch.setattr(Cells, "train", lambda *a, **k: trained.append(1) or train_cells(*a, **k))
     path = ddir.index(NBG)
     if os.path.exists(path):
         os.unlink(path)
@@ -101,7 +103,7 @@ def test_vectors_of_another_pca_are_an_error(data):
 
 def test_a_truncated_index_is_an_error(data, monkeypatch):
     ddir, v = data
-    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
+    monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
     with open(ddir.index(NBG), "wb") as f:
         f.write(b"IwFl" + bytes(50))
     try:
@@ -115,11 +117,11 @@ def test_a_truncated_index_is_an_error(data, monkeypatch):
 def test_test_images_are_searched_by_cells(data, monkeypatch, nbg, nbase):
     """More of them than are searched exactly; with cells that are given up before their similarities are computed."""
     ddir, v = data
-    monkeypatch.setattr(knn, "EXACT_BELOW", 100)
-    monkeypatch.setattr(knn, "SAMPLE", 40)
+    monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
+    monkeypatch.setattr(sampling, "SAMPLE", 40)
     searched = []
-    search_cells = knn.nb.search_cells
-    monkeypatch.setattr(knn.nb, "search_cells", lambda Q, *a, **k: searched.append(len(Q)) or search_cells(Q, *a, **k))
+    search_cells = nb.search_cells
+    monkeypatch.setattr(nb, "search_cells", lambda Q, *a, **k: searched.append(len(Q)) or search_cells(Q, *a, **k))
     base, novel, test = np.arange(nbase), np.arange(300, 340), np.arange(100)
     I, test_I, rank = complete(ddir, nbg, base, test, novel, v["train"])
     assert len(test) in searched

@@ -7,7 +7,8 @@ pytest.importorskip("triton")
 
 from graph_utils import SymmetricGraph, gpu, neighbour_sums  # noqa: E402
 from graph_utils import neighbours as nb  # noqa: E402
-from lowshot import gpu_search, knn  # noqa: E402
+from lowshot import exact_search, gpu_search, knn  # noqa: E402
+from lowshot.cells import Vectors  # noqa: E402
 from lowshot.backends import TritonGraph  # noqa: E402
 from reference import neighbours, transition_matrix  # noqa: E402
 from test_product import random_graph  # noqa: E402
@@ -82,11 +83,11 @@ def few_queries(monkeypatch):
 @pytest.fixture
 def on_gpu(monkeypatch, few_queries):
     """Exact search of any size by the GPU's code."""
-    monkeypatch.setattr(knn, "ON_GPU", 0)
+    monkeypatch.setattr(exact_search, "ON_GPU", 0)
     monkeypatch.setattr(gpu_search, "fits", lambda *sizes: True)
-    knn.use_gpu(torch.device(DEVICE))
+    exact_search.use_gpu(torch.device(DEVICE))
     yield
-    knn.use_gpu(None)
+    exact_search.use_gpu(None)
 
 
 def unit(rs, n, d):
@@ -98,7 +99,7 @@ def unit(rs, n, d):
 def test_exact_search(on_gpu, nq, n, d, k):
     rs = np.random.RandomState(n)
     q, x = unit(rs, nq, d), unit(rs, n, d)
-    D, I = knn.exact_knn(q, x, k)
+    D, I = exact_search.exact_knn(q, x, k)
     np.testing.assert_array_equal(I, neighbours(q, x, k))
     found = I >= 0
     np.testing.assert_allclose(D[found], (q @ x.T)[np.nonzero(found)[0], I[found]], atol=1e-6)
@@ -109,14 +110,14 @@ def test_exact_search(on_gpu, nq, n, d, k):
 def test_a_graph_of_nearly_equal_vectors(on_gpu, monkeypatch, close):
     """Products in float16 leave nearly everything in doubt."""
     monkeypatch.setattr(gpu_search, "BLOCK", 128)
-    monkeypatch.setattr(knn, "MANY_ON_GPU", 2)
+    monkeypatch.setattr(exact_search, "MANY_ON_GPU", 2)
     rs = np.random.RandomState(3)
     x = np.repeat(unit(rs, 3, 32), 30, axis=0)
     x += close * rs.randn(*x.shape).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     D, I, info = knn.build_knn_graph(x, 5, exact=True)
-    knn.use_gpu(None)
-    expected, _ = knn.exact_knn(x, x, 5, self=True)
+    exact_search.use_gpu(None)
+    expected, _ = exact_search.exact_knn(x, x, 5, self=True)
     assert info == {"recall": 1.0, "exact": True}
     np.testing.assert_allclose(D, expected, atol=1e-6)
     if not close:
@@ -129,30 +130,30 @@ def test_new_nodes(on_gpu):
     x, new = unit(rs, 120, 24), unit(rs, 40, 24)
     lists = []
     for device in (torch.device(DEVICE), None):
-        knn.use_gpu(device)
-        D, I = knn.exact_knn(x, x, 3, self=True)
-        lists.append((D, I, *knn.cross_insert(new, x, D, I, len(x), 3)))
+        exact_search.use_gpu(device)
+        D, I = exact_search.exact_knn(x, x, 3, self=True)
+        lists.append((D, I, *exact_search.cross_insert(new, x, D, I, len(x), 3)))
     for by_gpu, by_cpu in zip(*lists):
         np.testing.assert_allclose(by_gpu, by_cpu, atol=1e-6)
 
 
 def test_where_the_gpu_searches(monkeypatch):
     monkeypatch.setattr(gpu_search, "fits", lambda n, d, device: n < 10 ** 8)
-    knn.use_gpu(torch.device(DEVICE))
+    exact_search.use_gpu(torch.device(DEVICE))
     try:
-        assert knn.all_on_gpu(10 ** 7, 10 ** 7, 256) and not knn.all_on_gpu(10 ** 8, 10 ** 6, 256)
-        assert not knn.all_on_gpu(3 * 10 ** 7, 3 * 10 ** 7, 256)
+        assert exact_search.all_on_gpu(10 ** 7, 10 ** 7, 256) and not exact_search.all_on_gpu(10 ** 8, 10 ** 6, 256)
+        assert not exact_search.all_on_gpu(3 * 10 ** 7, 3 * 10 ** 7, 256)
     finally:
-        knn.use_gpu(None)
-    assert not knn.all_on_gpu(10, 10, 256)
+        exact_search.use_gpu(None)
+    assert not exact_search.all_on_gpu(10, 10, 256)
 
 
 def test_bounds_hold(few_queries):
     rs = np.random.RandomState(5)
-    q, x = knn.Vectors(unit(rs, 20, 100)), knn.Vectors(unit(rs, 900, 100))
+    q, x = Vectors(unit(rs, 20, 100)), Vectors(unit(rs, 900, 100))
     rounded = [gpu_search.Rounded(v, torch.device(DEVICE)) for v in (q, x)]
     exact = q.arrays[0].astype(np.float64) @ x.arrays[0].astype(np.float64).T
-    for rows, keys, error in gpu_search.near(*rounded, 12, rounded[0].errors_with(rounded[1], knn._error)):
+    for rows, keys, error in gpu_search.near(*rounded, 12, rounded[0].errors_with(rounded[1], exact_search._error)):
         number, products = nb.numbers(keys), nb.similarities(keys)
         assert (np.abs(products - np.take_along_axis(exact[rows], number, 1)) <= error[:, None]).all()
         left = exact[rows].copy()

@@ -1,0 +1,282 @@
+"""Exact k-nearest-neighbour search by inner product, by comparing all with all, and exact insertion into graphs.
+
+Neighbour lists are pairs (D float32 (n, k), I int32 (n, k)): inner products and row numbers, best first; where there
+are fewer than k neighbours, I is -1 and D is -inf. Negative similarities are neighbours like any other. Vectors `x`
+are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lowshot/features.py) over files and arrays.
+`progress` is called with (what, done, total); script.show_progress() makes such a function.
+
+    exact_knn(xq, x, k) -> D, I
+    merge_neighbours(D1, I1, D2, I2, k) -> D, I
+    cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change
+
+With a GPU (use_gpu) that does the comparisons where they are many.
+"""
+import numpy as np
+
+from graph_utils import neighbours as nb
+from lowshot import gpu_search
+from lowshot.cells import BLOCK, as_vectors
+from lowshot.script import silent
+
+EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
+SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
+MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
+INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least
+FEW_INSERTED = 32 * SPARE   # and at the most, where new nodes are few
+ALL_INSERTED = 1 << 20      # candidates of all new nodes together, between these
+FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
+LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
+ON_GPU = 1 << 30            # comparisons from which a GPU is asked
+ALL_ON_GPU = 1 << 48        # comparisons for which other ways than comparing all are not better there: 7 minutes on an H200
+FLOAT32_ON_GPU = 1 << 17    # queries that are compared in float32 there while the vectors are read once
+MANY_ON_GPU = 16            # times as many candidates as first, where these leave doubt
+
+
+_gpu = None
+
+
+def use_gpu(device):
+    """From now on exact search is by this torch device where that pays, and graphs are exact; None: by the CPU."""
+    global _gpu
+    _gpu = device
+
+
+def all_on_gpu(nq, n, d, self=False):
+    """Whether there is a GPU in use that compares so many queries with all of n vectors sooner than other ways find the
+    nearest. self: these are the same."""
+    return _gpu is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if self else nq + n, d, _gpu)
+
+
+def _on_gpu(Q, X, self=False):
+    return (Q.n * X.n >= ON_GPU and max(Q.longest, X.longest) <= gpu_search.LONGEST
+            and all_on_gpu(Q.n, X.n, X.d, self))
+
+
+def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
+    """The k vectors of x with the highest inner product with each of xq, by comparing them all.
+
+    Candidates come from products in bfloat16, or in float16 on a GPU in use; they are compared in float32, and where the errors
+    of these could hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in
+    its own list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks;
+    queries in bfloat16 and 8 bytes per candidate, with `self` 28; and with `self` all vectors in float32 where most are in
+    doubt; beside a GPU that of the result.
+    Returns D float32 (nq, k), I int32 (nq, k).
+    """
+    Q, X = as_vectors(xq), as_vectors(x)
+    if Q.d != X.d:
+        raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
+    if not Q.n or not X.n:
+        return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
+    if _on_gpu(Q, X, self):
+        return _exact_on_gpu(Q, X, k, progress or silent, self)
+    return exact_of(*candidates_for(Q, X, k + spare, progress or silent, self), Q, X, k, progress or silent, self)
+
+
+def candidates_for(Q, X, K, progress, self):
+    """(keys, error): the K best by products in bfloat16, and bounds of the errors of these, float32 (Q.n,)."""
+    lost = np.empty(Q.n, np.float32)
+    queries = np.concatenate([Q.converted(nb.to_bfloat16, i, j, residual=lost[i:j]) for i, j in Q.blocks()])
+    K = min(K, X.n)
+    if self:
+        lost_most = float(lost.max())
+        keys = nb.search_self(queries, K, lambda done: progress("pairs of vectors compared", done ** 2, Q.n ** 2))
+    else:
+        lost_most, keys = 0.0, np.zeros((Q.n, K), np.int64)
+        for i, j in X.blocks():
+            residual = np.empty(j - i, np.float32)
+            nb.search_all(queries, X.converted(nb.to_bfloat16, i, j, residual=residual), K, keys, i)
+            lost_most = max(lost_most, float(residual.max()))
+            progress("vectors compared with all queries", j, X.n)
+    return keys, _error(lost, lost_most, Q.longest, X.longest)
+
+
+def exact_of(keys, error, Q, X, k, progress, self):
+    """exact_knn(), given what candidates_for() found; keys are changed."""
+    D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
+    return _in_float32(D, I, unsure, Q, X, k, progress, self)
+
+
+def _in_float32(D, I, unsure, Q, X, k, progress, self, on_gpu=False):
+    """exact_knn() again, in float32 throughout, for queries that are `unsure` in D and I, which change in place."""
+    if self and len(unsure) > Q.n / 2 and not on_gpu:
+        keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), min(k + SPARE, X.n), lambda done: progress(
+            "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
+        return best_of(keys, Q, X, k, self, out=(D, I))
+    step = FLOAT32_ON_GPU if on_gpu else 4096
+    for i in range(0, len(unsure), step):
+        rows = unsure[i:i + step].astype(np.int32)
+        x = Q.scaled_rows(rows)
+        keys = gpu_search.near_in_float32(x, X, k + gpu_search.SPARE, _gpu) if on_gpu else _float32_candidates(x, X, k)
+        best_of(keys, Q, X, k, self, rows, out=(D, I), mapped=on_gpu)
+        progress("queries compared in float32", i + len(rows), len(unsure))
+    return D, I
+
+
+def best_and_unsure(keys, error, Q, X, k, self=False, rows=None, **where):
+    """(D, I) of the k best of each list of candidates, and those lists that may lack a better one than these. keys: the best
+    by products that err by `error` (n,) at the most; they are changed. rows: the queries, all if None; out, mapped: as of
+    best_of()."""
+    worst = nb.worst_products(keys)
+    _leave_possible(keys, k, error)
+    D, I = best_of(keys, Q, X, k, self, rows, **where)
+    last = D[:, -1] if rows is None else D[rows, -1]
+    return D, I, np.flatnonzero(last < worst + error) if keys.shape[1] < X.n else np.empty(0, np.int64)
+
+
+def _exact_on_gpu(Q, X, k, progress, self, q=None, x=None):
+    """exact_knn() by a GPU: it finds candidates, and more of them for queries that these leave in doubt. q, x: Q and X there,
+    if they are."""
+    x = x or gpu_search.Rounded(X, _gpu)
+    q = q or (x if self else gpu_search.Rounded(Q, _gpu))
+    D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
+    queries, K = None, k + gpu_search.SPARE
+    for _ in range(2):
+        unsure, done, total = [], 0, Q.n if queries is None else len(queries)
+        for rows, keys, error in gpu_search.near(q, x, K, q.errors_with(x, _error), queries):
+            unsure.append(rows[best_and_unsure(keys, error, Q, X, k, self, rows, out=(D, I), mapped=True)[2]])
+            done += len(rows)
+            progress("queries compared with all vectors", done, total)
+        queries, K = np.concatenate(unsure), MANY_ON_GPU * K
+        if not len(queries):
+            break
+    del q, x
+    _in_float32(D, I, queries, Q, X, k, progress, self, on_gpu=True)
+    gpu_search.release()
+    return D, I
+
+
+def _error(lost, lost_most, q_longest, x_longest):
+    """Bounds of the errors of products of rounded vectors, for each of the first ones:
+    |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums, of 670 terms at the worst."""
+    return lost * (x_longest + lost_most) + q_longest * lost_most + np.float32(4e-5) * q_longest * x_longest
+
+
+def _leave_possible(keys, k, error):
+    """Take out of each list of candidates, in place, what cannot be among its k best: k others are better even if all
+    products err by `error` (n,) to their disfavour."""
+    if keys.shape[1] <= k:
+        return
+    for i in range(0, len(keys), BLOCK):
+        part, e = keys[i:i + BLOCK], error[i:i + BLOCK]
+        least = np.partition(part.view(np.uint64), -k, axis=1)[:, -k].view(np.int64)
+        least = nb.make_keys(nb.similarities(least) - 2 * e, np.where(least == 0, -1, nb.NONE))
+        part[part.view(np.uint64) < least.view(np.uint64)[:, None]] = 0
+
+
+def best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None, mapped=False):
+    """nb.exact_products() of candidates all over the file of X. They are read from it, a part after the other: a map of
+    the file would keep in memory what is near them as well. Files of few vectors, and those whose vectors are all looked up
+    (self), are mapped; others if `mapped`, which is quicker where there is memory."""
+    D, I = out or (np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32))
+    if self or mapped or X.in_memory or X.n < EXACT_BELOW:
+        return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, self, D, I)
+    step = max(1, LOOKED_UP // keys.shape[1])
+    for i in range(0, len(keys), step):
+        part = keys[i:i + step]
+        rows = np.arange(i, i + len(part), dtype=np.int32) if q_number is None else q_number[i:i + step]
+        number = nb.numbers(part)
+        have = number >= 0
+        number, place = np.unique(number[have] if x_number is None else x_number[number[have]], return_inverse=True)
+        found = np.zeros(part.shape, np.int64)
+        found[have] = nb.make_keys(np.zeros(len(place), np.float32), place)
+        nb.exact_products(found, Q.arrays, X.rows(number), k, rows, None, Q.scale, X.factors(number), False, D, I)
+        I[rows] = np.where(I[rows] < 0, -1, number[I[rows]])
+    return D, I
+
+
+def _float32_candidates(xq, X, k):
+    """Keys of the best by products in float32, some more than k, int64 (len(xq), .)."""
+    queries = nb.to_float32(xq)
+    keys = np.zeros((len(xq), min(k + SPARE, X.n)), np.int64)
+    for i in range(0, X.n, FLOAT32_BLOCK):
+        j = min(i + FLOAT32_BLOCK, X.n)
+        nb.search_all(queries, X.converted(nb.to_float32, i, j), keys.shape[1], keys, i)
+    return keys
+
+
+def merge_neighbours(D1, I1, D2, I2, k):
+    """The k best of two neighbour lists per row, each best first; a number stands in one of the two only."""
+    return nb.merge_lists(D1, I1, D2, I2, k)
+
+
+def worst_neighbours(D, I):
+    """The last similarity of each neighbour list, float32 (n,); -inf where there is room for more."""
+    return np.where(I[:, -1] < 0, np.float32(-np.inf), D[:, -1])
+
+
+def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None, replace=None):
+    """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once, and again for new nodes whose
+    neighbours the first products leave in doubt.
+
+    x_new (m, d), numbered from first_new_number on; x: the n existing nodes, with lists D, I (n, >= k), which new nodes enter
+    where they are better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
+    and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
+    those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
+    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), or 8 bytes for each of k + 204 candidates,
+    or up to k + 1088 where new nodes are few; and blocks of x.
+    """
+    def in_place(rows, changed_D, changed_I):
+        D[rows], I[rows] = changed_D, changed_I
+
+    new, X = as_vectors(x_new), as_vectors(x)
+    D_new, I_new = exact_knn(new, new, k, self=True)
+    I_new[I_new >= 0] += first_new_number
+    m = new.n
+    if not m or not X.n:
+        return D_new, I_new
+    progress, replace = progress or silent, replace or in_place
+    worst = worst_neighbours(D, I) if worst is None else worst
+
+    def enter(keys, error, x, scale, i):
+        rows, found_D, found_I = _entering(keys, error, x, scale, new, I.shape[1])
+        found_I[found_I >= 0] += first_new_number
+        rows += i
+        merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, I.shape[1])
+        entered = (merged_I >= first_new_number).any(axis=1)
+        replace(rows[entered], merged_D[entered], merged_I[entered])
+
+    if _on_gpu(new, X):
+        existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
+        for rows, keys, error in gpu_search.near(existing, on_gpu, I.shape[1] + gpu_search.SPARE,
+                                                 existing.errors_with(on_gpu, _error)):
+            i, j = int(rows[0]), int(rows[-1]) + 1
+            keys[nb.similarities(keys) <= (worst[i:j] - error)[:, None]] = 0
+            enter(keys, error, X.stretch(i, j), X.factors(slice(i, j)), i)
+            progress("nodes compared with new ones", j, X.n)
+        return nb.merge_lists(D_new, I_new, *_exact_on_gpu(new, X, k, progress, False, on_gpu, existing), k)
+    new_lost = np.empty(m, np.float32)
+    queries = np.concatenate([new.converted(nb.to_bytes, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
+    lost_most = float(new_lost.max())
+    spare = max(min(ALL_INSERTED // m, FEW_INSERTED), INSERTED_SPARE)
+    keys_new = np.zeros((m, min(k + spare, X.n)), np.int64)
+    X_lost_most = 0.0
+    for i, j in X.blocks():
+        lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), X.factors(slice(i, j))
+        block = nb.to_bytes(x, scale, residual=lost)
+        X_lost_most = max(X_lost_most, float(lost.max()))
+        error = _error(lost, lost_most, X.longest, new.longest)
+        bound = worst[i:j] - error
+        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(I.shape[1] + SPARE, m), axis=1)
+        nb.search_all(queries, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
+        enter(keys, error, x, scale, i)
+        progress("nodes compared with new ones", j, X.n)
+    found_D, found_I, unsure = best_and_unsure(keys_new, _error(new_lost, X_lost_most, new.longest, X.longest), new, X, k)
+    if len(unsure):
+        found_D[unsure], found_I[unsure] = exact_knn(new.scaled_rows(unsure), X, k, spare=MANY_SPARE)
+    return nb.merge_lists(D_new, I_new, found_D, found_I, k)
+
+
+def _entering(keys, error, x, scale, new, k):
+    """(rows, D, I): those of the nodes x that have new ones among `keys`, and the k best of these for each.
+
+    keys: for each node the new ones that may enter its list, as many as there are or all that fit, by products that err by
+    `error`; bars and zeros are none.
+    """
+    rows = np.flatnonzero(nb.numbers(keys[:, 0]) >= 0)      # the best comes first, or the one that made room for others
+    keys, x, scale = np.ascontiguousarray(keys[rows]), x[rows], None if scale is None else scale[rows]
+    D, I = nb.exact_products(keys, x, new.arrays, k, q_scale=scale, x_scale=new.scale)
+    full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < new.n)
+    unsure = np.flatnonzero(full & (D[:, -1] < nb.worst_products(keys) + error[rows]))
+    if len(unsure):
+        D[unsure], I[unsure] = exact_knn(x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, k)
+    return rows, D, I

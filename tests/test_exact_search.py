@@ -1,0 +1,133 @@
+"""lowshot/exact_search.py against float64."""
+import numpy as np
+import pytest
+
+from graph_utils import neighbours as nb
+from lowshot import exact_search, knn
+from lowshot.cells import Cells, Vectors, as_vectors
+from lowshot.features import MatrixFile, NormalisedRows
+from vectors import check_exact, clustered
+
+pytestmark = pytest.mark.usefixtures("products")
+
+
+@pytest.mark.parametrize("nq,n,k", [(0, 5, 3), (5, 0, 3), (1, 1, 1), (1, 1, 4), (7, 3, 5), (40, 700, 30), (300, 90, 10)])
+def test_exact(nq, n, k):
+    q, x = clustered(nq, seed=1), clustered(n, seed=2)
+    check_exact(*exact_search.exact_knn(q, x, k), q, x, k)
+
+
+def test_exact_where_bfloat16_cannot_tell():
+    """Thousands of vectors that differ by less than rounding: the candidates prove nothing, float32 decides."""
+    rs = np.random.RandomState(0)
+    x = np.ones((3000, 32), np.float32) + 1e-3 * rs.randn(3000, 32).astype("f4")
+    x[100:200] = x[0]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    D, I = exact_search.exact_knn(x[:50].copy(), x, 10)
+    S = x[:50].astype("f8") @ x.T
+    np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :10], atol=3e-7)
+    for y in (x, np.concatenate([x, clustered(4000, d=32)])):        # most are in doubt, or fewer
+        D, I = exact_search.exact_knn(y, y, 10, self=True)
+        np.testing.assert_allclose(D, -np.sort(-(y.astype("f8") @ y.T), axis=1)[:, :10], atol=3e-7)
+        np.testing.assert_allclose(D, np.take_along_axis(y.astype("f8") @ y.T, I.astype("i8"), 1), atol=3e-7)
+        assert np.array_equal(I[:, 0], np.arange(len(y)))
+        assert all(len(set(row)) == 10 for row in I.tolist())
+
+
+def test_exact_for_vectors_that_are_not_normalised():
+    rs = np.random.RandomState(0)
+    q, x = 30 * rs.randn(20, 40).astype("f4"), rs.randn(500, 40).astype("f4") * rs.uniform(.01, 50, (500, 1)).astype("f4")
+    D, I = exact_search.exact_knn(q, x, 5)
+    S = q.astype("f8") @ x.T
+    np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :5], rtol=1e-5)
+
+
+def test_candidates_that_cannot_be_among_the_best_are_taken_out():
+    rs = np.random.RandomState(0)
+    S, error = rs.rand(50, 20).astype("f4"), rs.uniform(0, .2, 50).astype("f4")
+    numbers = np.tile(np.arange(20), (50, 1))
+    numbers[7, 3:] = -1
+    keys = nb.make_keys(S, numbers)
+    exact_search._leave_possible(keys, 5, error)
+    least = -np.sort(-S, axis=1)[:, 4] - 2 * error
+    left = nb.numbers(keys)
+    for i in range(50):
+        want = numbers[i, :3] if i == 7 else np.flatnonzero(S[i] >= least[i] - 1e-6)
+        assert set(left[i][left[i] >= 0]) == set(want)
+    assert exact_search._leave_possible(nb.make_keys(S, numbers), 20, error) is None
+
+
+def test_files_are_normalised_as_they_are_read(tmp_path):
+    x, more = 7 * clustered(300, seed=1), clustered(50, seed=2)
+    x[17] = 0
+    x.tofile(tmp_path / "raw")
+    rows = NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 300), more)
+    whole = rows[:]
+    check_exact(*exact_search.exact_knn(more, rows, 9), more, whole, 9)
+    D, I, info = knn.build_knn_graph(rows, 9)
+    check_exact(D, I, whole, whole, 9)
+    assert info["exact"] and (I == np.arange(350)[:, None]).any(axis=1).all()
+    x[123, 4] = np.nan
+    x.tofile(tmp_path / "raw")
+    with pytest.raises(ValueError, match="raw: row 123 holds NaN"):
+        Vectors(rows)
+
+
+def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
+    monkeypatch.setattr(exact_search, "LOOKED_UP", 500)      # eleven queries at a time, of those with all candidates
+    x, more = 7 * clustered(700, seed=1), clustered(150, seed=2)
+    x.tofile(tmp_path / "raw")
+    rows, new, q = NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), more), clustered(90, seed=3), clustered(60)
+    whole = rows[:]
+    for a, b in zip(exact_search.exact_knn(q, rows, 9), exact_search.exact_knn(q, whole, 9)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    D, I = exact_search.exact_knn(whole, whole, 6)
+    check_exact(*exact_search.cross_insert(new, rows, D, I, 850, 6), new, np.concatenate([whole, new]), 6)
+    check_exact(D, I, whole, np.concatenate([whole, new]), 6)
+    cells = Cells.train(Vectors(rows), 20)
+    D, I, info = knn.search_begun(cells, np.concatenate([q] * 40), 7, recall=.999, nprobe=20)()
+    check_exact(D[:60], I[:60], q, whole, 7)
+    assert np.array_equal(I, np.tile(I[:60], (40, 1))) and info["recall"] > .99
+
+
+@pytest.mark.parametrize("n,m,k", [(200, 20, 8), (5, 9, 8), (0, 6, 3), (30, 0, 3), (300, 1, 12), (50, 200, 6)])
+def test_cross_insert(n, m, k):
+    old, new = clustered(n, seed=1), clustered(m, seed=2)
+    everything = np.concatenate([old, new])
+    D, I = exact_search.exact_knn(old, old, k)
+    D_new, I_new = exact_search.cross_insert(new, old, D, I, n, k)
+    check_exact(D_new, I_new, new, everything, k)
+    check_exact(D, I, old, everything, k)
+
+
+def test_cross_insert_of_duplicates():
+    old = clustered(400, seed=1)
+    new = np.concatenate([old[:150], np.tile(old[7], (100, 1)), np.zeros((3, 32), "f4")])
+    D, I = exact_search.exact_knn(old, old, 6)
+    D_new, I_new = exact_search.cross_insert(new, NormalisedRows(old), D, I, 400, 6)
+    check_exact(D_new, I_new, new, np.concatenate([old, new]), 6)
+    check_exact(D, I, old, np.concatenate([old, new]), 6)
+
+
+def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
+    for spare in ("FEW_INSERTED", "INSERTED_SPARE"):
+        monkeypatch.setattr(exact_search, spare, 3)
+    monkeypatch.setattr(exact_search, "SPARE", 4)
+    searched = []
+    exact_knn = exact_search.exact_knn
+
+    def counted(xq, x, *args, **named):
+        searched.append((as_vectors(xq).n, as_vectors(x).n))
+        return exact_knn(xq, x, *args, **named)
+
+    rs = np.random.RandomState(0)
+    everything = clustered(5)[rs.randint(5, size=500)] + rs.randn(500, 32).astype("f4") * 2e-3      # bytes err by as much
+    everything /= np.linalg.norm(everything, axis=1, keepdims=True)
+    old, new = everything[:420].copy(), everything[420:].copy()
+    D, I = exact_knn(old, old, 6)
+    monkeypatch.setattr(exact_search, "exact_knn", counted)
+    D_new, I_new = exact_search.cross_insert(new, old, D, I, 420, 6)
+    assert (80, 420) in searched and any(nq > 100 and n == 80 for nq, n in searched)
+    check_exact(D_new, I_new, new, everything, 6)
+    check_exact(D, I, old, everything, 6)

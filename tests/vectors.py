@@ -1,0 +1,35 @@
+"""Vectors in clusters, and lists of neighbours against float64."""
+import numpy as np
+
+
+def clustered(n, d=32, clusters=12, seed=0, spread=0.6):
+    rs = np.random.RandomState(seed)
+    centres = np.random.RandomState(99).randn(clusters, d)
+    x = centres[rs.randint(0, clusters, n)] + spread * rs.randn(n, d)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def check_exact(D, I, q, x, k, first=0):
+    """Lists are the best in float64, up to equals; padded with -inf and -1."""
+    S = q.astype(np.float64) @ x.T.astype(np.float64)
+    kk = min(k, len(x))
+    assert D.shape == I.shape == (len(q), k) and D.dtype == np.float32 and I.dtype == np.int32
+    assert (I[:, kk:] == -1).all() and (D[:, kk:] == -np.inf).all()
+    if not kk:
+        return
+    np.testing.assert_allclose(D[:, :kk], -np.sort(-S, axis=1)[:, :kk], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(S, (I[:, :kk] - first).astype(np.int64), 1), D[:, :kk], atol=1e-6)
+    assert all(len(set(row)) == kk for row in I[:, :kk].tolist())
+    assert (np.diff(D[:, :kk], axis=1) <= 0).all()
+
+
+def recall(I, q, x, k):
+    want = np.argsort(-(q @ x.T), axis=1)[:, :k]
+    return np.mean([len(np.intersect1d(a, b)) for a, b in zip(I, want)]) / k
+
+
+def with_energies(n, energies, seed=0):
+    """Vectors with these standard deviations along directions at random."""
+    d = len(energies)
+    x = np.random.RandomState(seed).randn(n, d) * energies @ np.linalg.qr(np.random.RandomState(99).randn(d, d))[0]
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
