@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import build_graph
-from lowshot import gpu_search
+from lowshot import faiss_search, gpu_search
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
 from lowshot.script import exclusive
@@ -175,7 +175,7 @@ def test_nprobe(tmp_path):
 
 def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
     x = make_raw(tmp_path, 1000)
-    monkeypatch.setattr(build_graph, "FAISS_BLOCK", 300)
+    monkeypatch.setattr(faiss_search, "BLOCK", 300)
     monkeypatch.setenv("DDIR", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["build_graph.py", "1000", "--index", "HNSW16", "--k", "8", "--dim", str(DIM)])
     save = GraphFiles.save

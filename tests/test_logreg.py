@@ -15,10 +15,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features  # noqa: E402
 from graph_utils import FusedSGD  # noqa: E402
-from logreg import (Checkpoint, Sampler, TorchClassifiers, default_record, evaluate, parse_arguments,  # noqa: E402
-                    point_file, predict_memory)
+from logreg import Checkpoint, Sampler, default_record, evaluate, parse_arguments, point_file, predict_memory  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.split import load_split, test_images as images_to_test  # noqa: E402
+from lowshot.torch_sgd import TorchClassifiers  # noqa: E402
 
 torch.set_num_threads(1)
 LINE = re.compile(r"\[\d+\.\d{3}s\] iteration (\d+) top-5 accuracy: ([01]\.\d{3}) \(([01]\.\d{3}) on novel\)")
