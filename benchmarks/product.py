@@ -64,19 +64,20 @@ def read_graph(args):
         if I.ndim != 2 or I.dtype != np.int32 or I.shape[1] < args.k:
             raise ValueError(f"{args.graph} holds {I.dtype} {I.shape}, int32 with at least {args.k} columns expected")
         return np.ascontiguousarray(I[:, :args.k]), None
-    from lowshot.features import NormalisedRows, map_matrix, normalise_rows
+    from lowshot.cells import Vectors
     from lowshot.exact_search import exact_knn
+    from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
     from lowshot.layout import DataDir
     ddir = DataDir()
     path, _, columns = ddir.find_graph(args.nbg, args.k)
-    I = np.ascontiguousarray(map_matrix(path, "<i4", columns, args.nbg)[:, :args.k])
-    if len(I) != args.nbg:
-        raise ValueError(f"{path} has {len(I)} rows, {args.nbg} expected")
+    if matrix_rows(path, "<i4", columns) != args.nbg:
+        raise ValueError(f"{path} has {matrix_rows(path, '<i4', columns)} rows, {args.nbg} expected")
+    I = np.ascontiguousarray(MatrixFile(path, "<i4", columns, args.nbg)[:][:, :args.k])
     if not os.path.exists(ddir.raw(args.dim)):
         return I, None
-    raw = map_matrix(ddir.raw(args.dim), "<f4", args.dim, args.nbg)[:args.nbg]
+    vectors = Vectors(NormalisedRows(MatrixFile(ddir.raw(args.dim), "<f4", args.dim, args.nbg)))
     nodes = np.sort(np.random.RandomState(0).choice(args.nbg, min(SAMPLE, args.nbg), replace=False))
-    _, exact = exact_knn(normalise_rows(np.array(raw[nodes])), NormalisedRows(raw), min(args.k, args.nbg))
+    _, exact = exact_knn(vectors.scaled_rows(nodes), vectors, min(args.k, args.nbg))
     return I, float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact, I[nodes])]))
 
 

@@ -232,11 +232,6 @@ def matrix_rows(path, dtype, columns, rows=None, maker=None):
     return have // width
 
 
-def map_matrix(path, dtype, columns, rows=None, maker=None):
-    """Memory-map a headerless row-major matrix read-only, (n, columns), after checking its size (see matrix_rows)."""
-    return np.memmap(path, dtype, "r", shape=(matrix_rows(path, dtype, columns, rows, maker), columns))
-
-
 class MatrixFile:
     """The first `rows` rows of a headerless matrix, read where they are asked for: x[i:j] is a new array (j - i, columns).
 

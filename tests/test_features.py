@@ -10,7 +10,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features  # noqa: E402
 from lowshot import features  # noqa: E402
-from lowshot.features import FeatureFile, NormalisedRows, map_matrix, normalise_rows  # noqa: E402
+from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows  # noqa: E402
 
 N, D = 53, 7
 
@@ -215,22 +215,21 @@ def test_empty_file(tmp_path):
         assert f.n == 0 and f.read([]).shape == (0, 3) and list(f.slabs()) == []
 
 
-def test_map_matrix(tmp_path):
+def test_size_of_a_matrix(tmp_path):
     path = str(tmp_path / "m.raw")
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     x.tofile(path)
-    m = map_matrix(path, np.float32, 3)
-    assert np.array_equal(m, x) and not m.flags.writeable
-    assert len(map_matrix(path, np.float32, 3, rows=4)) == 4 and len(map_matrix(path, np.float32, 3, rows=2)) == 4
+    assert np.array_equal(MatrixFile(path, np.float32, 3, 4)[:], x)
+    assert matrix_rows(path, np.float32, 3, rows=4) == 4 and matrix_rows(path, np.float32, 3, rows=2) == 4
     for arguments, message in [((5,), "48 bytes, a multiple of 20 expected"), ((3, 5), r"at least 60 \(5 rows of 12\)"),
                                ((5, 2, "make it"), "expected: truncated or of another shape; make it --overwrite makes it again")]:
         with pytest.raises(ValueError, match=message):
-            map_matrix(path, np.float32, *arguments)
+            matrix_rows(path, np.float32, *arguments)
     open(path, "w").close()
     with pytest.raises(ValueError, match="has 0 bytes"):
-        map_matrix(path, np.float32, 3)
+        matrix_rows(path, np.float32, 3)
     with pytest.raises(ValueError, match="gone does not exist: train makes it"):
-        map_matrix(str(tmp_path / "gone"), np.float32, 3, maker="train")
+        matrix_rows(str(tmp_path / "gone"), np.float32, 3, maker="train")
 
 
 @pytest.mark.parametrize("at_once", [1, 1000, 4000, 1 << 20])
@@ -273,7 +272,7 @@ def test_normalised_rows_of_several_matrices(tmp_path):
     parts[2][1, 2] = np.nan
     parts[2].tofile(path)
     with pytest.raises(ValueError, match="m.raw: row 1 holds NaN"):
-        NormalisedRows(parts[0], map_matrix(path, np.float32, 4))[2:8]
+        NormalisedRows(parts[0], MatrixFile(path, np.float32, 4, 3))[2:8]
 
 
 def test_data_directory_is_the_same_each_time(tmp_path):
@@ -285,4 +284,4 @@ def test_data_directory_is_the_same_each_time(tmp_path):
             assert f.read() == g.read(), name
     x = np.concatenate([read_features(os.path.join(a, f"features/f100m/block{i}.hdf5"))[0] for i in (0, 1)])
     assert x.shape == (500, 64) and (x >= 0).all()
-    assert map_matrix(os.path.join(a, "features/f100m/concatenated_PCAR16.raw"), np.float32, 16).shape == (500, 16)
+    assert matrix_rows(os.path.join(a, "features/f100m/concatenated_PCAR16.raw"), np.float32, 16) == 500
