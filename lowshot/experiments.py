@@ -328,9 +328,12 @@ class Driver:
         # so that jobs end with this process; an exception at any moment might leave a lock of subprocess behind
         ended = []
         previous = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
-        looked = time.time()
+        looked, told = time.time(), False
         try:
             while self.waiting or self.elsewhere or self.running:
+                if self.elsewhere and not (self.waiting or self.running or told):
+                    log(f"  waiting for other drivers, which run {len(self.elsewhere)} of the jobs")
+                    told = True
                 if not self.waiting and time.time() - looked > self.PATIENCE:
                     self.waiting, self.elsewhere, looked = self.elsewhere, [], time.time()
                 while self.waiting and len(self.running) < parallel:

@@ -332,7 +332,7 @@ def test_job_of_a_driver_that_gives_it_up_is_taken_over(tmp_path):
     jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
     with exclusive(jobs[0].log):
         driver = start_driver(jobs)
-        while "1/2 jobs done" not in driver.stdout.readline():
+        while "waiting for other drivers, which run 1 of the jobs" not in driver.stdout.readline():
             pass
         assert jobs[1].result() is not None and not os.path.exists(jobs[0].log)
     assert "[1/2]" in driver.communicate(timeout=20)[0]
