@@ -29,7 +29,7 @@ import numpy as np
 from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, check_outputs, exclusive, log, number, peak_memory, print_header, provenance,
+from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identity, log, number, peak_memory, print_header, provenance,
                             release_memory, remove_left_behind, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
@@ -301,6 +301,7 @@ def main():
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
+    record["files"] = [*key.made_from["files"], file_identity(ddir.label_idx())]
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, k)
     use_gpu(search_device(Backend.device))

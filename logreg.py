@@ -31,8 +31,8 @@ from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.experiments import as_text
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, log,
-                            number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, file_identity,
+                            log, number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
                             write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
@@ -251,6 +251,7 @@ def experiment(args, ddir, record):
     """Train and evaluate what the arguments say, and complete and write the record."""
     from graph_utils import FusedSGD, get_num_threads
     split = load_split(ddir.label_idx(), args.mode)
+    record["files"] = [file_identity(path) for path in (ddir.train, ddir.val, ddir.label_idx()) if os.path.exists(path)]
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]
 
@@ -293,7 +294,7 @@ def experiment(args, ddir, record):
     state = Checkpoint(args.record, {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
-        "files": [os.stat(path).st_mtime_ns for path in (ddir.train, ddir.val, ddir.label_idx())]})
+        "files": record["files"]})
     first, losses, t0 = 0, [], time.time()
     saved = state.load(classifiers)
     if saved:
@@ -314,6 +315,8 @@ def experiment(args, ddir, record):
             loss = f" loss {losses[g]:.4f}" if losses else ""
             log(f"{prefix}[{seconds:.3f}s] iteration {iteration} top-5 accuracy: {top5:.3f} ({novel:.3f} on novel)"
                 + loss)
+            if not np.isfinite(classifiers.weights(g)[1]).all():
+                log(f"note: lr {lr:g} wd {wd:g} diverged, its scores are not numbers")
             runs[g]["results"].append({"iteration": iteration, "top5": top5, "top5_novel": novel, "seconds": seconds})
 
     train(classifiers, sampler, X, args, report,

@@ -10,10 +10,10 @@ again; OUTFILE appears when complete.
 
 The background in blocks of a million images, then the labelled images:
 
-  python save_features.py --cfg f100m_save_data.yaml --model ResNet50 --modelfile $DDIR/models/checkpoints/ResNet50/89.tar
-         --i0 0 --i1 1000000 --outfile $DDIR/features/f100m/block0.hdf5
-  python save_features.py --cfg imagenet_train_save_data.yaml --model ResNet50
-         --modelfile $DDIR/models/checkpoints/ResNet50/89.tar --outfile $DDIR/features/train.hdf5
+  python save_features.py --cfg f100m_save_data.yaml --model ResNet50 --modelfile "$DDIR/models/checkpoints/ResNet50/89.tar" \\
+         --i0 0 --i1 1000000 --outfile "$DDIR/features/f100m/block0.hdf5"
+  python save_features.py --cfg imagenet_train_save_data.yaml --model ResNet50 \\
+         --modelfile "$DDIR/models/checkpoints/ResNet50/89.tar" --outfile "$DDIR/features/train.hdf5"
 """
 import collections
 import concurrent.futures
@@ -114,7 +114,11 @@ def main():
                 report_speed(todo, seconds, [*memory, fed_from_memory()])
     if images.class_names:
         names = images.class_names
-        log(f"{len(names)} classes in sorted order, from label 0, {names[0]}, to {len(names) - 1}, {names[-1]}")
+        log(f"{len(names)} classes in sorted order, from label 0, {names[0]}, to {len(names) - 1}, {names[-1]}; label_idx.json "
+            "counts them from 1")
+        empty = sorted(set(range(len(names))) - set(images.labels(0, len(images)).tolist()))
+        if empty:
+            log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}{' ...' * (len(empty) > 10)}")
     log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory "
         f"{size(peak_memory())} ({size(predicted)} predicted)")
 

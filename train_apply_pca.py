@@ -22,7 +22,7 @@ import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, spread_rows
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, available_memory, clock, exclusive, log, number, peak_memory,
+from lowshot.script import (Parser, Progress, available_memory, check_outputs, clock, exclusive, log, number, peak_memory,
                             print_header, read_json, remove, run, size, whole, write_json)
 
 
@@ -63,6 +63,7 @@ def train(args, block0, path):
         origin = {"dim": args.dim, "rows": n, "block0": identity(f)}
         if complete(path, origin, args.overwrite, lambda: load_pca(path)):
             return
+        check_outputs(path)
         # rows, and a slab being read or, later, the covariance matrix in float32 and its eigenvectors in float64
         memory = 4 * n * f.d + max(min(SLAB_BYTES, 4 * n * f.d), 12 * f.d * f.d)
         print_header(args, step="train", rows=n, columns=f.d, predicted_memory=size(peak_memory() + memory))

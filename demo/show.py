@@ -10,7 +10,7 @@ reads   $DDIR/logs/{diffusion,logreg}/EXPERIMENT/*.json
         FILE.npz of diffusion.py --storeexamples, and the images, for the contact sheet
 writes  --figure and --sheet, PNG
 
-    python demo/show.py --figure $DDIR/demo_figure.png --sheet $DDIR/demo_examples.png --examples $DDIR/examples.npz
+    python demo/show.py --figure figure.png --sheet examples.png --examples "$DDIR/demo_examples.npz"
 """
 import glob
 import io

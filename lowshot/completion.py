@@ -22,7 +22,7 @@ from lowshot.layout import graph_command, pca_command
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import Sample
-from lowshot.script import Progress, exclusive, read_json, show_progress, whole, write_json
+from lowshot.script import Progress, exclusive, file_identity, read_json, show_progress, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 8
@@ -191,12 +191,6 @@ def add_novel(fixed, x, novel):
     rank = np.concatenate([fixed.load("rank"), np.arange(n, n + m, dtype=np.int32)])
     rows, after = map(np.concatenate, zip(*changed))
     return Changes(rows, I[rows], after, novel_I, test_I, rank)
-
-
-def file_identity(path):
-    """What tells whether a file is still the same: name, size, time of last change."""
-    s = os.stat(path)
-    return [os.path.basename(path), s.st_size, s.st_mtime_ns]
 
 
 class FixedPart:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lowshot.script import clock, exclusive, log, read_json
+from lowshot.script import clock, exclusive, file_identity, log, read_json
 
 SYSTEMS = ("logreg", "diffusion")
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -42,7 +42,7 @@ class Experiment:
     LISTS = {"nlabeled", "seeds", "lr", "wd", "batchsize", "nbg"}
     REALS = {"lr", "wd", "mom"}
     CHOICES = {"precision": ("float32", "bfloat16")}
-    LEAST = {"nlabeled": 1, "batchsize": 1, "maxiter": 1, "evalevery": 1, "k": 1, "dim": 1}
+    LEAST = {"nlabeled": 1, "batchsize": 1, "maxiter": 1, "k": 1, "dim": 1}
     MOST = {"seeds": 2 ** 32 - 1, "mom": 1}
 
     def __init__(self, path, environment=os.environ):
@@ -95,7 +95,8 @@ class Experiment:
                            for v in values)):
             what = "a list of different numbers" if key in self.LISTS else "a number"
             most = f" and <= {self.MOST[key]}" if key in self.MOST else ""
-            raise ValueError(f"{self.path}: {where}{key} must be {what} >= {self.LEAST.get(key, 0)}{most}, found {value!r}")
+            raise ValueError(f"{self.path}: {where}{key} must be {what} >= {self.LEAST.get(key, 0)}{most}, found {value!r}"
+                             + " (YAML takes 1e-3 for text: 0.001 or 1.0e-3)" * ("e-" in str(value)))
         return value
 
     def folder(self, system, ddir):
@@ -119,8 +120,7 @@ def numbers(text, name):
 class Job:
     """One run of a script: its name, the arguments that make it, and the record it writes.
 
-    record holds the path; inputs are the files that the result depends on: a record older than one of them is of
-    other data.
+    record holds the path; inputs are the files that the result depends on, and that a record must name as they are.
     """
     name: str
     script: str
@@ -140,9 +140,8 @@ class Job:
         return [*words, "--record", self.record]
 
     def result(self):
-        """The record if it is complete, of these arguments and not older than the data; None otherwise."""
+        """The record if it is complete, of these arguments and of the data as they are; None otherwise."""
         try:
-            written = os.stat(self.record).st_mtime_ns
             record = read_json(self.record)
         except (OSError, ValueError):
             return None
@@ -153,11 +152,15 @@ class Job:
             return None
         if not has_figures(record):
             return None
-        return None if self.newer_input(written) else record
+        return None if self.other_input(record.get("files")) else record
 
-    def newer_input(self, written):
-        """A file that the result depends on and that was changed after `written`, in nanoseconds; None if there is none."""
-        return next((path for path in self.inputs if os.path.exists(path) and os.stat(path).st_mtime_ns > written), None)
+    def files(self):
+        """Identities of the inputs that are there."""
+        return [file_identity(path) for path in self.inputs if os.path.exists(path)]
+
+    def other_input(self, files):
+        """The name of an input that is not as one of `files` says; None if there is none."""
+        return next((f[0] for f in self.files() if not isinstance(files, list) or f not in files), None)
 
 
 def defaults(job):
@@ -194,9 +197,9 @@ def as_text(value):
 
 
 def short_path(path):
-    """Relative to the current folder where that is shorter to read, i.e. below it."""
+    """Relative to the checkout where it is below that and commands are printed there."""
     relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
+    return path if relative.startswith("..") or os.getcwd() != CHECKOUT else relative
 
 
 def make_job(e, system, ddir, name, arguments, inputs):
@@ -274,13 +277,19 @@ def test_jobs(e, system, ddir, parameters, source):
     return jobs
 
 
-def check_age(path, jobs):
-    """ValueError where the parameters in the file `path` were chosen before the data of these jobs was changed."""
-    written = os.stat(path).st_mtime_ns
+def check_chosen(e, parameters, jobs, path):
+    """ValueError where the parameters, of the file `path`, were not chosen for the data and k of these jobs; a line where it
+    was by other seeds. Those written by hand, which do not say, are taken as they are."""
     for job in jobs:
-        newer = job.newer_input(written)
-        if newer:
-            raise ValueError(f"{path} is older than {newer}: phases 1 and 2 choose parameters for the data as it is now")
+        a = job.arguments
+        p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
+        other = job.other_input(p["files"]) if "files" in p else None
+        other = other or next((f"{key} {p[key]}" for key in ("k", "dim") if p.get(key, a.get(key)) != a.get(key)), None)
+        if other:
+            raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
+    of_seeds = {tuple(p["seeds"]) for p in leaves(parameters) if isinstance(p.get("seeds"), list)}
+    for seeds in of_seeds - {tuple(e.seeds)}:
+        log(f"note: {path} has parameters that were chosen by the seeds {as_text(seeds)}, not {as_text(e.seeds)}")
 
 
 def run_jobs(jobs, parallel, environment=os.environ):
@@ -356,25 +365,34 @@ class Driver:
         with contextlib.ExitStack() as lock:
             try:
                 lock.enter_context(exclusive(job.log))
+                output = lock.enter_context(open(job.log, "a"))
             except ValueError:          # until that driver is done with it, or is killed
                 self.elsewhere.append(job)
+                return
+            except OSError as e:        # another user's, say
+                self._fail(job, e)
                 return
             if job.result() is not None:
                 self._count(f"{job.name}: by another driver")
                 return
             log(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {self.prefix} {shlex.join(job.command())}")
-            with open(job.log, "w") as output:
-                process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                           env=self.environment, preexec_fn=end_with_parent)
+            output.truncate(0)
+            process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                       env=self.environment, preexec_fn=end_with_parent)
             self.running[process] = job, lock.pop_all()
 
     def _finish(self, process):
         job, lock = self.running.pop(process)
-        if process.returncode or job.result() is None:
-            self.failed.append(job.name)
-            why = f"status {process.returncode}" if process.returncode else "no complete record"
-            log(f"  {job.name} FAILED ({why}): {last_line(job.log)}")
-        lock.close()
+        with lock:
+            if process.returncode or job.result() is None:
+                why = f"status {process.returncode}" if process.returncode else "no complete record"
+                self._fail(job, f"({why}): {last_line(job.log)}")
+            else:
+                self._count()
+
+    def _fail(self, job, why):
+        self.failed.append(job.name)
+        log(f"  {job.name} FAILED {why}")
         self._count()
 
     def _count(self, how=""):
@@ -429,10 +447,11 @@ def choose(e, system, ddir):
     Of settings that are equally good the one with fewer iterations is taken, then the first of the grid.
     """
     jobs = validation_jobs(e, system, ddir)
-    groups = {}         # (nbg or None, n) -> {setting: [curve per seed]}
+    groups, files = {}, {}      # (nbg or None, n) -> {setting: [curve per seed]}, what they are made from
     for job, record in zip(jobs, records_of(jobs, 1)):
         a = job.arguments
         settings = groups.setdefault((a.get("nbg"), a["nlabeled"]), {})
+        files[a.get("nbg"), a["nlabeled"]] = job.files()
         if system == "diffusion":
             settings.setdefault((), []).append(record["results"])
         else:
@@ -445,11 +464,11 @@ def choose(e, system, ddir):
         setting = min((s for s in found if found[s][1] >= top - 1e-12), key=lambda s: found[s][0])
         iteration, top5, novel = found[setting]
         if system == "diffusion":
-            parameters = {"niter": iteration}
+            parameters = {"niter": iteration, **{key: e.diffusion[key] for key in ("k", "dim") if key in e.diffusion}}
         else:
             parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
-        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds}
+        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": files[nbg, n]}
     return chosen
 
 
@@ -479,13 +498,20 @@ def read_parameters(e, system, ddir, source):
     return parameters
 
 
+def leaves(tree):
+    """The parameters in a tree of choose(): dicts that hold no dicts."""
+    if not any(isinstance(v, dict) for v in tree.values()):
+        return [tree]
+    return [leaf for v in tree.values() for leaf in leaves(v)]
+
+
 def are_parameters(tree, system):
     """Whether a tree is what choose() returns."""
-    def leaves(tree, depth):
+    def are(tree, depth):
         if not isinstance(tree, dict):
             return False
         if depth:
-            return all(leaves(v, depth - 1) for v in tree.values())
+            return all(are(v, depth - 1) for v in tree.values())
         return all(is_number(tree.get(key)) for key in (("niter",) if system == "diffusion" else
                                                         ("lr", "wd", "batchsize", "maxiter")))
-    return leaves(tree, 2 if system == "diffusion" else 1)
+    return are(tree, 2 if system == "diffusion" else 1)

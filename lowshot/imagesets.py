@@ -347,7 +347,7 @@ class FileSet:
     def read(self, i):
         # a few system calls: a Python file object takes as long as decoding a small image
         try:
-            fd = os.open(self._path(i), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._path(i), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)     # not to wait for what is no file
         except FileNotFoundError as e:
             raise Missing(str(e))
         try:

@@ -31,6 +31,10 @@ class DataDir:
             raise ValueError("the environment variable DDIR is not set: it names the data directory (see README.md)")
         if not os.path.isdir(root):
             raise ValueError(f"DDIR={root} is not a directory")
+        try:
+            root.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"DDIR={root!r} is not UTF-8, which Faiss expects of file names")
         self.root = root
 
     def path(self, *parts):

@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_age, choose, merge, read_parameters,
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_chosen, choose, merge, read_parameters,
                                  run_jobs, test_jobs, validation_jobs)
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
@@ -60,6 +60,8 @@ def main():
         if phase not in PHASES:
             p.error(f"{'no phase' if phase is None else f'unknown phase {phase!r}'}: the phases are "
                     + ", ".join(f"{k} ({v})" for k, v in PHASES.items()))
+    if os.environ.get("DDIR") and os.getcwd() != CHECKOUT:
+        os.environ["DDIR"] = os.path.abspath(os.environ["DDIR"])        # commands are printed for use in the checkout
     ddir = DataDir()
     e = Experiment(path or os.path.join(CHECKOUT, "configs", "paper.yaml"))
     source = os.environ.get("PARAMS") or "chosen"
@@ -72,9 +74,10 @@ def main():
     elif phase == "2":
         phase_choose(e, args.what, ddir)
     else:
-        jobs = test_jobs(e, args.what, ddir, read_parameters(e, args.what, ddir, source), source)
+        parameters = read_parameters(e, args.what, ddir, source)
+        jobs = test_jobs(e, args.what, ddir, parameters, source)
         if source == "chosen":
-            check_age(e.parameters_path(args.what, ddir), jobs)
+            check_chosen(e, parameters, jobs, e.parameters_path(args.what, ddir))
         if phase == "3":
             run_jobs(jobs, whole_number("JOBS", 1))
         else:

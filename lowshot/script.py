@@ -203,6 +203,12 @@ def whole(path):
         remove(temporary)
 
 
+def file_identity(path):
+    """What tells whether a file is still the same: name, size, time of last change in nanoseconds."""
+    s = os.stat(path)
+    return [os.path.basename(path), s.st_size, s.st_mtime_ns]
+
+
 def remove_left_behind(path):
     """Remove what processes that were killed while they wrote `path` left of it."""
     for temporary in glob.glob(_temporary(glob.escape(os.path.realpath(path)), "*")):

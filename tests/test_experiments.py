@@ -50,7 +50,7 @@ def write_record(job, results=None, complete=True, **changes):
 
     def listed(figures):
         return [{"iteration": i, "top5": a, "top5_novel": b} for i, (a, b) in figures.items()]
-    content = {"arguments": arguments, "complete": complete}
+    content = {"arguments": arguments, "complete": complete, "files": job.files()}
     if job.script == "logreg.py":
         content["runs"] = [{"lr": lr, "wd": wd, "results": listed(figures)} for (lr, wd), figures in results.items()]
     else:
@@ -164,9 +164,12 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     assert diffusion.result() is None
     write_record(diffusion)
     train = os.stat(ddir.train)
-    os.utime(ddir.train, (time.time() + 60,) * 2)
-    assert diffusion.result() is None
-    os.utime(ddir.train, (train.st_atime, train.st_mtime))
+    for changed in (time.time() + 60, 1):       # also by older data
+        os.utime(ddir.train, (changed,) * 2)
+        assert diffusion.result() is None
+    os.utime(ddir.train, ns=(train.st_atime_ns, train.st_mtime_ns))
+    assert diffusion.result() is not None
+    os.utime(diffusion.record, (1, 1))          # clocks may differ
     assert diffusion.result() is not None
     write_record(logreg, {(0.01, 0.0): {500: (0.5, 0.5)}})
     assert logreg.result() is not None
@@ -326,6 +329,14 @@ def test_drivers_divide_the_jobs(tmp_path):
         assert sum(f"[{i + 1}/6]" in out for out in outputs) == 1
     assert all("6/6 jobs done" in out for out in outputs)
     assert not glob.glob(str(tmp_path / "logs" / "*.lock"))
+
+
+def test_a_job_whose_log_cannot_be_written_fails_alone(tmp_path, capsys):
+    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
+    os.makedirs(jobs[0].log)
+    with pytest.raises(ValueError, match="1 of 2 jobs failed: job0"):
+        experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
+    assert "job0 FAILED" in capsys.readouterr().out and jobs[1].result() is not None
 
 
 def test_job_of_a_driver_that_gives_it_up_is_taken_over(tmp_path):
@@ -516,12 +527,32 @@ def test_phases_2_and_4(finished, ddir, monkeypatch, capsys):
     assert code == 0 and "no background" in out.out
 
 
-def test_parameters_that_are_older_than_the_data_are_refused(finished, ddir, monkeypatch, capsys):
-    path = finished.parameters_path("logreg", ddir)
-    os.utime(ddir.train, ns=(os.stat(path).st_mtime_ns + 1,) * 2)
+def test_parameters_of_other_data_or_settings_are_refused(finished, tmp_path, ddir, monkeypatch, capsys):
+    for job in experiments.validation_jobs(finished, "diffusion", ddir):
+        write_record(job, {i: (0.5 + (i == 2) / 10, 0.3) for i in range(5)})
+    words = dict(DDIR=ddir.root, JOBS="0")
+    assert call(monkeypatch, capsys, "diffusion", "2", finished.path, **words)[0] == 0
+    assert call(monkeypatch, capsys, "diffusion", "3", finished.path, **words)[0] == 0
+    code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words, SEEDS="5 6")
+    assert code == 0 and "has parameters that were chosen by the seeds 1,2, not 5,6" in out.out
+    experiment(tmp_path, TINY.replace("k: 10", "k: 5"))
+    path = finished.parameters_path("diffusion", ddir)
+    code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words)
+    assert code == 1 and f"{path} was chosen for another k 10: phases 1 and 2" in out.err
+    experiment(tmp_path)
+    os.utime(ddir.train, (1, 1))
     for phase in "34":
-        code, out = call(monkeypatch, capsys, "logreg", phase, finished.path, DDIR=ddir.root)
-        assert code == 1 and f"{path} is older than {ddir.train}: phases 1 and 2" in out.err
+        code, out = call(monkeypatch, capsys, "diffusion", phase, finished.path, **words)
+        assert code == 1 and f"{path} was chosen for another train.hdf5: phases 1 and 2" in out.err
+
+
+def test_printed_commands_are_for_the_checkout(ddir, tmp_path, monkeypatch, capsys):
+    path = experiment(tmp_path).path
+    monkeypatch.chdir(os.path.dirname(ddir.root))
+    code, out = call(monkeypatch, capsys, "logreg", "1", path, DDIR=os.path.basename(ddir.root), JOBS="0")
+    words = out.out.splitlines()[0].split()
+    assert code == 0 and words[0] == f"DDIR={ddir.root}" and words[2] == os.path.join(CHECKOUT, "logreg.py")
+    assert words[-1].startswith(ddir.root)
 
 
 @pytest.mark.parametrize("arguments, environment, message", [

@@ -161,6 +161,13 @@ def test_empty_or_missing_root(tmp_path):
         ZipSet(str(tmp_path / "x"), 100)
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"image")
+    images = folder_set(str(tmp_path))
+    assert [images.read(i) for i in range(2)] == [b"", b"image"]
+
+
 def test_truncated_zip_and_damaged_members(tmp_path):
     path = tmp_path / "00/000.zip"
     write_zip(str(path), {f"{i:03d}.jpg": picture(i) for i in range(20)})
