@@ -218,6 +218,8 @@ class FixedPart:
         a = np.empty(shape, dtype)
         with open(path, "rb") as f:
             read_into(f.fileno(), a, offset, path)
+        if name in ("base", "test", "scale") and not np.isfinite(a).all():
+            raise ValueError(f"{self.folder} is damaged ({name}.npy holds NaN or infinity): remove it, and run this again")
         return a
 
     def mapped(self, name):

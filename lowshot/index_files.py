@@ -121,6 +121,9 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
 def check_index(index, vectors, path, remedy):
     """The same for the vectors that an IVF,Flat or Flat index holds, those of some of its lists."""
     def compare(number, x):
+        if number.min() < 0 or number.max() >= vectors.n:
+            raise ValueError(f"{path} is damaged, or made from others: it numbers its {vectors.n} vectors up to {number.max()}; "
+                             f"{remedy}")
         with np.errstate(all="ignore"):         # of what is damaged
             wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
         if wrong.any():

@@ -371,6 +371,12 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     os.truncate(index, 0)
     assert "truncated or not a Faiss index" in run(tmp_path, 300, "--k", 8).stderr
     os.unlink(index)
+    made = run(tmp_path, 300, "--k", 8, "--index", "IVF5,Flat")
+    assert made.returncode == 0, made.stderr
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-1000] + np.random.RandomState(0).bytes(1000))
+    assert "is damaged, or made from others" in run(tmp_path, 300, "--k", 8).stderr
+    os.unlink(index)
     assert "in other dimensions; --overwrite" in run(tmp_path, 300, "--k", 8, dim=DIM - 2).stderr
     done = run(tmp_path, 300, "--k", 8)
     assert done.returncode == 0 and "and kept" in done.stdout and index.exists()

@@ -202,7 +202,8 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
     I = np.load(os.path.join(folder, "I.npy"))
     np.save(os.path.join(folder, "I.npy"), I[:-1])
     assert "images: from " not in diffusion(root, *arguments)
-    for name, wrong in (("rank", -1), ("rank", 3), ("test_I", 10 ** 6), ("indices", 10 ** 6), ("indptr", -4), ("nsingle", 999)):
+    for name, wrong in (("rank", -1), ("rank", 3), ("test_I", 10 ** 6), ("indices", 10 ** 6), ("indptr", -4), ("nsingle", 999),
+                        ("base", np.nan), ("scale", np.inf)):
         path = os.path.join(folder, name + ".npy")
         a = np.load(path)
         whole = a.copy()
