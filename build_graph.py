@@ -191,7 +191,12 @@ def stored_index(path, vectors, args, progress, log):
     remove_left_behind(path)
     if os.path.exists(path):
         index = checked_index(path, vectors)
-        return index, Cells(vectors, *cells_of_index(index)) if is_plain_ivf(index) else None
+        if not is_plain_ivf(index):
+            return index, None
+        try:
+            return index, Cells(vectors, *cells_of_index(index))
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}; --overwrite makes it again")
     factory = args.index
     if factory == "auto":
         factory = "Flat" if n < EXACT_BELOW else f"IVF{default_nlist(n)},Flat"

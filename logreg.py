@@ -295,7 +295,7 @@ def experiment(args, ddir, record):
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": record["files"]})
-    first, losses, t0 = 0, [], time.time()
+    first, losses, diverged, t0 = 0, [], set(), time.time()
     saved = state.load(classifiers)
     if saved:
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
@@ -315,9 +315,10 @@ def experiment(args, ddir, record):
             loss = f" loss {losses[g]:.4f}" if losses else ""
             log(f"{prefix}[{seconds:.3f}s] iteration {iteration} top-5 accuracy: {top5:.3f} ({novel:.3f} on novel)"
                 + loss)
-            if not np.isfinite(classifiers.weights(g)[1]).all():
-                log(f"note: lr {lr:g} wd {wd:g} diverged, its scores are not numbers")
             runs[g]["results"].append({"iteration": iteration, "top5": top5, "top5_novel": novel, "seconds": seconds})
+            if g not in diverged and not np.isfinite(classifiers.weights(g)[1]).all():
+                diverged.add(g)
+                log(f"note: lr {lr:g} wd {wd:g} diverged, its scores are not numbers")
 
     train(classifiers, sampler, X, args, report,
           lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,

@@ -14,8 +14,8 @@
 # NLABELED, SEEDS   lists that replace the file's, e.g. NLABELED="1 2"
 # PYTHON    interpreter (default: .venv/bin/python beside this file if it is there, else python3)
 #
-# Jobs whose record is complete are not run again. The same command on machines that share the folders divides the jobs. A failed
-# job is named, the others go on, the exit status is 1.
+# Jobs whose record is complete, and of the data as they are, are not run again. The same command on machines that share the
+# folders divides the jobs. A failed job is named, the others go on, the exit status is 1.
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -118,7 +118,8 @@ def main():
             "counts them from 1")
         empty = sorted(set(range(len(names))) - set(images.labels(0, len(images)).tolist()))
         if empty:
-            log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}{' ...' * (len(empty) > 10)}")
+            log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}"
+                + " ..." * (len(empty) > 10))
     log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory "
         f"{size(peak_memory())} ({size(predicted)} predicted)")
 

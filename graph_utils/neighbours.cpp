@@ -910,7 +910,8 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nl
                   const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
-    if (K < 1 || nprobe < 1) throw std::invalid_argument("search_cells: K or nprobe is less than 1");
+    if (K < 1 || nprobe < 1 || nlist < 1)
+        throw std::invalid_argument("search_cells: K, nprobe or the number of cells is less than 1");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
     const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
     DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,

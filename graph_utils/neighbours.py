@@ -236,7 +236,8 @@ def descent_round(X, keys, R=32, seed=0, progress=None, block=1 << 16):
 
     For each node, its neighbours and up to R of its reverse neighbours are compared with each other, where at least
     one of the two entered its list since the last round. progress: called with the number of nodes done.
-    Returns the number of insertions, which depends on when threads look, as the lists do not. Memory: 8 bytes per entry of keys besides.
+    Returns the number of insertions, which depends on when threads look, as the lists do not. Memory: 8 bytes per entry of
+    keys besides.
     """
     n, K = keys.shape
     words = _words(X, "X")

@@ -198,7 +198,8 @@ class FixedPart:
 
     Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, worst (n,) as of
     exact_search.worst_neighbours(); rank int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr,
-    indices, nsingle as of SymmetricGraph. They are in memory, or in the files of a folder, from where they are read when asked for.
+    indices, nsingle as of SymmetricGraph. They are in memory, or in the files of a folder, from where they are read when asked
+    for.
     """
 
     # dtype, and a letter for each dimension

@@ -284,7 +284,8 @@ def check_chosen(e, parameters, jobs, path):
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
         other = job.other_input(p["files"]) if "files" in p else None
-        other = other or next((f"{key} {p[key]}" for key in ("k", "dim") if p.get(key, a.get(key)) != a.get(key)), None)
+        settings = {**defaults(job), **a}
+        other = other or next((f"{key} {p[key]}" for key in ("k", "dim") if key in p and p[key] != settings[key]), None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
     of_seeds = {tuple(p["seeds"]) for p in leaves(parameters) if isinstance(p.get("seeds"), list)}
@@ -330,6 +331,7 @@ class Driver:
         self.jobs, self.prefix, self.environment = jobs, prefix, environment
         self.waiting, self.elsewhere = list(jobs), []
         self.running = {}       # process -> its job and the lock of this
+        self.met = set()        # names of jobs that other drivers ran
         self.done, self.failed, self.t0 = 0, [], time.time()
 
     def run(self, parallel):
@@ -368,12 +370,16 @@ class Driver:
                 output = lock.enter_context(open(job.log, "a"))
             except ValueError:          # until that driver is done with it, or is killed
                 self.elsewhere.append(job)
+                self.met.add(job.name)
                 return
             except OSError as e:        # another user's, say
                 self._fail(job, e)
                 return
             if job.result() is not None:
                 self._count(f"{job.name}: by another driver")
+                return
+            if job.name in self.met and last_line(job.log).startswith("FAILED"):
+                self._fail(job, f"for another driver: {last_line(job.log)}")
                 return
             log(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {self.prefix} {shlex.join(job.command())}")
             output.truncate(0)
@@ -387,6 +393,8 @@ class Driver:
             if process.returncode or job.result() is None:
                 why = f"status {process.returncode}" if process.returncode else "no complete record"
                 self._fail(job, f"({why}): {last_line(job.log)}")
+                with open(job.log, "a") as output:
+                    print(f"FAILED ({why})", file=output)
             else:
                 self._count()
 
@@ -464,7 +472,7 @@ def choose(e, system, ddir):
         setting = min((s for s in found if found[s][1] >= top - 1e-12), key=lambda s: found[s][0])
         iteration, top5, novel = found[setting]
         if system == "diffusion":
-            parameters = {"niter": iteration, **{key: e.diffusion[key] for key in ("k", "dim") if key in e.diffusion}}
+            parameters = {"niter": iteration, **{key: {**defaults(job), **job.arguments}[key] for key in ("k", "dim")}}
         else:
             parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})

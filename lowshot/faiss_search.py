@@ -44,7 +44,7 @@ def on_gpus(index, device):
 
 
 def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
-    """The graph by searching the index with Faiss, block after block: index_files.GraphFiles.
+    """The graph by searching the index with Faiss, block after block, into files, index_files.GraphFiles.
 
     vectors: cells.Vectors. gpu_index: the same on GPUs, or None. args: those of build_graph.py, recall, nprobe, seed. Returns
     info (recall, nprobe, exact).

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by comparing all vectors on a GPU: what lowshot/knn.py's exact_knn() does where there is one.
+"""Exact nearest neighbours by comparing all vectors on a GPU: what lowshot/exact_search.py's exact_knn() does where there is one.
 
 Products are of vectors in float16. They give some more candidates than neighbours, which are compared in float32 by the
 library's code for CPUs, as those of other searches are, while the GPU goes on with the next queries.

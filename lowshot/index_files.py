@@ -47,7 +47,7 @@ def cells_of_index(index):
             ids = lists.get_ids(c)
             number = faiss.rev_swig_ptr(ids, size)
             if number.min() < 0 or number.max() >= index.ntotal:
-                raise ValueError(f"the index numbers its {index.ntotal} vectors up to {number.max()}")
+                raise ValueError(f"the index numbers its {index.ntotal} vectors {number.min()} .. {number.max()}")
             cell[number] = c
             lists.release_ids(c, ids)
     if (cell < 0).any():
@@ -122,8 +122,8 @@ def check_index(index, vectors, path, remedy):
     """The same for the vectors that an IVF,Flat or Flat index holds, those of some of its lists."""
     def compare(number, x):
         if number.min() < 0 or number.max() >= vectors.n:
-            raise ValueError(f"{path} is damaged, or made from others: it numbers its {vectors.n} vectors up to {number.max()}; "
-                             f"{remedy}")
+            raise ValueError(f"{path} is damaged, or made from others: it numbers its {vectors.n} vectors {number.min()} .. "
+                             f"{number.max()}; {remedy}")
         with np.errstate(all="ignore"):         # of what is damaged
             wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
         if wrong.any():

@@ -6,7 +6,7 @@ Vectors, lists D, I and `progress` are as in exact_search.py.
     build_knn_graph(x, k, recall=.95, initial=(D, I), cells=cells) -> D, I, info
     search_begun(cells, xq, k, recall=.95)() -> D, I, info
 
-Below EXACT_BELOW vectors all is exact, and with a GPU (use_gpu) where that compares all with all quickly enough; otherwise
+Below exact_search.EXACT_BELOW vectors all is exact, and with a GPU (exact_search.use_gpu) where that compares all with all quickly enough; otherwise
 recall is measured on a sample by exact search, and raised until it is reached.
 """
 import numpy as np
@@ -32,9 +32,9 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
                     checkpoint=None, release=False, sample=None, exact=False):
     """The graph of each vector's k nearest, itself included.
 
-    Sets below EXACT_BELOW are compared whole, and others if `exact`, for GPUs. Of larger ones, the vectors of each node's
-    nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where that is quicker, until
-    recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known lists stay as they
+    Sets below exact_search.EXACT_BELOW are compared whole, and others if `exact`, for GPUs. Of larger ones, the vectors of each
+    node's nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where that is quicker,
+    until recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known lists stay as they
     are. Deterministic for a seed, and whatever the number of threads but for rounding in projections by BLAS.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall

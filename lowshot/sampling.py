@@ -14,11 +14,11 @@ CODES_SAMPLE = 4            # of these, every fourth tells what codes lose
 CODES_AT_ONCE = 25          # so many of them at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
 SPARE_LISTED = 8            # candidates beyond k at least, where nothing is proven
-SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share cells are largest at this number
+SEARCH_BLOCK = 1 << 19      # queries between reports; groups of queries that share few cells are largest from this number on
 REVERSE = 32                # reverse neighbours that take part in a round of neighbours-of-neighbours; twice as many
                             # where lists are longer
 MISSED = .001               # recall that may be lost where the nearest cells are looked for among few
-WIDE_LEAST = 64             # how long the lists are then at least
+WIDE_LEAST = 64             # how long longer lists (knn.WIDE_FROM) are at least
 
 
 def sampled(n, size, seed):

@@ -63,7 +63,8 @@ def run(main):
         if os.environ.get("LOWSHOT_TRACEBACK"):
             raise
         text = " ".join(str(e).split())
-        if not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):  # input that nobody thought of, or an error of ours
+        # what remains is input that nobody thought of, or an error of ours
+        if not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):
             text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1

@@ -131,3 +131,18 @@ def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
     assert (80, 420) in searched and any(nq > 100 and n == 80 for nq, n in searched)
     check_exact(D_new, I_new, new, everything, 6)
     check_exact(D, I, old, everything, 6)
+
+
+def test_merge():
+    D, I = exact_search.merge_neighbours(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
+    assert I.tolist() == [[8, 3]] and D.dtype == np.float32
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda: exact_search.exact_knn(np.ones((2, 3), "f4"), np.ones((2, 4), "f4"), 1), "queries have 3 columns, vectors 4"),
+    (lambda: Vectors(np.array([[1, np.inf]], "f4")), "row 0 holds NaN"),
+    (lambda: exact_search.exact_knn(np.ones((2, 3), "f4"), np.array([[0] * 3, [np.nan] * 3], "f4"), 1), "row 1 holds NaN"),
+])
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -350,6 +350,21 @@ def test_job_of_a_driver_that_gives_it_up_is_taken_over(tmp_path):
     assert driver.returncode == 0 and jobs[0].result() is not None
 
 
+def test_a_job_that_failed_for_another_driver_is_not_tried_again(tmp_path):
+    jobs = stand_in_jobs(tmp_path, {"fail": "yes"}, {"a": 2})
+    with exclusive(jobs[0].log):
+        driver = start_driver(jobs)
+        while "waiting for other drivers" not in driver.stdout.readline():
+            pass
+        with open(jobs[0].log, "w") as f:
+            f.write("some error\nFAILED (status 1)\n")
+    out = driver.communicate(timeout=20)[0]
+    assert driver.returncode and "job0 FAILED for another driver" in out and "[1/2]" not in out
+    with pytest.raises(ValueError, match="1 of 1 jobs failed: job0"):
+        experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
+    assert open(jobs[0].log).read().endswith("fails, as it was told to\nFAILED (status 1)\n")
+
+
 # ----------------------------------------------------------------------------------------------------------- choose
 
 def curve(*figures):

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from graph_utils import SymmetricGraph, gpu, neighbour_sums  # noqa: E402
+from graph_utils import gpu, neighbour_sums  # noqa: E402
 from graph_utils import neighbours as nb  # noqa: E402
 from lowshot import exact_search, gpu_search, knn  # noqa: E402
 from lowshot.cells import Vectors  # noqa: E402

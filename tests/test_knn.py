@@ -6,7 +6,6 @@ from graph_utils import neighbours as nb
 from lowshot import cells as cells_module, exact_search, knn, sampling
 from lowshot.cells import Cells, Codes, Vectors, default_nlist, train_centroids, ways_to_cells
 from lowshot.features import NormalisedRows
-from lowshot.layout import padded_to_power_of_two
 from lowshot.script import silent
 from vectors import clustered, recall, with_energies
 
@@ -272,19 +271,3 @@ def test_completion_by_half_the_dimensions():
     D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, nprobe=30)
     assert cells.codes.words(256) == 33 and recall(I, x, x, k) > .98 and recall(I[:n0], x[:n0], x, k) > .98
     np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
-
-
-def test_merge_and_columns():
-    D, I = exact_search.merge_neighbours(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
-    assert I.tolist() == [[8, 3]] and D.dtype == np.float32
-    assert [padded_to_power_of_two(k) for k in (1, 2, 3, 30, 32, 33)] == [1, 2, 4, 32, 32, 64]
-
-
-@pytest.mark.parametrize("call,message", [
-    (lambda: exact_search.exact_knn(np.ones((2, 3), "f4"), np.ones((2, 4), "f4"), 1), "queries have 3 columns, vectors 4"),
-    (lambda: Vectors(np.array([[1, np.inf]], "f4")), "row 0 holds NaN"),
-    (lambda: exact_search.exact_knn(np.ones((2, 3), "f4"), np.array([[0] * 3, [np.nan] * 3], "f4"), 1), "row 1 holds NaN"),
-])
-def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

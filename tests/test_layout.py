@@ -5,7 +5,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from lowshot.layout import DataDir  # noqa: E402
+from lowshot.layout import DataDir, padded_to_power_of_two  # noqa: E402
 
 
 @pytest.fixture
@@ -72,6 +72,10 @@ def test_find_graph_takes_the_narrowest_that_serves(root):
         d.find_graph(50, 65)
     with pytest.raises(ValueError, match="build_graph.py 50 --k 65 --dim 16 makes it"):
         d.find_graph(50, 65, 16)
+
+
+def test_stored_columns():
+    assert [padded_to_power_of_two(k) for k in (1, 2, 3, 30, 32, 33)] == [1, 2, 4, 32, 32, 64]
 
 
 def test_label_idx_in_the_data_directory_or_here(root, tmp_path_factory, monkeypatch):

@@ -250,11 +250,11 @@ def test_bfloat16_gives_nearly_the_same_figures_under_another_name(ddir):
 
 
 def test_diverging_run_is_recorded(ddir, tmp_path):
-    out = logreg(ddir, "--mode", "test", "--maxiter", 200, "--lr", "1e6,0.01", "--wd", "10", "--record",
+    out = logreg(ddir, "--mode", "test", "--maxiter", 200, "--evalevery", 100, "--lr", "1e6,0.01", "--wd", "10", "--record",
                  tmp_path / "r.json").stdout
     assert out.count("diverged") == 1 and "note: lr 1e+06 wd 10 diverged" in out
     diverged, sound = figures(tmp_path / "r.json")
-    assert diverged == [(200, 0, 0)] and sound[0][1] > 0.3
+    assert diverged == [(100, 0, 0), (200, 0, 0)] and sound[0][1] > 0.3
 
 
 def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path):

@@ -539,6 +539,7 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_cells(nb.to_bfloat16(np.ones((2, 64))), x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x,
                                np.zeros((2, 2), "i8")), "centroids: contiguous int32"),
     (lambda x: nb.search_cells(x, x, 0, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8")), "nprobe"),
+    (lambda x: nb.search_cells(x, x[:0], 1, np.zeros(0, "i8"), np.zeros(0, "i8"), x, np.zeros((8, 2), "i8")), "number of cells"),
     (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.full((1, 3), 8, "i4"), x, 1), "listed vector is out of range"),
     (lambda x: nb.search_near(x, np.ones(8, "i4"), np.zeros((1, 3), "i4"), x, 1), "group is out of range"),
     (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.zeros((1, 3), "i4"), x, 1, np.arange(1, 9, dtype="i4")),
