@@ -193,10 +193,7 @@ def stored_index(path, vectors, args, progress, log):
         index = checked_index(path, vectors)
         if not is_plain_ivf(index):
             return index, None
-        try:
-            return index, Cells(vectors, *cells_of_index(index))
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}; --overwrite makes it again")
+        return index, Cells(vectors, *cells_of_index(index, path, "--overwrite makes it again"))
     factory = args.index
     if factory == "auto":
         factory = "Flat" if n < EXACT_BELOW else f"IVF{default_nlist(n)},Flat"

@@ -29,8 +29,8 @@ import numpy as np
 from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identity, log, number, peak_memory, print_header,
-                            provenance, release_memory, remove_left_behind, run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, log, number, peak_memory,
+                            print_header, provenance, release_memory, remove_left_behind, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -287,8 +287,8 @@ def main():
     from graph_utils import BestClasses
     from lowshot.backends import choose_backend
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
-    from lowshot.gpu_search import search_device
     from lowshot.exact_search import use_gpu
+    from lowshot.gpu_search import search_device
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
@@ -301,7 +301,7 @@ def main():
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
-    record["files"] = [*key.made_from["files"], file_identity(ddir.label_idx())]
+    record["files"] = key.made_from["files"] + file_identities([ddir.label_idx()])
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, k)
     use_gpu(search_device(Backend.device))

@@ -31,7 +31,7 @@ from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.experiments import as_text
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, file_identity,
+from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, file_identities,
                             log, number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
                             write_json)
 from lowshot.split import labelled_images, load_split, test_images
@@ -251,7 +251,7 @@ def experiment(args, ddir, record):
     """Train and evaluate what the arguments say, and complete and write the record."""
     from graph_utils import FusedSGD, get_num_threads
     split = load_split(ddir.label_idx(), args.mode)
-    record["files"] = [file_identity(path) for path in (ddir.train, ddir.val, ddir.label_idx()) if os.path.exists(path)]
+    record["files"] = file_identities([ddir.train, ddir.val, ddir.label_idx()])
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]
 

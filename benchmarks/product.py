@@ -70,8 +70,9 @@ def read_graph(args):
     from lowshot.layout import DataDir
     ddir = DataDir()
     path, _, columns = ddir.find_graph(args.nbg, args.k)
-    if matrix_rows(path, "<i4", columns) != args.nbg:
-        raise ValueError(f"{path} has {matrix_rows(path, '<i4', columns)} rows, {args.nbg} expected")
+    rows = matrix_rows(path, "<i4", columns)
+    if rows != args.nbg:
+        raise ValueError(f"{path} has {rows} rows, {args.nbg} expected")
     I = np.ascontiguousarray(MatrixFile(path, "<i4", columns, args.nbg)[:][:, :args.k])
     if not os.path.exists(ddir.raw(args.dim)):
         return I, None

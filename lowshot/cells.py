@@ -7,7 +7,7 @@ import numpy as np
 from graph_utils import neighbours as nb
 from lowshot.features import MatrixFile, NormalisedRows, row_norms, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import available_memory
+from lowshot.script import available_memory, silent
 
 BLOCK = 1 << 14                     # vectors in hand at a time: memory that is freed and taken again stays mapped, and in cache
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
@@ -347,7 +347,7 @@ class Cells:
     @classmethod
     def train(cls, vectors, nlist=None, seed=0, progress=None):
         """Cells found by k-means. progress: called with (stage, done, total)."""
-        at = (lambda *a: None) if progress is None else progress
+        at = progress or silent
         centroids, sample = train_centroids(vectors, nlist or default_nlist(vectors.n), seed,
                                             progress=lambda i: at("rounds of k-means", i, 6))
         ways = ways_to_cells(centroids, *sample, seed) if len(centroids) > FEW_CELLS else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graph_utils import SymmetricGraph, check_permutation, locality_order
+from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
@@ -22,7 +23,7 @@ from lowshot.layout import graph_command, pca_command
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import Sample
-from lowshot.script import Progress, exclusive, file_identity, read_json, show_progress, whole, write_json
+from lowshot.script import Progress, exclusive, file_identities, read_json, show_progress, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 8
@@ -93,10 +94,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
         index = open_index(path)
         if isinstance(index, faiss.IndexIVFFlat) and (index.ntotal, index.d, index.metric_type) == (
                 nbg, vectors.d, faiss.METRIC_INNER_PRODUCT):
-            try:
-                centroids, cell = cells_of_index(index)
-            except ValueError as e:
-                raise ValueError(f"{path}: {e}: remove it and run build_graph.py again")
+            centroids, cell = cells_of_index(index, path, "remove it and run build_graph.py again")
             return Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
     return Cells.train(vectors, progress=progress)
 
@@ -187,7 +185,7 @@ def add_novel(fixed, x, novel):
             lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
     found_D, found_I = exact_search.exact_knn(fixed.load("test"), novel, k)
     found_I[found_I >= 0] += n
-    _, test_I = exact_search.merge_neighbours(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
+    _, test_I = merge_lists(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
     rank = np.concatenate([fixed.load("rank"), np.arange(n, n + m, dtype=np.int32)])
     rows, after = map(np.concatenate, zip(*changed))
     return Changes(rows, I[rows], after, novel_I, test_I, rank)
@@ -289,7 +287,7 @@ class FixedKey:
         if nbg:
             check_made_by(ddir.pca(dim), ddir.raw(dim), dim)
         self.made_from = {
-            "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": [file_identity(p) for p in sources],
+            "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": file_identities(sources),
             "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}
         self.folder = ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}")
 

@@ -6,7 +6,6 @@ are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lows
 `progress` is called with (what, done, total); script.show_progress() makes such a function.
 
     exact_knn(xq, x, k) -> D, I
-    merge_neighbours(D1, I1, D2, I2, k) -> D, I
     cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change
 
 With a GPU (use_gpu) that does the comparisons where they are many.
@@ -192,11 +191,6 @@ def _float32_candidates(xq, X, k):
         j = min(i + FLOAT32_BLOCK, X.n)
         nb.search_all(queries, X.converted(nb.to_float32, i, j), keys.shape[1], keys, i)
     return keys
-
-
-def merge_neighbours(D1, I1, D2, I2, k):
-    """The k best of two neighbour lists per row, each best first; a number stands in one of the two only."""
-    return nb.merge_lists(D1, I1, D2, I2, k)
 
 
 def worst_neighbours(D, I):

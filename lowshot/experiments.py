@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lowshot.script import clock, exclusive, file_identity, log, read_json
+from lowshot.script import clock, exclusive, file_identities, log, read_json
 
 SYSTEMS = ("logreg", "diffusion")
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -156,7 +156,7 @@ class Job:
 
     def files(self):
         """Identities of the inputs that are there."""
-        return [file_identity(path) for path in self.inputs if os.path.exists(path)]
+        return file_identities(self.inputs)
 
     def other_input(self, files):
         """The name of an input that is not as one of `files` says; None if there is none."""

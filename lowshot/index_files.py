@@ -37,8 +37,16 @@ def read_index(path, n, d):
     return index
 
 
-def cells_of_index(index):
-    """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index."""
+def check_numbers(number, n, path, remedy):
+    """ValueError where an index numbers its n vectors other than 0 .. n - 1. number: int (m,), m > 0, some of them."""
+    if number.min() < 0 or number.max() >= n:
+        raise ValueError(f"{path} is damaged, or made from others: it numbers its {n} vectors {number.min()} .. {number.max()}; "
+                         f"{remedy}")
+
+
+def cells_of_index(index, path, remedy):
+    """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index. path, remedy: for the ValueError where
+    it is damaged."""
     cell = np.full(index.ntotal, -1, np.int32)
     lists = index.invlists
     for c in range(index.nlist):
@@ -46,12 +54,11 @@ def cells_of_index(index):
         if size:
             ids = lists.get_ids(c)
             number = faiss.rev_swig_ptr(ids, size)
-            if number.min() < 0 or number.max() >= index.ntotal:
-                raise ValueError(f"the index numbers its {index.ntotal} vectors {number.min()} .. {number.max()}")
+            check_numbers(number, index.ntotal, path, remedy)
             cell[number] = c
             lists.release_ids(c, ids)
     if (cell < 0).any():
-        raise ValueError(f"the index has no vector number {np.argmax(cell < 0)}")
+        raise ValueError(f"{path} is damaged: it has no vector number {np.argmax(cell < 0)}; {remedy}")
     return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
 
 
@@ -121,9 +128,7 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
 def check_index(index, vectors, path, remedy):
     """The same for the vectors that an IVF,Flat or Flat index holds, those of some of its lists."""
     def compare(number, x):
-        if number.min() < 0 or number.max() >= vectors.n:
-            raise ValueError(f"{path} is damaged, or made from others: it numbers its {vectors.n} vectors {number.min()} .. "
-                             f"{number.max()}; {remedy}")
+        check_numbers(number, vectors.n, path, remedy)
         with np.errstate(all="ignore"):         # of what is damaged
             wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
         if wrong.any():

@@ -6,8 +6,8 @@ Vectors, lists D, I and `progress` are as in exact_search.py.
     build_knn_graph(x, k, recall=.95, initial=(D, I), cells=cells) -> D, I, info
     search_begun(cells, xq, k, recall=.95)() -> D, I, info
 
-Below exact_search.EXACT_BELOW vectors all is exact, and with a GPU (exact_search.use_gpu) where that compares all with all quickly enough; otherwise
-recall is measured on a sample by exact search, and raised until it is reached.
+Below exact_search.EXACT_BELOW vectors all is exact, and with a GPU (exact_search.use_gpu) where that compares all with all
+quickly enough; otherwise recall is measured on a sample by exact search, and raised until it is reached.
 """
 import numpy as np
 

@@ -204,10 +204,10 @@ def whole(path):
         remove(temporary)
 
 
-def file_identity(path):
-    """What tells whether a file is still the same: name, size, time of last change in nanoseconds."""
-    s = os.stat(path)
-    return [os.path.basename(path), s.st_size, s.st_mtime_ns]
+def file_identities(paths):
+    """What tells whether files are still the same, for those that are there: name, size, time of last change in nanoseconds."""
+    found = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
+    return [[os.path.basename(path), s.st_size, s.st_mtime_ns] for path, s in found]
 
 
 def remove_left_behind(path):

@@ -134,7 +134,7 @@ def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
 
 
 def test_merge():
-    D, I = exact_search.merge_neighbours(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
+    D, I = nb.merge_lists(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
     assert I.tolist() == [[8, 3]] and D.dtype == np.float32
 
 
