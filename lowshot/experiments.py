@@ -120,13 +120,15 @@ def numbers(text, name):
 class Job:
     """One run of a script: its name, the arguments that make it, and the record it writes.
 
-    record holds the path; inputs are the files that the result depends on, and that a record must name as they are.
+    record holds the path; inputs are the files that the result depends on, and that a record must name as they are; lacks
+    says what of these is missing.
     """
     name: str
     script: str
     arguments: dict
     record: str
     inputs: list = field(default_factory=list)
+    lacks: list = field(default_factory=list)
 
     @property
     def log(self):
@@ -202,11 +204,16 @@ def short_path(path):
     return path if relative.startswith("..") or os.getcwd() != CHECKOUT else relative
 
 
-def make_job(e, system, ddir, name, arguments, inputs):
-    inputs = [ddir.train, ddir.val, *inputs]
-    with contextlib.suppress(ValueError):       # the script says that it is missing
-        inputs.append(ddir.label_idx())
-    return Job(name, f"{system}.py", arguments, os.path.join(e.folder(system, ddir), name + ".json"), inputs)
+def make_job(e, system, ddir, name, arguments, *more):
+    """more: functions that return lists of further inputs, or raise ValueError where these are missing."""
+    inputs, lacks = [], []
+    for find in (lambda: [ddir.train, ddir.val], lambda: [ddir.label_idx()], *more):
+        try:
+            inputs += find()
+        except ValueError as error:
+            lacks.append(str(error))
+    lacks = [f"{path} does not exist" for path in inputs if not os.path.exists(path)] + lacks
+    return Job(name, f"{system}.py", arguments, os.path.join(e.folder(system, ddir), name + ".json"), inputs, lacks)
 
 
 def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
@@ -214,10 +221,8 @@ def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
     arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter}
     if dim:
         arguments["dim"] = dim
-    inputs = [ddir.pca(dim or 256)]
-    with contextlib.suppress(ValueError):       # diffusion.py says what is missing
-        inputs += ddir.find_graph(nbg, k, dim or 256)[:2] if nbg else []
-    return make_job(e, "diffusion", ddir, name, arguments, inputs)
+    return make_job(e, "diffusion", ddir, name, arguments, lambda: [ddir.pca(dim or 256)],
+                    lambda: ddir.find_graph(nbg, k, dim or 256)[:2] if nbg else [])
 
 
 def validation_jobs(e, system, ddir):
@@ -235,7 +240,7 @@ def validation_jobs(e, system, ddir):
             for seed in e.seeds:
                 jobs.append(make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}", {
                     "mode": "val", "nlabeled": n, "seed": seed, "maxiter": e.logreg["maxiter"], "lr": e.logreg["lr"],
-                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e, "mom", "evalevery", "precision")}, []))
+                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e, "mom", "evalevery", "precision")}))
     return jobs
 
 
@@ -273,7 +278,7 @@ def test_jobs(e, system, ddir, parameters, source):
         for seed in e.seeds:
             jobs.append(make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}", {
                 "mode": "test", "nlabeled": n, "seed": seed, "maxiter": p["maxiter"], "lr": p["lr"], "wd": p["wd"],
-                "batchsize": p["batchsize"], **logreg_options(e, "mom", "precision")}, []))
+                "batchsize": p["batchsize"], **logreg_options(e, "mom", "precision")}))
     return jobs
 
 
@@ -314,6 +319,8 @@ def run_jobs(jobs, parallel, environment=os.environ):
         for job in todo:
             print(prefix, shlex.join(job.command()))
         return
+    if all(job.lacks for job in todo):
+        raise ValueError(f"none of these jobs can run: {todo[0].lacks[0]}")
     os.makedirs(os.path.dirname(todo[0].log), exist_ok=True)
     log(f"output of each job: {os.path.join(os.path.dirname(todo[0].log), 'NAME.log')}")
     failed = Driver(todo, prefix, {**environment, **added}).run(parallel)

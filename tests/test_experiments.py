@@ -276,6 +276,25 @@ def test_jobs_0_prints_commands(tmp_path, capsys):
     assert len(lines) == 2 and lines[0].startswith("DDIR='/some where' ") and not os.path.exists(tmp_path / "logs")
 
 
+def test_jobs_that_all_lack_an_input_are_not_started(tmp_path, capsys):
+    e = Experiment(os.path.join(CHECKOUT, "configs", "demo.yaml"), {"NBG": "0 6000"})
+    jobs = experiments.validation_jobs(e, "diffusion", DataDir(str(tmp_path)))
+    environment = {**os.environ, "DDIR": str(tmp_path)}
+    with pytest.raises(ValueError, match="none of these jobs can run: .*train.hdf5 does not exist"):
+        experiments.run_jobs(jobs, 1, environment)
+    (tmp_path / "features" / "f100m").mkdir(parents=True)
+    for name in ("features/train.hdf5", "features/val.hdf5", "features/f100m/PCAR256.vt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="none of these jobs can run: no label_idx.json in"):
+        experiments.run_jobs(experiments.validation_jobs(e, "diffusion", DataDir(str(tmp_path))), 1, environment)
+    (tmp_path / "label_idx.json").touch()
+    jobs = experiments.validation_jobs(e, "diffusion", DataDir(str(tmp_path)))
+    assert {job.arguments["nbg"] for job in jobs if job.lacks} == {6000}       # and the others would be started
+    assert jobs[-1].lacks[0].startswith("no graph of 6000 background images")
+    experiments.run_jobs(jobs, 0, environment)
+    assert not (tmp_path / "logs").exists()
+
+
 def test_failed_jobs_are_named_and_the_others_go_on(tmp_path, capsys):
     jobs = stand_in_jobs(tmp_path, {"fail": "yes"}, {"fail": "no"}, {"fail": "silently"})
     with pytest.raises(ValueError, match="2 of 3 jobs failed: job0, job2"):
