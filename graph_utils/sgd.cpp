@@ -56,6 +56,7 @@ struct Numbers {        // a source for row()
 //   panel_of_columns<N>(...)   the panel whose columns are N rows x, x + s, ... of K numbers
 //   product<N>(a, p, K, z, s, add)  z (32 x N, row stride s) = rows panel, or += if add
 
+// Rows: for each 16 of their numbers those of all rows, so that a product finds them at constant distances.
 struct Float32 {
     static constexpr int64_t kLeast = 16;       // images in a mini-batch, padded
     static void begin() {}
@@ -63,7 +64,7 @@ struct Float32 {
 
     template <class Source>
     static void row(Source x, int64_t r, int64_t K, void* out) {
-        for (int64_t k = 0; k < K; k += kLanes) *(Vector*)((float*)out + r * K + k) = x(k);
+        for (int64_t k = 0; k < K; k += kLanes) *(Vector*)((float*)out + k * kTile + r * kLanes) = x(k);
     }
 
     template <int64_t N>
@@ -91,11 +92,12 @@ struct Float32 {
         constexpr int NV = N / kWidth, kRows = kSums / NV;
         for (int64_t r0 = 0; r0 < kTile; r0 += kRows) {
             Part sums[kRows][NV] = {};
-            const float* a = (const float*)rows + r0 * K;
+            const float* a = (const float*)rows + r0 * kLanes;
             const Part* b = (const Part*)panel;
-            for (int64_t k = 0; k < K; k++, b += NV)
-                for (int r = 0; r < kRows; r++)
-                    for (int v = 0; v < NV; v++) sums[r][v] += a[r * K + k] * b[v];
+            for (int64_t k = 0; k < K; k += kLanes, a += kTile * kLanes)
+                for (int i = 0; i < kLanes; i++, b += NV)
+                    for (int r = 0; r < kRows; r++)
+                        for (int v = 0; v < NV; v++) sums[r][v] += a[r * kLanes + i] * b[v];
             for (int r = 0; r < kRows; r++)
                 for (int v = 0; v < NV; v++) {
                     Part* out = (Part*)(z + (r0 + r) * stride) + v;
@@ -451,16 +453,18 @@ struct Pass {
                 __builtin_prefetch(M + next, 1, 2);
                 __builtin_prefetch(M + next + kLanes, 1, 2);
             }
-            for (int64_t v = 0; v < kTile; v += kLanes) {
-                Vector w = *(Vector*)(W + at + v), m = *(Vector*)(M + at + v);
-                for (int64_t s = 0; s < T0; s++) {
-                    const Vector gradient = *(const Vector*)(gradients + (s * kTile + r) * kTile + v);
-                    m = mom * m + (gradient + decay * w);
-                    w -= rate * m;
+            constexpr int NV = kTile / kLanes;
+            Vector w[NV], m[NV];            // side by side: each waits for what it was before
+            std::memcpy(w, W + at, sizeof(w));
+            std::memcpy(m, M + at, sizeof(m));
+            for (int64_t s = 0; s < T0; s++)
+                for (int v = 0; v < NV; v++) {
+                    const Vector gradient = ((const Vector*)(gradients + (s * kTile + r) * kTile))[v];
+                    m[v] = mom * m[v] + (gradient + decay * w[v]);
+                    w[v] -= rate * m[v];
                 }
-                *(Vector*)(W + at + v) = w;
-                *(Vector*)(M + at + v) = m;
-            }
+            std::memcpy(W + at, w, sizeof(w));
+            std::memcpy(M + at, m, sizeof(m));
         }
     }
 };
