@@ -22,7 +22,8 @@ import time
 
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
 from lowshot.layout import DataDir, padded_to_power_of_two, pca_command
-from lowshot.script import (Parser, clock, exclusive, log, number, peak_memory, print_header, provenance, read_json, remove,
+from lowshot.machine import peak_memory
+from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
                             remove_left_behind, run, show_progress, size, whole, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two

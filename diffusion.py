@@ -29,8 +29,9 @@ import numpy as np
 from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, log, number, peak_memory,
-                            print_header, provenance, release_memory, remove_left_behind, run, size, whole, write_json)
+from lowshot.machine import peak_memory, release_memory
+from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, log, number, print_header, provenance,
+                            remove_left_behind, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at

@@ -31,9 +31,9 @@ from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.experiments import as_text
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, allocate, available_memory, check_outputs, exclusive, file_identities,
-                            log, number, peak_memory, print_header, provenance, remove, remove_left_behind, run, size, whole,
-                            write_json)
+from lowshot.machine import available_memory, peak_memory
+from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, log, number, print_header,
+                            provenance, remove, remove_left_behind, run, size, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 if "OMP_WAIT_POLICY" not in os.environ:

@@ -25,7 +25,7 @@ EPOCHS=${EPOCHS:-14}
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.bash
 
-cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')
+cores=$("$PYTHON" -c 'from lowshot.machine import cpus; print(cpus())')
 export JOBS=${JOBS:-$(( (cores + 1) / 2 ))}
 # what the steps below have to know of the experiment
 settings=$("$PYTHON" - "$EXPERIMENT" << 'END'

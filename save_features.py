@@ -29,7 +29,8 @@ import time
 
 import numpy as np
 
-from lowshot.script import (Parser, Progress, check_outputs, clock, log, number, peak_memory, print_header, run, size)
+from lowshot.machine import cpus, peak_memory
+from lowshot.script import Parser, Progress, check_outputs, clock, log, number, print_header, run, size
 
 FOR_GPU = 4             # times the configuration's images at a time are quicker there
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
@@ -162,7 +163,7 @@ def choose_device(name):
 
 def choose_workers(workers, device):
     """Number of worker threads, one per CPU unless given, or, with a GPU, of processes, which leave a CPU to this one."""
-    return workers or max(1, len(os.sched_getaffinity(0)) - (device != "cpu"))
+    return workers or max(1, cpus() - (device != "cpu"))
 
 
 def block(args, length):

@@ -22,8 +22,9 @@ import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, spread_rows
 from lowshot.layout import DataDir
-from lowshot.script import (Parser, Progress, available_memory, check_outputs, clock, exclusive, log, number, peak_memory,
-                            print_header, read_json, remove, run, size, whole, write_json)
+from lowshot.machine import available_memory, peak_memory
+from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, log, number, print_header, read_json, remove,
+                            run, size, whole, write_json)
 
 
 def main():

@@ -25,7 +25,8 @@ import warnings
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from lowshot.script import Parser, available_memory, log, number, print_header, run, size, write_text  # noqa: E402
+from lowshot.machine import available_memory  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, size, write_text  # noqa: E402
 from runs import diffusion  # noqa: E402
 
 

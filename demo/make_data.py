@@ -38,6 +38,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
+from lowshot.machine import cpus  # noqa: E402
 from lowshot.script import Parser, Progress, log, number, print_header, read_json, run, whole, write_json  # noqa: E402
 
 SIZE = 32               # pixels
@@ -54,7 +55,7 @@ def arguments():
     parser.add_argument("--fonts", default="", metavar="DIR",
                         help="folder of .ttf and .otf files (default: the fonts inside the package trdg)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of all random choices")
-    parser.add_argument("--nproc", type=number(int, 1), default=len(os.sched_getaffinity(0)),
+    parser.add_argument("--nproc", type=number(int, 1), default=cpus(),
                         help="number of processes; the images do not depend on it")
     group = parser.add_argument_group("size of the labelled set, for quick trials")
     group.add_argument("--nclass", type=number(int, 4), default=300,

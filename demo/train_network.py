@@ -22,8 +22,9 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import (Parser, Progress, clock, log, number, peak_memory, print_header, provenance,  # noqa: E402
-                            read_json, run, whole, write_json)
+from lowshot.machine import peak_memory  # noqa: E402
+from lowshot.script import (Parser, Progress, clock, log, number, print_header, provenance, read_json,  # noqa: E402
+                            run, whole, write_json)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # as save_features.py has them
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, has_mkl, mkl_product, neighbour_sums
 from lowshot import gpu_search
-from lowshot.script import available_memory, log, size
+from lowshot.machine import available_memory
+from lowshot.script import log, size
 
 ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutual, 2 would be the most
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from graph_utils import neighbours as nb
 from lowshot.features import MatrixFile, NormalisedRows, row_norms, spread_rows
+from lowshot.machine import available_memory
 from lowshot.packages import faiss
-from lowshot.script import available_memory, silent
+from lowshot.script import silent
 
 BLOCK = 1 << 14                     # vectors in hand at a time: memory that is freed and taken again stays mapped, and in cache
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lowshot import KEPT_TO_QUOTA
+from lowshot.machine import cpus
 from lowshot.script import clock, exclusive, file_identities, log, read_json
 
 SYSTEMS = ("logreg", "diffusion")
@@ -312,8 +314,8 @@ def run_jobs(jobs, parallel, environment=os.environ):
     if not todo:
         return
     added = {"DDIR": environment["DDIR"]}
-    if parallel > 1 and "OMP_NUM_THREADS" not in environment:
-        added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // parallel))
+    if parallel > 1 and (KEPT_TO_QUOTA or "OMP_NUM_THREADS" not in environment):
+        added["OMP_NUM_THREADS"] = str(max(1, cpus() // parallel))
     prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
     if parallel == 0:
         for job in todo:

@@ -1,21 +1,19 @@
 """What every script shares: arguments, one-line errors, progress, outputs that appear only when whole, records."""
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import glob
 import json
 import os
-import pathlib
 import platform
 import re
-import resource
 import shutil
 import sys
 import time
 
 from lowshot import __version__
+from lowshot.machine import cpus
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +77,7 @@ def log(*words):
 def provenance(args=None):
     """What made a result: version, machine and arguments, as a JSON-ready dict."""
     return {"script": os.path.basename(sys.argv[0]), "version": __version__, "python": platform.python_version(),
-            "cpus": len(os.sched_getaffinity(0)), "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
+            "cpus": cpus(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": dict(vars(args)) if args else {}}
 
 
@@ -303,67 +301,6 @@ def check_outputs(*paths):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
             raise OSError(f"{path} cannot be written: {folder} is {'not writable' if os.path.isdir(folder) else 'a file'}")
-
-
-def release_memory():
-    """What was freed goes back to the system: glibc keeps what is between arrays in use, of those of less than 32 MB."""
-    with contextlib.suppress(OSError, AttributeError):      # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory():
-    """Largest resident set of this process so far, bytes (memory-mapped file pages in use count as well)."""
-    with contextlib.suppress(OSError):
-        # not ru_maxrss, which starts at the size of the process that launched this one
-        with open("/proc/self/status") as f:
-            for line in f:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def available_memory():
-    """Bytes that this process may still take: the least of what the machine has free and its cgroups' limits."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError):
-        with open("/proc/meminfo") as f:
-            for line in f:
-                if line.startswith("MemAvailable:"):
-                    free = int(line.split()[1]) * 1024
-    for folder, limit, used in memory_cgroups():
-        with contextlib.suppress(OSError, ValueError):
-            values = {}
-            for name in (limit, used):
-                with open(os.path.join(folder, name)) as f:
-                    values[name] = int(f.read())
-            with open(os.path.join(folder, "memory.stat")) as f:
-                stat = dict(line.split() for line in f)
-            # files that were read are kept in memory as long as nobody else wants it
-            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0))) \
-                + int(stat.get("total_active_file", stat.get("active_file", 0)))
-            free = min(free, max(values[limit] - values[used] + cached, 0))
-    return free
-
-
-def memory_cgroups(processes="/proc/self/cgroup", root="/sys/fs/cgroup"):
-    """(folder, name of the limit, name of what is used) of the cgroups that this process is in, those above included.
-
-    In a container the names in `processes` may be those outside of it: then only the topmost is there.
-    """
-    groups = ["0::/", "0:memory:/"]
-    with contextlib.suppress(OSError):
-        with open(processes) as f:
-            groups += f.read().splitlines()
-    found = {}
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        path = pathlib.PurePosixPath(path)
-        for folder in (path, *path.parents):
-            if not controllers:             # version 2
-                found[f"{root}{folder}"] = "memory.max", "memory.current"
-            elif "memory" in controllers.split(","):
-                found[f"{root}/memory{folder}"] = "memory.limit_in_bytes", "memory.usage_in_bytes"
-    return [(folder, *names) for folder, names in found.items()]
 
 
 def size(nbytes):

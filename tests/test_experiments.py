@@ -14,6 +14,7 @@ import pytest
 from lowshot import experiments, phases, report
 from lowshot.experiments import Experiment, Job
 from lowshot.layout import DataDir
+from lowshot.machine import cpus
 from lowshot.script import exclusive, run
 
 CHECKOUT = experiments.CHECKOUT
@@ -255,7 +256,7 @@ def test_run_jobs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 jobs, 1 of them complete" in out and "job0.json" not in out and "2/2 jobs done" in out
     assert os.stat(jobs[0].record).st_mtime_ns == before
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = max(1, cpus() // 2)
     assert jobs[1].result()["threads"] == str(threads)
     assert jobs[2].result()["arguments"]["a"] == "0.5,1"
     assert open(jobs[1].log).read().startswith("pid ")
@@ -265,6 +266,16 @@ def test_run_jobs(tmp_path, capsys):
     os.unlink(jobs[1].record)
     subprocess.run(command, shell=True, check=True, capture_output=True, env={"PATH": os.environ["PATH"]})
     assert jobs[1].result()["threads"] == str(threads)
+
+
+def test_jobs_share_the_threads_that_a_quota_allows(tmp_path, monkeypatch):
+    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
+    environment = {**os.environ, "DDIR": str(tmp_path), "OMP_NUM_THREADS": "6"}
+    monkeypatch.setattr(experiments, "cpus", lambda: 6)
+    experiments.run_jobs(jobs[:1], 2, environment)
+    monkeypatch.setattr(experiments, "KEPT_TO_QUOTA", True)
+    experiments.run_jobs(jobs[1:], 2, environment)
+    assert [job.result()["threads"] for job in jobs] == ["6", "3"]
 
 
 def test_jobs_0_prints_commands(tmp_path, capsys):

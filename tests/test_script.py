@@ -14,8 +14,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from lowshot import script  # noqa: E402
-from lowshot.script import Parser, Progress, available_memory, clock, memory_cgroups, number, peak_memory, read_json, \
-    size, whole, write_json  # noqa: E402
+from lowshot.script import Parser, Progress, clock, number, read_json, size, whole, write_json  # noqa: E402
 
 
 @pytest.mark.parametrize("kind, low, high, text, value", [
@@ -269,25 +268,3 @@ def test_provenance_is_ready_for_json(capsys, monkeypatch):
     script.print_header(args, predicted_memory="1.00 GB")
     out = capsys.readouterr().out
     assert out.startswith("stage.py ") and "k=30" in out and out.endswith("predicted_memory=1.00 GB\n")
-
-
-def test_the_limits_of_all_cgroups_around_the_process_count(tmp_path, monkeypatch):
-    (tmp_path / "processes").write_text("5:cpu:/x\n4:cpuset,memory:/job/step\n0::/slice/a b\n")
-    groups = memory_cgroups(str(tmp_path / "processes"), str(tmp_path))
-    assert sorted(os.path.relpath(folder, tmp_path) for folder, *_ in groups) == [
-        ".", "memory", "memory/job", "memory/job/step", "slice", "slice/a b"]
-    assert [os.path.relpath(folder, "/sys/fs/cgroup") for folder, *_ in memory_cgroups("/nowhere")] == [".", "memory"]
-    folder = tmp_path / "memory" / "job"
-    folder.mkdir(parents=True)
-    for name, content in (("memory.limit_in_bytes", "5000"), ("memory.usage_in_bytes", "4000"),
-                          ("memory.stat", "total_inactive_file 70")):
-        (folder / name).write_text(content)
-    monkeypatch.setattr("lowshot.script.memory_cgroups", lambda: groups)
-    assert available_memory() == 1070
-
-
-def test_memory_figures():
-    code = "from lowshot.script import *\na = peak_memory(); x = b'1' * 300_000_000; print(peak_memory() - a)"
-    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
-    assert 2.9e8 < grown < 3.3e8 and peak_memory() > 5e6
-    assert 0 <= available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,94 @@
+"""What this process may use of the machine: CPUs and memory."""
+import contextlib
+import ctypes
+import math
+import os
+import pathlib
+import resource
+
+
+def cgroups(controller, processes="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """(folder, version) of the cgroups whose limits of "cpu" or "memory" apply to this process, those above included.
+
+    In a container the names in `processes` may be those outside of it: then only the topmost is there.
+    """
+    lines = ["0::/", f"0:{controller}:/"]
+    with contextlib.suppress(OSError):
+        with open(processes) as f:
+            lines += f.read().splitlines()
+    found = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        path = pathlib.PurePosixPath(path)
+        for folder in (path, *path.parents):
+            if not controllers:
+                found[f"{root}{folder}"] = 2
+            elif controller in controllers.split(","):
+                found[f"{root}/{controller}{folder}"] = 1
+    return list(found.items())
+
+
+def _read(folder, name):
+    with open(os.path.join(folder, name)) as f:
+        return f.read()
+
+
+def cpus():
+    """How many CPUs this process may use: by its affinity, or fewer by the quotas of its cgroups, as containers have them."""
+    count = len(os.sched_getaffinity(0))
+    for folder, version in cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = _read(folder, "cpu.max").split() if version == 2 else \
+                (_read(folder, f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    return max(count, 1)
+
+
+def keep_to_quota(environment=os.environ):
+    """Name as many threads as the cgroups' quotas are good for, where these are less than the CPUs and the user named none.
+
+    Libraries that are loaded later would take one for each CPU that they see: most of these would be kept waiting, together
+    with those that wait for them. Returns whether a number was named.
+    """
+    kept = "OMP_NUM_THREADS" not in environment and cpus() < len(os.sched_getaffinity(0))
+    if kept:
+        environment["OMP_NUM_THREADS"] = str(cpus())
+    return kept
+
+
+def release_memory():
+    """What was freed goes back to the system: glibc keeps what is between arrays in use, of those of less than 32 MB."""
+    with contextlib.suppress(OSError, AttributeError):      # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory():
+    """Largest resident set of this process so far, bytes (memory-mapped file pages in use count as well)."""
+    with contextlib.suppress(OSError):
+        # not ru_maxrss, which starts at the size of the process that launched this one
+        with open("/proc/self/status") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory():
+    """Bytes that this process may still take: the least of what the machine has free and its cgroups' limits."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError):
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    free = int(line.split()[1]) * 1024
+    for folder, version in cgroups("memory"):
+        with contextlib.suppress(OSError, ValueError):
+            limit, used = (int(_read(folder, name)) for name in (
+                ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")))
+            stat = dict(line.split() for line in _read(folder, "memory.stat").splitlines())
+            # files that were read are kept in memory as long as nobody else wants it
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0))) \
+                + int(stat.get("total_active_file", stat.get("active_file", 0)))
+            free = min(free, max(limit - used + cached, 0))
+    return free
