@@ -32,6 +32,9 @@ constexpr int64_t kGroup = 1024;                // queries whose panels (512 KB 
 // The ways to multiply that this machine has, fastest first.
 std::vector<std::string> available_products() {
     std::vector<std::string> names{"float32"};
+#ifdef TILES_INT16
+    names.insert(names.begin(), "int16");
+#endif
 #if defined(TILES_BF16) || defined(TILES_VNNI)
     names.insert(names.begin(), "avx512");
 #endif
@@ -798,9 +801,15 @@ void use_products(const std::string& name) { chosen_products() = checked_product
 #else
 #define IF_AVX512_Bytes(FUNCTION, ...)
 #endif
+#define IF_INT16_Bfloat16(FUNCTION, ...)
+#ifdef TILES_INT16
+#define IF_INT16_Bytes(FUNCTION, ...) products() == "int16" ? FUNCTION<tiles::Int16Bytes>(__VA_ARGS__) :
+#else
+#define IF_INT16_Bytes(FUNCTION, ...)
+#endif
 #define DISPATCH_FORMAT(FUNCTION, FORMAT, ...)                                          \
     (IF_AMX(FUNCTION, FORMAT, __VA_ARGS__) IF_AVX512_##FORMAT(FUNCTION, __VA_ARGS__)    \
-         FUNCTION<tiles::Float32<tiles::FORMAT>>(__VA_ARGS__))
+         IF_INT16_##FORMAT(FUNCTION, __VA_ARGS__) FUNCTION<tiles::Float32<tiles::FORMAT>>(__VA_ARGS__))
 #define DISPATCH(FUNCTION, bits, ...)                                   \
     (bits == 8 ? DISPATCH_FORMAT(FUNCTION, Bytes, __VA_ARGS__)          \
      : bits == 16 ? DISPATCH_FORMAT(FUNCTION, Bfloat16, __VA_ARGS__)    \

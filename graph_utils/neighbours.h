@@ -18,8 +18,9 @@
 #include <stdexcept>
 #include <string>
 
-// How products are computed: "amx" or "avx512" where the CPU has products of bfloat16 or bytes, or "float32"; the first
-// by default. use_products takes one of them, the default for "", and throws std::invalid_argument where the machine has it not.
+// How products are computed: "amx" or "avx512" where the CPU has products of bfloat16 or bytes, "int16" where it has AVX2, for
+// bytes, or "float32"; the first by default. use_products takes one of them, the default for "", and throws
+// std::invalid_argument where the machine has it not.
 std::string products();
 void use_products(const std::string& name);
 

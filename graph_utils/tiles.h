@@ -1,5 +1,5 @@
 // Inner products of 32 by 32 vectors in float32, in bfloat16 or in bytes: of the latter two by AMX or AVX-512's products
-// where the CPU has them, else by float32 arithmetic.
+// where the CPU has them, else by float32 arithmetic, or of bytes by 16-bit arithmetic.
 //
 // Vectors are stored as np words of 32 bits, np a multiple of 16, element 0 in the lowest bits: one element each in
 // float32, two in bfloat16, four in bytes. A byte is an element plus 128, which is a multiple of the vector's scale, a
@@ -274,6 +274,78 @@ struct BytesRows {
             for (int i = 0; i < 8; i++) sum += sums[i];
             words[c] = x[c][np];
             words[kTile + c] = (uint32_t)(-128 * sum);
+        }
+    }
+};
+#endif
+
+// ---- bytes as numbers of 16 bits, for CPUs without products of bytes: AVX2 multiplies twice as many of these as float32
+
+#ifdef __AVX2__
+#define TILES_INT16
+struct Int16Bytes {
+    using Format = Bytes;
+    static int64_t tile_bytes(int64_t np) { return 4 * kTile * (2 * np + 1); }
+    static void begin() {}
+    static void end() {}
+
+    // Two of the four bytes of a word, without the 128.
+    static uint32_t pair(uint32_t word, int half) {
+        const uint32_t bytes = word >> 16 * half;
+        return (((bytes & 255) - 128) & 0xffff) | ((bytes >> 8 & 255) - 128) << 16;
+    }
+
+    static void row(const uint32_t* x, int64_t np, void* rows, int r) {
+        uint32_t* o = (uint32_t*)rows + r * 2 * np;
+        for (int64_t w = 0; w < np; w++)
+            for (int half = 0; half < 2; half++) o[2 * w + half] = pair(x[w], half);
+        ((float*)rows)[kTile * 2 * np + r] = Format::scale(x, np);
+    }
+
+    static void panel(const uint32_t* const* x, int64_t np, void* out) {
+        alignas(64) uint32_t words[16 * kTile];
+        uint32_t* o = (uint32_t*)out;
+        for (int64_t w = 0; w < np; w += 16) {
+            transpose16(x, w, words, kTile);
+            transpose16(x + 16, w, words + 16, kTile);
+            for (int r = 0; r < 16; r++)
+                for (int half = 0; half < 2; half++, o += kTile)
+                    for (int c = 0; c < kTile; c++) o[c] = pair(words[r * kTile + c], half);
+        }
+        for (int c = 0; c < kTile; c++) ((float*)o)[c] = Format::scale(x[c], np);
+    }
+
+#ifdef __AVX512BW__
+    static constexpr int kRows = 8, kWidth = 16;    // 16 accumulators of the 32 registers
+#else
+    static constexpr int kRows = 2, kWidth = 8;     // 8 accumulators of the 16 registers
+#endif
+    typedef int32_t Sums __attribute__((vector_size(4 * kWidth)));
+    typedef float Floats __attribute__((vector_size(4 * kWidth)));
+
+    static void add_products(Sums& sums, Sums a, Sums b) {
+#ifdef __AVX512BW__
+        sums += (Sums)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+        sums += (Sums)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+    }
+
+    TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
+        constexpr int NV = kTile / kWidth;
+        const float* row_scales = (const float*)rows + kTile * 2 * np;
+        for (int r0 = 0; r0 < n; r0 += kRows) {
+            Sums sums[kRows][NV] = {};
+            const int32_t* a = (const int32_t*)rows + r0 * 2 * np;
+            const Sums* b = (const Sums*)panel;
+            for (int64_t i = 0; i < 2 * np; i++, b += NV)
+                for (int r = 0; r < kRows; r++)
+                    for (int v = 0; v < NV; v++) add_products(sums[r][v], Sums{} + a[r * 2 * np + i], b[v]);
+            for (int r = 0; r < kRows; r++)
+                for (int v = 0; v < NV; v++) {
+                    const Floats products = __builtin_convertvector(sums[r][v], Floats) * (row_scales[r0 + r] * ((const Floats*)b)[v]);
+                    std::memcpy(s + (r0 + r) * kTile + v * kWidth, &products, sizeof(products));
+                }
         }
     }
 };

@@ -11,7 +11,7 @@ def pytest_sessionfinish():
     gc.unfreeze()       # save_features.py freezes all there is, of which Triton complains at the end
 
 
-@pytest.fixture(params=["amx", "avx512", "float32"])
+@pytest.fixture(params=["amx", "avx512", "int16", "float32"])
 def products(request):
     """Every way to multiply that this CPU has."""
     from graph_utils import neighbours as nb

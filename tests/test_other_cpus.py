@@ -28,7 +28,7 @@ def test_a_build_for_avx2_without_mkl(tmp_path):
     assert built.returncode == 0 and "-march=x86-64-v3" in built.stdout and "no MKL" in built.stdout, built.stderr
     code = "import graph_utils; from graph_utils import core; print(graph_utils.__file__, core.products(), core.has_mkl())"
     words = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout.split()
-    assert words == [str(tmp_path / "graph_utils" / "__init__.py"), "float32", "False"]
+    assert words == [str(tmp_path / "graph_utils" / "__init__.py"), "int16", "False"]
     tests = [f"tests/test_{name}.py" for name in ("sgd", "neighbours", "product", "ordering")]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], cwd=tmp_path,
                           capture_output=True, text=True)
