@@ -102,12 +102,12 @@ def main():
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
             return
     with exclusive(ddir.index(n)), show_progress() as progress:
-        if args.overwrite:
-            for path in (path_I, path_D, ddir.index(n)):
-                remove(path)
         if not complete:
             vectors = Vectors(rows)
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
+        if args.overwrite:
+            remove(path_I)
+            remove(path_D)
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
             log(f"{is_complete}, and kept (--overwrite makes it again)")
@@ -190,7 +190,7 @@ def stored_index(path, vectors, args, progress, log):
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
     remove_left_behind(path)
-    if os.path.exists(path):
+    if os.path.exists(path) and not args.overwrite:
         index = checked_index(path, vectors)
         if not is_plain_ivf(index):
             return index, None

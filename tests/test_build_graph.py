@@ -119,6 +119,9 @@ def test_a_stored_graph_is_never_replaced_unasked(tmp_path):
     done = run(tmp_path, 500, "--k", 8)
     assert done.returncode == 1 and "has 0 bytes" in done.stderr and paths[0].read_bytes() == before[0]
     paths[0].write_bytes(before[0][:-4])
+    files = {p: p.read_bytes() for p in folder.iterdir()}
+    assert "4000 lists for 500 vectors" in run(tmp_path, 500, "--k", 8, "--overwrite", "--index", "IVF4000,Flat").stderr
+    assert files == {p: p.read_bytes() for p in folder.iterdir()}       # nothing is lost before there is an index
     assert run(tmp_path, 500, "--k", 8, "--overwrite").returncode == 0
     assert [p.read_bytes() for p in paths] == before
 
