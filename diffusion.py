@@ -27,7 +27,7 @@ import time
 import numpy as np
 
 from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
-from lowshot.features import FeatureFile, read_into
+from lowshot.features import FeatureFile, check_same_network, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, log, number, print_header, provenance,
@@ -293,12 +293,11 @@ def main():
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
-    with FeatureFile(ddir.train) as f:
-        rows, labels, nbase = labelled_images(f.labels(split.known), split, args.nlabeled, args.seed)
-        unreadable = [f.unreadable(rows)]
-    with FeatureFile(ddir.val) as f:
-        test_rows, test_labels = test_images(f.labels(split.known), split)
-        unreadable.append(f.unreadable(test_rows))
+    with FeatureFile(ddir.train) as train_file, FeatureFile(ddir.val) as val_file:
+        check_same_network(ddir.train, train_file.network, ddir.val, val_file.network)
+        rows, labels, nbase = labelled_images(train_file.labels(split.known), split, args.nlabeled, args.seed)
+        test_rows, test_labels = test_images(val_file.labels(split.known), split)
+        unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)

@@ -29,7 +29,7 @@ import numpy as np
 
 from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
 from lowshot.experiments import as_text
-from lowshot.features import FeatureFile, SLAB_BYTES
+from lowshot.features import FeatureFile, SLAB_BYTES, check_same_network
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory
 from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, log, number, print_header,
@@ -259,6 +259,7 @@ def experiment(args, ddir, record):
         if train_file.d != val_file.d:
             raise ValueError(f"{ddir.train} has {train_file.d} columns and {ddir.val} {val_file.d}: "
                              "both must come from the same network")
+        check_same_network(ddir.train, train_file.network, ddir.val, val_file.network)
         d = train_file.d
         rows, labels, nbase = labelled_images(train_file.labels(split.known), split, args.nlabeled, args.seed)
         test_rows, test_labels = test_images(val_file.labels(split.known), split)

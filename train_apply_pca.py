@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, spread_rows
+from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory
 from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, log, number, print_header, read_json, remove,
@@ -31,6 +31,7 @@ def main():
     args = arguments()
     ddir = DataDir()
     blocks = ddir.blocks()
+    check_blocks(blocks)
     if "train" in args.steps:
         train(args, blocks[0], ddir.pca(args.dim, write=True))
     if "apply" in args.steps:
@@ -48,6 +49,23 @@ def arguments():
     return parser.parse_args()
 
 
+def check_blocks(blocks):
+    """ValueError where blocks tell that they were made with different networks, or do not continue each other."""
+    first = before = None
+    for block in blocks:
+        with FeatureFile(block) as f:
+            network, note = f.network, f.made_from
+        if network and first is None:
+            first = block, network
+        elif network:
+            check_same_network(block, network, *first)
+        rows = [note.get("i0"), note.get("i1")]
+        if before and None not in rows + before[1] and rows[0] != before[1][1]:
+            raise ValueError("{} has the images from {} to before {}, {} those from {} to before {}: blocks must continue each "
+                             "other (save_features.py --i0, --i1)".format(before[0], *before[1], block, *rows))
+        before = block, rows
+
+
 def train(args, block0, path):
     """Train on rows of block0 and write the transform."""
     from lowshot.packages import faiss
@@ -61,7 +79,7 @@ def train(args, block0, path):
         if n < args.dim:
             raise ValueError(f"{n} rows of {block0} are too few to train {args.dim} dimensions: at least as many are "
                              "needed (--dim, --ntrain)")
-        origin = {"dim": args.dim, "rows": n, "block0": identity(f)}
+        origin = {"dim": args.dim, "rows": n, "block0": identity(f), "network": f.network}
         if complete(path, origin, args.overwrite, lambda: load_pca(path)):
             return
         check_outputs(path)
@@ -98,7 +116,7 @@ def apply(args, blocks, pca_path, path):
     counts, origins = [], []
     for block in blocks:
         with FeatureFile(block) as f:
-            pca = load_pca(pca_path, f.d, block)
+            pca = load_pca(pca_path, f)
             counts.append(f.n)
             origins.append(identity(f))
     n, width = sum(counts), 4 * args.dim
@@ -217,7 +235,9 @@ def complete(path, origin, overwrite, check, nbytes=None):
     if not os.path.exists(path):
         return False
     note = path + ".json"
-    if note_of(note) == origin and nbytes in (None, os.path.getsize(path)):
+    noted = note_of(note)
+    # notes of PCAs did not always tell the network
+    if origin in (noted, {"network": origin.get("network"), **noted}) and nbytes in (None, os.path.getsize(path)):
         try:
             check()
         except ValueError:
@@ -229,7 +249,7 @@ def complete(path, origin, overwrite, check, nbytes=None):
             remove(path + ".partial.json")      # of a run that was killed at its last step
         return True
     if not overwrite:
-        found = "was made from something else" if note_of(note) else "does not tell what it was made from"
+        found = "was made from something else" if noted else "does not tell what it was made from"
         if nbytes not in (None, os.path.getsize(path)):
             found = f"has {os.path.getsize(path)} bytes, {nbytes} expected from the blocks there are"
         raise ValueError(f"{path} exists and {found}: --overwrite replaces it")

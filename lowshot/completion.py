@@ -49,7 +49,7 @@ class Graph:
 def read_features(path, rows, pca_path, what):
     """Rows of a feature file after PCA and L2 normalisation, float32 (len(rows), d)."""
     with FeatureFile(path) as f, Progress(len(rows), what) as progress:
-        pca = load_pca(pca_path, f.d, path)
+        pca = load_pca(pca_path, f)
         if not len(rows):
             return np.empty((0, pca.d_out), np.float32)
         return f.read(rows, lambda x: normalise_rows(pca.apply(x), path), progress.update)

@@ -1,4 +1,6 @@
 """Feature files: the HDF5 blocks that save_features.py writes, and the headerless matrices made from them."""
+import contextlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,6 +80,22 @@ class FeatureFile:
         offset = feats.id.get_offset() if feats.chunks is None and feats.external is None else None
         if offset is not None and feats.dtype == np.dtype("<f4"):
             self._fd, self._offset = os.open(path, os.O_RDONLY | os.O_CLOEXEC), offset
+
+    @property
+    def made_from(self):
+        """What save_features.py made the file from; {} of files that do not tell."""
+        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
+            note = json.loads(self.file.attrs["made_from"])
+            return note if isinstance(note, dict) else {}
+        return {}
+
+    @property
+    def network(self):
+        """What made_from tells of the network, its weights and the transforms of its images; {} of files that do not tell."""
+        note = self.made_from
+        transforms = note.get("transforms")
+        return {**{key: note[key] for key in ("model", "modelfile_sha256") if key in note},
+                **(transforms if isinstance(transforms, dict) else {})}
 
     def labels(self, known=None):
         """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1, if known is given."""
@@ -186,6 +204,14 @@ class FeatureFile:
 
     def __exit__(self, *exc):
         self.close()
+
+
+def check_same_network(path, network, other, other_network):
+    """ValueError where two files tell of different networks, weights or transforms (FeatureFile.network)."""
+    for key in network:
+        if key in other_network and network[key] != other_network[key]:
+            raise ValueError(f"{path} was made with {key} {network[key]}, {other} with {other_network[key]}: both must come from "
+                             "the same network and transforms")
 
 
 def at_once(function, arguments):

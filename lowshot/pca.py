@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 
-from lowshot.features import check_readable
+from lowshot.features import check_readable, check_same_network
 from lowshot.layout import pca_command
 from lowshot.packages import faiss
 from lowshot.script import read_json
 
 
-def load_pca(path, columns=None, source=None):
-    """Read PCAR256.vt. columns: width of the features it is for, those of the file `source`; checked if given.
+def load_pca(path, features=None):
+    """Read PCAR256.vt. features: FeatureFile that it is for; checked if given.
 
     Returns the transform: x float32 (n, d_in) -> transform.apply(x) float32 (n, d_out), not normalised.
     """
@@ -32,9 +32,14 @@ def load_pca(path, columns=None, source=None):
     if not transform.is_trained or not all(np.isfinite(p).all() for p in parameters):
         raise ValueError(f"{path} is {'damaged: it holds NaN or infinity' if transform.is_trained else 'not trained'}: "
                          f"{again}")
-    if columns is not None and transform.d_in != columns:
-        raise ValueError(f"{source} has {columns} columns, {path} expects {transform.d_in}: "
+    if features is not None and transform.d_in != features.d:
+        raise ValueError(f"{features.path} has {features.d} columns, {path} expects {transform.d_in}: "
                          "both must come from the same network")
+    if features is not None:
+        trained_on = {}         # as train_apply_pca.py noted
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            trained_on = dict(read_json(path + ".json")["network"])
+        check_same_network(features.path, features.network, f"{path} (says its .json)", trained_on)
     return transform
 
 

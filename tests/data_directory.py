@@ -27,6 +27,12 @@ def write_features(path, x, labels, spare=0, chunks=None):
         f.create_dataset("count", data=np.array([n], np.int32))
 
 
+def write_made_from(path, **note):
+    """What save_features.py tells that it made the file from."""
+    with h5py.File(path, "r+") as f:
+        f.attrs["made_from"] = json.dumps(note)
+
+
 def read_features(path):
     """(x float32 (n, d), labels int32 (n)) of the valid rows."""
     with h5py.File(path, "r") as f:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import reference
-from data_directory import make_data_directory, read_features
+from data_directory import make_data_directory, read_features, write_made_from
 from diffusion import StoredL
 from graph_utils import has_mkl
 from lowshot.packages import faiss
 from lowshot import split as class_split
+from lowshot.script import write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NBG, DIM, KS = 400, 32, 16
@@ -166,6 +167,26 @@ def test_unreadable_images_are_noted(tmp_path, script):
     command += ["--nbg", "0", "--dim", str(DIM)] if script == "diffusion.py" else ["--maxiter", "3"]
     out = subprocess.run(command, env={**os.environ, "DDIR": str(root)}, capture_output=True, text=True, check=True).stdout
     assert "note: {} labelled and {} test images could not be read".format(*expected) in out
+
+
+@pytest.mark.parametrize("script", ["diffusion.py", "logreg.py"])
+def test_features_of_different_networks_are_refused(tmp_path, script):
+    root = make_data_directory(tmp_path, nclass=10, dim=64, nbg=NBG, raw=True)
+    train, val = (os.path.join(root, "features", name) for name in ("train.hdf5", "val.hdf5"))
+    command = [sys.executable, os.path.join(ROOT, script), "--mode", "val"]
+    command += ["--nbg", "0", "--dim", str(DIM), "--niter", "1"] if script == "diffusion.py" else ["--maxiter", "3"]
+
+    def error():
+        return subprocess.run(command, env={**os.environ, "DDIR": root}, capture_output=True, text=True).stderr
+
+    write_made_from(train, model="ResNet10", modelfile_sha256="a", transforms={"crop": 32})
+    assert not error()
+    write_made_from(val, model="ResNet10", modelfile_sha256="b", transforms={"crop": 32})
+    assert f"{train} was made with modelfile_sha256 a, {val} with b" in error()
+    write_made_from(val, model="ResNet10", modelfile_sha256="a", transforms={"crop": 32})
+    pca = os.path.join(root, f"features/f100m/PCAR{DIM}.vt")
+    write_json(pca + ".json", {"network": {"model": "ResNet10", "crop": 64}})
+    assert not error() if script == "logreg.py" else f"{train} was made with crop 32, {pca} (says its .json) with 64" in error()
 
 
 def test_a_split_without_novel_test_images_is_noted(ddir, tmp_path):

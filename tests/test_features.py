@@ -8,9 +8,10 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-from data_directory import make_data_directory, read_features, write_features  # noqa: E402
+from data_directory import make_data_directory, read_features, write_features, write_made_from  # noqa: E402
 from lowshot import features  # noqa: E402
-from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, matrix_rows, normalise_rows  # noqa: E402
+from lowshot.features import (FeatureFile, MatrixFile, NormalisedRows, check_same_network, matrix_rows,  # noqa: E402
+                              normalise_rows)
 
 N, D = 53, 7
 
@@ -112,6 +113,34 @@ def test_labels_are_whole_numbers(tmp_path):
         f["all_labels"][2] = -1
     with FeatureFile(path) as f, pytest.raises(ValueError, match="label of row 2 is -1"):
         f.labels(8)
+
+
+def test_network_of_a_file(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.ones((3, 4), np.float32), np.zeros(3))
+    with FeatureFile(path) as f:
+        assert f.made_from == f.network == {}
+    write_made_from(path, model="ResNet50", modelfile_sha256="ab", i0=0, i1=3, transforms={"crop": 224})
+    with FeatureFile(path) as f:
+        assert f.made_from["i1"] == 3
+        assert f.network == {"model": "ResNet50", "modelfile_sha256": "ab", "crop": 224}
+    for damaged in ("{", "[1]", 7):
+        with h5py.File(path, "r+") as f:
+            f.attrs["made_from"] = damaged
+        with FeatureFile(path) as f:
+            assert f.network == {}
+
+
+def test_files_of_other_networks():
+    network = {"model": "ResNet50", "modelfile_sha256": "ab", "crop": 224}
+    for other in ({}, network, {"model": "ResNet50", "resize": 256}):
+        check_same_network("a", network, "b", other)
+        check_same_network("a", other, "b", network)
+    for other, message in (({**network, "model": "ResNet10"}, "a was made with model ResNet50, b with ResNet10"),
+                           ({**network, "modelfile_sha256": None}, "a was made with modelfile_sha256 ab, b with None"),
+                           ({"crop": 32}, "a was made with crop 224, b with 32: both must come from the same network")):
+        with pytest.raises(ValueError, match=message):
+            check_same_network("a", network, "b", other)
 
 
 def test_damaged_chunk_is_named(tmp_path):

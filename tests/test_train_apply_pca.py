@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import train_apply_pca
+from data_directory import write_made_from
 from lowshot.packages import faiss
+from lowshot.script import read_json, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 D, DIM = 24, 10
@@ -105,6 +107,41 @@ def test_a_block_extracted_again_with_more_images_is_another(root):
     run(root, "train", "apply")
     write_block(root, 1, 301, seed=1, readable=np.ones(301, bool))
     assert "--overwrite replaces it" in run(root, "apply", ok=False)
+
+
+def test_blocks_of_different_networks_are_refused(root):
+    write_made_from(path(root, "block1.hdf5"), model="ResNet10", modelfile_sha256="a")      # block0 does not tell
+    write_made_from(path(root, "block2.hdf5"), model="ResNet10", modelfile_sha256="b")
+    for step in ("train", "apply"):
+        assert (f"{path(root, 'block2.hdf5')} was made with modelfile_sha256 b, {path(root, 'block1.hdf5')} with a"
+                in run(root, step, ok=False))
+    for b in range(3):
+        write_made_from(path(root, f"block{b}.hdf5"), model="ResNet10", modelfile_sha256="a")
+    run(root, "train", "apply")
+    assert "complete, nothing to do" in run(root, "train")
+    for b in range(3):
+        write_made_from(path(root, f"block{b}.hdf5"), model="ResNet50", modelfile_sha256="a")
+    assert f"block0.hdf5 was made with model ResNet50, {path(root, f'PCAR{DIM}.vt')} (says its .json) with ResNet10" in run(
+        root, "apply", ok=False)
+
+
+def test_a_pca_whose_notes_do_not_tell_the_network_is_complete(root):
+    run(root, "train")
+    notes = path(root, f"PCAR{DIM}.vt.json")
+    content = read_json(notes)
+    assert content.pop("network") == {}
+    write_json(notes, content)
+    assert "complete, nothing to do" in run(root, "train")
+
+
+def test_blocks_that_do_not_continue_each_other_are_refused(root):
+    for b, (i0, i1) in enumerate([(0, 500), (500, 801), (801, 802)]):
+        write_made_from(path(root, f"block{b}.hdf5"), i0=i0, i1=i1)
+    run(root, "train", "apply")
+    write_made_from(path(root, "block1.hdf5"), i0=0, i1=301)
+    for step in ("train", "apply"):
+        assert ("{} has the images from 0 to before 500, {} those from 0 to before 301: blocks must continue".format(
+            path(root, "block0.hdf5"), path(root, "block1.hdf5")) in run(root, step, ok=False))
 
 
 def test_going_on_after_a_kill(root, monkeypatch):
