@@ -284,6 +284,7 @@ class FixedKey:
                 sources.append(ddir.index(nbg))
         for path in sources:
             check_readable(path, "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim))
+        load_pca(ddir.pca(dim))         # tells whether it is damaged: then its digest is another, too
         if nbg:
             check_made_by(ddir.pca(dim), ddir.raw(dim), dim)
         self.made_from = {

@@ -98,6 +98,13 @@ def test_vectors_of_another_pca_are_an_error(data):
         write_json(note, content)
         with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
             completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(3), np.arange(3))
+    with open(ddir.pca(DIM), "rb") as f:
+        whole = f.read()
+    os.truncate(ddir.pca(DIM), 90)
+    with pytest.raises(ValueError, match="PCAR32.vt .90 bytes. is truncated"):
+        completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(3), np.arange(3))
+    with open(ddir.pca(DIM), "wb") as f:
+        f.write(whole)
     os.unlink(note)
 
 
