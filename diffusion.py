@@ -26,7 +26,7 @@ import time
 
 import numpy as np
 
-from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
+from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
 from lowshot.features import FeatureFile, check_same_network, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory
@@ -308,12 +308,14 @@ def main():
     predicted = predict_memory(n, nt, nbase, nl - nbase, k, args.dim, fixed is not None,
                                widest_panel(args.lslice, n, Backend.panel), Backend, args.niter)
     print_header(args, predicted_memory=size(predicted))
-    log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes "
-        f"({len(split.novel)} novel)")
+    log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes"
+        f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
+    if args.k > n:
+        log(f"note: --k is {args.k}, there are {n} nodes: k is taken as {n}")
     if any(unreadable):
         log(note_of_unreadable(*unreadable))
-    if not split.is_novel[test_labels].any():
-        log(NO_NOVEL)
+    for note in notes_of_test_images(test_labels, split):
+        log(note)
 
     # ---- the graph over all images; nodes are numbered background, base, novel
     if fixed:

@@ -27,7 +27,7 @@ import zipfile
 
 import numpy as np
 
-from lowshot.evaluate import NO_NOVEL, accuracies, note_of_unreadable
+from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
 from lowshot.experiments import as_text
 from lowshot.features import FeatureFile, SLAB_BYTES, check_same_network
 from lowshot.layout import DataDir
@@ -275,12 +275,12 @@ def experiment(args, ddir, record):
         print_header(args, device=device, threads=get_num_threads(), predicted_memory=size(predicted))
         if predicted - peak_memory() > available_memory():
             log(f"warning: {size(predicted)} needed, {size(available_memory())} available")
-        log(f"{C} classes ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base classes), "
-            f"{len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
+        log(f"{C} classes{ddir.of_label_idx()} ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base "
+            f"classes), {len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
         if any(unreadable):
             log(note_of_unreadable(*unreadable))
-        if not split.is_novel[test_labels].any():
-            log(NO_NOVEL)
+        for note in notes_of_test_images(test_labels, split):
+            log(note)
         X = read_rows(train_file, rows, "labelled images")                                         # (n, d)
         Xtest = read_rows(val_file, test_rows, "test images")                                      # (nt, d)
 

@@ -105,7 +105,12 @@ class DataDir:
             if os.path.exists(path):
                 return path
         raise ValueError(f"no label_idx.json in {self.root} nor in the current folder: "
-                         "it comes with the low-shot-shrink-hallucinate package (see README.md)")
+                         "it comes with the low-shot-shrink-hallucinate package; or write it: see Your own images in README.md")
+
+    def of_label_idx(self):
+        """Words that name label_idx.json where it is not the data directory's."""
+        path = self.label_idx()
+        return "" if path == self.path("label_idx.json") else f" of {os.path.abspath(path)}"
 
     def log(self, *parts):
         return self.path("logs", *parts)

@@ -1,9 +1,19 @@
 import numpy as np
 
-from lowshot.evaluate import accuracies
+from lowshot.evaluate import NO_NOVEL, accuracies, notes_of_test_images
+from lowshot.split import Split
 
 
 def test_accuracies():
     is_novel = np.array([False, True, True])
     assert accuracies(np.array([True, False, True, True]), np.array([0, 0, 1, 2]), is_novel) == (0.75, 1.0)
     assert accuracies(np.array([True, False]), np.array([0, 0]), is_novel) == (0.5, 0.0)
+
+
+def test_notes_of_classes_without_test_images():
+    split = Split("val", np.arange(4, 10), np.arange(20, 23))
+    assert list(notes_of_test_images(np.arange(9), split)) == []
+    assert list(notes_of_test_images(np.array([0, 1, 2, 4, 5, 7, 8]), split)) == [
+        "note: 2 of 9 classes have no test image: class 8, 21"]
+    assert list(notes_of_test_images(np.array([1, 1]), split)) == [
+        NO_NOVEL, "note: 8 of 9 classes have no test image: class 5, 7, 8, 9, 10 ..."]

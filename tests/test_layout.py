@@ -82,9 +82,9 @@ def test_label_idx_in_the_data_directory_or_here(root, tmp_path_factory, monkeyp
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
     d = DataDir(str(root))
-    with pytest.raises(ValueError, match="no label_idx.json in .* nor in the current folder"):
+    with pytest.raises(ValueError, match="no label_idx.json in .* nor in the current folder: .*; or write it: see Your own"):
         d.label_idx()
     (here / "label_idx.json").touch()
-    assert d.label_idx() == "label_idx.json"
+    assert d.label_idx() == "label_idx.json" and d.of_label_idx() == f" of {here}/label_idx.json"
     (root / "label_idx.json").touch()
-    assert d.label_idx() == str(root / "label_idx.json")
+    assert d.label_idx() == str(root / "label_idx.json") and d.of_label_idx() == ""
