@@ -56,11 +56,15 @@ class FeatureFile:
         """Find size and place of the datasets."""
         path = self.path
         for name, ndim in (("all_feats", 2), ("all_labels", 1), ("count", 1)):
-            if name not in self.file or getattr(self.file[name], "ndim", None) != ndim:
-                raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}: not a feature file")
+            shape = getattr(self.file.get(name), "shape", None)
+            # other tools store labels as a column, and the count without dimensions
+            other = (name, shape and shape[1:]) == ("all_labels", (1,)) or (name, shape) == ("count", ())
+            if shape is None or len(shape) != ndim and not other:
+                found = "" if shape is None else f" (but one of shape {shape})"
+                raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}{found}: not a feature file")
         feats, labels = self.file["all_feats"], self.file["all_labels"]
-        count = self.file["count"]
-        if count.shape[0] < 1:
+        count = np.atleast_1d(self.file["count"][()])
+        if not len(count):
             raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
         if count.dtype.kind not in "iuf" or not np.isfinite(count[0]):
             raise ValueError(f"{path}: count holds {count.dtype} {count[0]!r}, a number of rows was expected")
@@ -99,7 +103,7 @@ class FeatureFile:
 
     def labels(self, known=None):
         """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1, if known is given."""
-        labels = self._stretch("all_labels", 0, self.n)
+        labels = self._stretch("all_labels", 0, self.n).reshape(self.n)
         if labels.dtype.kind == "f":
             wrong = ~(np.abs(labels) < 2 ** 53) | (np.floor(labels) != labels)
             if wrong.any():
@@ -109,8 +113,9 @@ class FeatureFile:
         outside = known is not None and (labels < 0) | (labels >= known)
         if np.any(outside):
             row = int(np.argmax(outside))
+            listed = "" if labels[row] < 0 else f", or list class {labels[row] + 1} there, at the least among label_names"
             raise ValueError(f"{self.path}: the label of row {row} is {labels[row]}, label_idx.json has classes for labels 0 to "
-                             f"{known - 1} (label 0 is its class 1)")
+                             f"{known - 1} (label 0 is its class 1): check that labels start at 0{listed}")
         return labels
 
     def _stretch(self, name, start, stop):

@@ -1,4 +1,5 @@
 """Which classes and images are labelled (paper, section 4.1; order and random numbers as in the published tables)."""
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from lowshot.script import read_json
 class Split:
     """Class split of one mode: 0-based class numbers, each list increasing. Label c is the c-th class of `classes`.
 
-    known: the file names no class from this number on, of any mode.
+    known: the file lists no class from this number on, of any mode, nor has a name for one.
     """
     mode: str
     base: np.ndarray
@@ -40,10 +41,14 @@ def load_split(path, mode):
     lists = []
     for name in {"val": ("base_classes_1", "novel_classes_1"), "test": ("base_classes_2", "novel_classes_2")}[mode]:
         numbers = info.get(name) if isinstance(info, dict) else None
-        if not isinstance(numbers, list) or not all(type(i) is int and i < 2 ** 31 for i in numbers):
+        if not isinstance(numbers, list):
             raise ValueError(f"{path} has no list of class numbers {name!r}")
-        if len(set(numbers)) < len(numbers) or (numbers and min(numbers) < 1):
-            raise ValueError(f"{path}: {name} repeats a class or has one below 1 (class numbers start at 1)")
+        for i in numbers:
+            if type(i) is not int or not 1 <= i < 2 ** 31:
+                expected = "class numbers start at 1 and are below 2^31" if type(i) is int else "a whole number was expected"
+                raise ValueError(f"{path}: {name} holds {json.dumps(i)[:40]}, {expected}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{path}: {name} repeats class {max(numbers, key=numbers.count)}")
         lists.append(np.array(sorted(numbers), np.int64) - 1)
     base, novel = lists
     if np.intersect1d(base, novel).size:
@@ -52,7 +57,8 @@ def load_split(path, mode):
         raise ValueError(f"{path} lists no class for --mode {mode}")
     known = [n for key, numbers in info.items() if "classes" in key and isinstance(numbers, list)
              for n in numbers if type(n) is int]
-    return Split(mode, base, novel, max(known))
+    names = info.get("label_names")
+    return Split(mode, base, novel, max(known + [len(names)] if isinstance(names, list) else known))
 
 
 def labelled_images(train_labels, split, nlabeled, seed):

@@ -107,11 +107,12 @@ def test_labels_are_whole_numbers(tmp_path):
         f["all_labels"][1] = 4
     with FeatureFile(path) as f:
         assert f.labels().tolist() == f.labels(8).tolist() == [7, 4, 2]
-        with pytest.raises(ValueError, match="f.hdf5: the label of row 0 is 7, label_idx.json has classes for labels 0 to 6"):
+        with pytest.raises(ValueError, match="f.hdf5: the label of row 0 is 7, label_idx.json has classes for labels 0 to 6 .*"
+                                             ": check that labels start at 0, or list class 8 there, .* label_names$"):
             f.labels(7)
     with h5py.File(path, "r+") as f:
         f["all_labels"][2] = -1
-    with FeatureFile(path) as f, pytest.raises(ValueError, match="label of row 2 is -1"):
+    with FeatureFile(path) as f, pytest.raises(ValueError, match="label of row 2 is -1, .*: check that labels start at 0$"):
         f.labels(8)
 
 
@@ -220,7 +221,8 @@ def edit(path, **datasets):
 
 @pytest.mark.parametrize("datasets, message", [
     (dict(all_feats=None), "no 2-dimensional dataset 'all_feats'"),
-    (dict(all_feats=np.zeros(9, "f4")), "no 2-dimensional dataset 'all_feats'"),
+    (dict(all_feats=np.zeros(9, "f4")), r"no 2-dimensional dataset 'all_feats' .but one of shape \(9,\)."),
+    (dict(all_labels=np.zeros((20, 2), "i4")), r"no 1-dimensional dataset 'all_labels' .but one of shape \(20, 2\)."),
     (dict(all_labels=None), "no 1-dimensional dataset 'all_labels'"),
     (dict(count=None), "no 1-dimensional dataset 'count'"),
     (dict(count=np.zeros(0, "i4")), "'count' is empty"),
@@ -235,6 +237,14 @@ def test_files_of_another_shape(tmp_path, datasets, message):
     edit(path, **datasets)
     with pytest.raises(ValueError, match=message):
         FeatureFile(path)
+
+
+def test_labels_as_a_column_and_a_count_without_dimensions(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.zeros((20, 3), np.float32), np.zeros(20))
+    edit(path, all_labels=np.arange(20)[:, None], count=np.int32(17))
+    with FeatureFile(path) as f:
+        assert f.n == 17 and f.labels(17).tolist() == list(range(17))
 
 
 def test_empty_file(tmp_path):

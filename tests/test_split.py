@@ -31,15 +31,22 @@ def test_modes_take_their_own_lists_zero_based(tmp_path):
 @pytest.mark.parametrize("lists, message", [
     (dict(base_classes_1=[1]), "no list of class numbers 'novel_classes_1'"),
     (dict(base_classes_1=[1], novel_classes_1="2"), "no list of class numbers 'novel_classes_1'"),
-    (dict(base_classes_1=[1.5], novel_classes_1=[2]), "no list of class numbers 'base_classes_1'"),
-    (dict(base_classes_1=[1, 1], novel_classes_1=[2]), "base_classes_1 repeats a class"),
-    (dict(base_classes_1=[0], novel_classes_1=[2]), "start at 1"),
+    (dict(base_classes_1=[1.5], novel_classes_1=[2]), "base_classes_1 holds 1.5, a whole number was expected"),
+    (dict(base_classes_1=[1, "4"], novel_classes_1=[2]), 'base_classes_1 holds "4", a whole number was expected'),
+    (dict(base_classes_1=[1, 3, 3], novel_classes_1=[2]), "base_classes_1 repeats class 3"),
+    (dict(base_classes_1=[0], novel_classes_1=[2]), "base_classes_1 holds 0, class numbers start at 1"),
     (dict(base_classes_1=[1, 3], novel_classes_1=[2, 3]), "class 3 is both base and novel"),
     (dict(base_classes_1=[], novel_classes_1=[]), "lists no class for --mode val"),
 ])
 def test_bad_split_files(tmp_path, lists, message):
     with pytest.raises(ValueError, match=message):
         load_split(write(tmp_path / "s.json", **lists), "val")
+
+
+def test_classes_that_only_have_a_name_are_known(tmp_path):
+    lists = dict(base_classes_1=[1, 3], novel_classes_1=[2], base_classes_2=[], novel_classes_2=[])
+    for names, known in ((["a", "b", "c", "d", "e"], 5), (["a"], 3), ({"a": 1}, 3), (9, 3)):
+        assert load_split(write(tmp_path / "s.json", **lists, label_names=names), "val").known == known
 
 
 def test_split_file_that_is_no_json(tmp_path):
