@@ -1,5 +1,6 @@
 """train_apply_pca.py against the PCA written out in numpy, and its files: resumed, replaced, damaged."""
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import train_apply_pca
-from data_directory import write_made_from
+from data_directory import write_features, write_made_from
 from lowshot.packages import faiss
 from lowshot.script import read_json, write_json
 
@@ -77,6 +78,19 @@ def test_equals_numpy(root):
     np.testing.assert_allclose(y @ y.T, kept @ kept.T, atol=2e-3)
     for name in os.listdir(root / "features" / "f100m"):
         assert not name.endswith((".partial", ".tmp", ".lock")), name
+
+
+def test_predicted_memory(root):
+    """Of both steps in one process, and of apply alone."""
+    x = np.random.RandomState(0).rand(40000, 512).astype(np.float32)
+    write_features(path(root, "block0.hdf5"), x, np.zeros(len(x)))
+    for b in (1, 2):
+        os.unlink(path(root, f"block{b}.hdf5"))
+    for steps in (["train", "apply"], ["apply"]):
+        found = re.findall("predicted_memory=([0-9.]+) MB|peak memory ([0-9.]+) MB", run(root, *steps))
+        predicted, peak = (float("".join(pair)) for pair in found[-2:])
+        assert .8 * peak < predicted < 1.2 * peak
+        os.unlink(path(root))
 
 
 def test_ntrain(root):
