@@ -19,6 +19,7 @@ A run that was killed goes on from its last checkpoint when the same command is 
 """
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -321,9 +322,15 @@ def experiment(args, ddir, record):
                 diverged.add(g)
                 log(f"note: lr {lr:g} wd {wd:g} diverged, its scores are not numbers")
 
-    train(classifiers, sampler, X, args, report,
-          lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,
-                                          losses=[some.tolist() for some in losses]), first, losses)
+    try:
+        train(classifiers, sampler, X, args, report,
+              lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,
+                                              losses=[some.tolist() for some in losses]), first, losses)
+    except (MemoryError, OSError) as e:
+        if isinstance(e, OSError) and e.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"training takes {size(predicted)}, the machine has {size(available_memory())} free ({e}): lower "
+                          f"--batchsize{', or train fewer --lr and --wd at a time' * (len(points) > 1)}")
     for g in range(len(points) if args.storemodel else 0):
         weight, bias = classifiers.weights(g)
         with whole(point_file(args.storemodel, points, g)) as temporary, open(temporary, "wb") as f:

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -323,6 +324,16 @@ def test_bad_arguments_take_one_line(ddir, words, message):
         pytest.skip("there is a GPU")
     done = logreg(ddir, "--maxiter", 1, *words, check=False)
     assert done.returncode in (1, 2) and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_memory_that_is_not_there_takes_one_line(ddir):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+
+    done = logreg(ddir, "--maxiter", 1, "--batchsize", 10 ** 7, "--lr", "0.1,0.01", "--device", "cpu", check=False,
+                  preexec_fn=limit)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.search("training takes .* GB, the machine has .* free .*: lower --batchsize, or train fewer", done.stderr)
 
 
 def test_bad_files_take_one_line(tmp_path):
