@@ -7,7 +7,7 @@
 # From the environment:
 #
 # DDIR         the data directory (default: demo_data in this folder)
-# NBG          background sizes (default: those of the experiment file, 0 6000 60000); the largest is drawn
+# NBG          background sizes (default: those of the experiment file, 0 6000 60000); the largest is drawn, but 6000 at least
 # NLABELED, SEEDS, JOBS     see run_diffusion.bash; JOBS defaults to half of the cores
 # EXPERIMENT   experiment file (default: configs/demo.yaml)
 # DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts"
@@ -53,7 +53,7 @@ printf 'data directory:  export DDIR=%q\n' "$DDIR"
 
 step "data: characters of a hundred fonts"
 # shellcheck disable=SC2086
-show "$PYTHON" demo/make_data.py --nbg $((most > 0 ? most : 6000)) ${DATA:-}       # the PCA needs some in any case
+show "$PYTHON" demo/make_data.py --nbg $((most > 6000 ? most : 6000)) ${DATA:-}    # the PCA needs some in any case
 
 step "network: ResNet10, trained on the base classes"
 show "$PYTHON" demo/train_network.py --epochs "$EPOCHS"

@@ -10,7 +10,8 @@ that are hard to tell apart by shape alone (C and c) are left out. Background: c
 
 reads   a folder of fonts: those inside the package trdg (pip install --no-deps -r requirements-demo.txt), or --fonts
 writes  $DDIR/yfcc100m/00/000.zip ...            background; 000.zip holds 000.jpg ... 999.jpg, images 0 to 999. In each
-                                                 zip one image is missing and one cannot be decoded, as in YFCC100M
+                                                 zip one image is missing, but never its last, by which the images
+                                                 are counted, and one cannot be decoded, as in YFCC100M
         $DDIR/imagenet/{train,val}/U0041/...     labelled images
         $DDIR/imagenet_meta_{train,val}.json     image_names, image_labels (0..299), label_names
         $DDIR/label_idx.json                     class split, class numbers start at 1
@@ -313,7 +314,9 @@ def zip_complete(root, z, count, seed):
     missing, _ = damaged(seed, z)
     with contextlib.suppress(OSError, zipfile.BadZipFile):
         with zipfile.ZipFile(zip_path(root, z)) as file:
-            return {f"{i:03d}.jpg" for i in range(count) if i != missing} <= set(file.namelist())
+            names = set(file.namelist())        # of a larger zip the missing one may be the last of `count`
+            return ({f"{i:03d}.jpg" for i in range(count) if i != missing} <= names
+                    and len(names) >= count - (missing < count - 1))
     return False
 
 
@@ -323,7 +326,7 @@ def _draw_zip(job):
     characters, fonts = zip_characters(_glyphs, z)
     with whole(zip_path(_root, z)) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
         for i in range(count):
-            if i == missing:
+            if i == missing and i < count - 1:      # the last one tells how many there are
                 continue
             rs = np.random.RandomState([_glyphs.seed, BACKGROUND, z * PER_ZIP + i])
             data = jpeg(draw(rs, _glyphs.paths[fonts[i]], _glyphs.background[characters[i]]))

@@ -207,6 +207,28 @@ def test_what_is_complete_is_kept_and_the_rest_made(data, options, tmp_path):
         assert len(new.namelist()) == len(old.namelist()) + 30 - (40 <= damaged(0, 1)[0] < 70)
 
 
+def test_the_last_image_is_never_missing(data, options, tmp_path):
+    missing = damaged(0, 0)[0]
+
+    def names():
+        with zipfile.ZipFile(ddir / "yfcc100m" / "00" / "000.zip") as file:
+            return file.namelist()
+    ddir = tmp_path / "d"
+    ddir.mkdir()
+    script("make_data.py", ddir, *options, "--nbg", missing + 1)
+    assert names() == [f"{i:03d}.jpg" for i in range(missing + 1)]
+    with zipfile.ZipFile(ddir / "yfcc100m" / "00" / "000.zip", "w") as file:        # without it, the zip is not complete
+        for i in range(missing):
+            file.writestr(f"{i:03d}.jpg", b"")
+    script("make_data.py", ddir, *options, "--nbg", missing + 1)
+    assert names()[-1] == f"{missing:03d}.jpg"
+    # a larger background is as if drawn at once, and is left alone where less is asked for
+    script("make_data.py", ddir, *options, "--nbg", NBG)
+    assert contents(ddir) == contents(data)
+    script("make_data.py", ddir, *options, "--nbg", missing + 1)
+    assert f"{missing:03d}.jpg" not in names() and len(names()) == 999
+
+
 def test_killed_and_run_again(data, options, tmp_path):
     process = start("make_data.py", tmp_path, *options, "--nbg", NBG, "--nproc", 2)
     deadline = time.time() + 30

@@ -1,6 +1,7 @@
 """The bash scripts: the drivers with the real logreg.py and diffusion.py on a tiny data directory, and the set-up."""
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -243,3 +244,10 @@ def test_demo_refuses_bad_settings(tmp_path):
     assert out.returncode == 1 and "NBG='many' is not a list of whole numbers" in out.stderr
     out = bash("run_demo.bash", DDIR=str(tmp_path), EXPERIMENT="nowhere.yaml")
     assert out.returncode == 1 and "no experiment file" in out.stderr
+
+
+@pytest.mark.parametrize("nbg, drawn", [("0", 6000), ("0 100", 6000), ("0 7000", 7000)])
+def test_demo_draws_enough_for_the_pca(tmp_path, nbg, drawn):
+    stub(tmp_path / "bin", "python", f'[ "$1" = demo/make_data.py ] && exit 9\nexec {shlex.quote(sys.executable)} "$@"')
+    out = bash("run_demo.bash", DDIR=str(tmp_path), NBG=nbg, PYTHON=str(tmp_path / "bin" / "python"))
+    assert out.returncode == 9 and f"demo/make_data.py --nbg {drawn}\n" in out.stdout.replace(" \n", "\n")
