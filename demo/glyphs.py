@@ -26,12 +26,19 @@ def default_fonts():
 
 
 def find_fonts(folder):
-    """Paths of the .ttf and .otf files of a folder that have the letters A-Z, sorted by name."""
+    """Paths of the .ttf and .otf files of a folder and those below it that have the letters A-Z, sorted by their names there."""
     from fontTools.ttLib import TTFont, TTLibError
     if not os.path.isdir(folder):
         raise ValueError(f"--fonts {folder} is not a folder")
-    paths = []
-    for name in sorted(os.listdir(folder)):
+    found, seen, paths = [], set(), []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(at) in seen:        # a link to a folder above leads around for ever
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        found += [os.path.relpath(os.path.join(at, name), folder) for name in names]
+    for name in sorted(found):
         path = os.path.join(folder, name)
         if name.lower().endswith((".ttf", ".otf")) and os.path.isfile(path):
             try:
@@ -41,7 +48,7 @@ def find_fonts(folder):
             except (TTLibError, OSError, KeyError, AssertionError) as e:
                 raise ValueError(f"{path} is not a font that can be read: {e}")
     if not paths:
-        raise ValueError(f"{folder} has no .ttf or .otf font with the letters A-Z")
+        raise ValueError(f"{folder} and the folders below it have no .ttf or .otf font with the letters A-Z")
     return paths
 
 

@@ -54,7 +54,8 @@ def arguments():
     parser = Parser(__doc__)
     parser.add_argument("--nbg", type=number(int, 0, 10 ** 8), default=60000, help="number of background images")
     parser.add_argument("--fonts", default="", metavar="DIR",
-                        help="folder of .ttf and .otf files (default: the fonts inside the package trdg)")
+                        help="folder of .ttf and .otf files, also in folders below it; fewer fonts want a lower "
+                             "--minfonts (default: the fonts inside the package trdg)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of all random choices")
     parser.add_argument("--nproc", type=number(int, 1), default=cpus(),
                         help="number of processes; the images do not depend on it")

@@ -97,6 +97,14 @@ def test_find_fonts(fonts, tmp_path):
         f for f in os.listdir(fonts) if f.endswith(".ttf"))
     with pytest.raises(ValueError, match="no .ttf or .otf font"):
         find_fonts(str(tmp_path))
+    for name in ("b", "a/z"):
+        shutil.copytree(fonts, tmp_path / "all" / name)
+    (tmp_path / "all" / "a" / "above").symlink_to("..")
+    (tmp_path / "all" / "link").symlink_to(fonts)
+    shutil.copy(fonts / "STIXGeneral.ttf", tmp_path / "all" / "aa.ttf")
+    names = sorted(f for f in os.listdir(fonts) if f.endswith(".ttf"))
+    assert [os.path.relpath(p, tmp_path / "all") for p in find_fonts(str(tmp_path / "all"))] == [
+        *(f"a/z/{name}" for name in names), "aa.ttf", *(f"{folder}/{name}" for folder in ("b", "link") for name in names)]
     (tmp_path / "broken.ttf").write_bytes(b"\0\1\0\0 not a font")
     with pytest.raises(ValueError, match="broken.ttf is not a font"):
         find_fonts(str(tmp_path))
