@@ -38,9 +38,11 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
+from lowshot.experiments import end_with_parent  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.machine import cpus  # noqa: E402
-from lowshot.script import Parser, Progress, log, number, print_header, read_json, run, whole, write_json  # noqa: E402
+from lowshot.script import (Parser, Progress, full_disk_named, log, number, print_header, read_json, run,  # noqa: E402
+                            whole, write_json)
 
 SIZE = 32               # pixels
 PER_ZIP = 1000
@@ -76,7 +78,7 @@ def main():
     args = arguments()
     ddir = DataDir()
     print_header(args)
-    with multiprocessing.get_context("fork").Pool(args.nproc) as pool:      # children import nothing anew
+    with multiprocessing.get_context("fork").Pool(args.nproc, end_with_parent) as pool:     # children import nothing anew
         glyphs = load_glyphs(ddir, args, pool)
     # the glyphs are drawn in processes made after they are known, and inherited by them
     with multiprocessing.get_context("fork").Pool(args.nproc, _inherit, (glyphs, ddir.root)) as pool:
@@ -214,6 +216,7 @@ _glyphs = _root = None
 
 def _inherit(glyphs, root):
     global _glyphs, _root
+    end_with_parent()
     _glyphs, _root = glyphs, root
 
 
@@ -259,7 +262,7 @@ def _draw_class(job):
     os.makedirs(temporary)
     for i in range(count):
         rs = np.random.RandomState([_glyphs.seed, {"train": TRAIN, "val": VAL}[part], code, i])
-        with open(os.path.join(temporary, f"{i:04d}.jpg"), "wb") as f:
+        with full_disk_named(folder), open(os.path.join(temporary, f"{i:04d}.jpg"), "wb") as f:
             f.write(jpeg(draw(rs, _glyphs.paths[fonts[rs.randint(len(fonts))]], code)))
     os.rename(temporary, folder)
     return count

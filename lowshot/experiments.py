@@ -19,7 +19,7 @@ import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
 from lowshot.machine import cpus
-from lowshot.script import clock, exclusive, file_identities, log, read_json
+from lowshot.script import clock, exclusive, file_identities, full_disk_named, log, read_json
 
 SYSTEMS = ("logreg", "diffusion")
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -401,9 +401,13 @@ class Driver:
         with lock:
             if process.returncode or job.result() is None:
                 why = f"status {process.returncode}" if process.returncode else "no complete record"
-                self._fail(job, f"({why}): {last_line(job.log)}")
-                with open(job.log, "a") as output:
-                    print(f"FAILED ({why})", file=output)
+                try:
+                    said = last_line(job.log)
+                    with full_disk_named(job.log), open(job.log, "a") as output:
+                        print(f"FAILED ({why})", file=output)
+                except OSError as e:
+                    said = e
+                self._fail(job, f"({why}): {said}")
             else:
                 self._count()
 

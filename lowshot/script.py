@@ -186,20 +186,28 @@ def whole(path):
     folder = os.path.dirname(temporary)
     os.makedirs(folder, exist_ok=True)
     try:
-        open(temporary, "wb").close()       # where that fails, libraries would say so in their own ways
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with full_disk_named(path):
+            open(temporary, "wb").close()       # where that fails, libraries would say so in their own ways
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def full_disk_named(path):
+    """Where the block fails for want of space and does not say so of a file, an OSError names `path`."""
+    try:
+        yield
     except (OSError, RuntimeError) as e:
         # some libraries tell neither which file nor why
         if getattr(e, "filename", None) is None and re.search(
-                r"No space|File too large|requested and .* written|fwrite|faiss::write", str(e)):
-            text = " ".join(str(e).split())[:200]
-            raise OSError(f"{path} could not be written, the disk has {size(shutil.disk_usage(folder).free)} free ({text})") from e
+                r"No space|File too large|requested and .* written|fwrite|faiss::write|inline_container", str(e)):
+            text, free = " ".join(str(e).split())[:200], shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+            raise OSError(f"{path} could not be written, the disk has {size(free)} free ({text})") from e
         raise
-    finally:
-        remove(temporary)
 
 
 def file_identities(paths):

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -251,6 +252,26 @@ def test_killed_and_run_again(data, options, tmp_path):
         assert content == whole[path], path
     script("make_data.py", tmp_path, *options, "--nbg", NBG)
     assert contents(tmp_path) == whole
+
+
+def test_killed_alone_it_takes_its_processes_along(options, tmp_path):
+    environment = {**os.environ, "DDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "demo", "make_data.py"), *map(str, options), "--nbg", "9000",
+                                "--nproc", "2"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 30
+    while time.time() < deadline and not list(tmp_path.glob("yfcc100m/00/.*.tmp.zip")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.communicate(timeout=5)[1] == ""          # at its end no process has the pipe any more
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "yfcc100m_chars.npy").exists()
+
+
+def test_a_full_disk_names_the_folder(data, options, tmp_path):
+    shutil.copy(data / "glyphs.json", tmp_path)
+    done = script("make_data.py", tmp_path, *options, "--nbg", 10, check=False,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.search(rf"error: {tmp_path}/imagenet/train/U\w+ could not be written, the disk has", done.stderr)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,4 +1,5 @@
 """Experiment files, jobs, the choice of parameters, tables: with records written by hand."""
+import errno
 import glob
 import json
 import os
@@ -367,6 +368,20 @@ def test_a_job_whose_log_cannot_be_written_fails_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match="1 of 2 jobs failed: job0"):
         experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
     assert "job0 FAILED" in capsys.readouterr().out and jobs[1].result() is not None
+
+
+def test_a_log_on_a_full_disk_fails_its_job_alone(tmp_path, capsys, monkeypatch):
+    jobs = stand_in_jobs(tmp_path, {"fail": "yes"}, {"a": 2})
+
+    def full(path, *mode, **options):
+        if path == jobs[0].log and mode == ("a",) and os.path.exists(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, *mode, **options)
+    monkeypatch.setattr(experiments, "open", full, raising=False)
+    with pytest.raises(ValueError, match="1 of 2 jobs failed: job0"):
+        experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
+    assert f"job0 FAILED (status 1): {jobs[0].log} could not be written" in capsys.readouterr().out
+    assert jobs[1].result() is not None
 
 
 def test_job_of_a_driver_that_gives_it_up_is_taken_over(tmp_path):

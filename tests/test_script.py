@@ -183,13 +183,22 @@ def test_whole_appears_only_when_it_ended_well(tmp_path):
             raise RuntimeError
     assert path.read_text() == "first" and os.listdir(path.parent) == ["out.npz"]
     for error in (OSError("15360 requested and 992 written"), RuntimeError("Error in void faiss::write_index: fwrite failed"),
-                  OSError(errno.ENOSPC, "No space left on device")):
+                  OSError(errno.ENOSPC, "No space left on device"),
+                  RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")):
         with pytest.raises(OSError, match="out.npz could not be written, the disk has .*B free"):
             with whole(str(path)):
                 raise error
     with pytest.raises(FileNotFoundError, match="another"):
         with whole(str(path)):
             open("another")
+
+
+def test_a_full_disk_is_named_once(tmp_path):
+    for error, message in ((OSError(errno.ENOSPC, "No space"), "out could not be written"),
+                           (OSError(errno.ENOSPC, "No space", "other"), "'other'$"), (OSError(errno.EIO, "broken"), "broken$")):
+        with pytest.raises(OSError, match=message):
+            with script.full_disk_named(str(tmp_path / "out")):
+                raise error
 
 
 def test_whole_under_a_kill(tmp_path):
