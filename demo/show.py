@@ -58,6 +58,11 @@ def main():
         folders = [ddir.log(system, args.experiment) for system in ("diffusion", "logreg")]
         diffusion, logreg = read_records(folders, "test", args.k)
         validation, _ = read_records(folders, "val", args.k)
+        have = sorted({r["arguments"]["nlabeled"] for r in diffusion})
+        for n in args.nlabeled:
+            if n not in have:
+                raise ValueError(f"{folders[0]} has no record of diffusion.py --mode test --k {args.k} --nlabeled {n} (of "
+                                 f"--nlabeled there are: {have}): --experiment names the folder below logs/diffusion")
         save(figure(diffusion, logreg, args.nlabeled, chosen_iterations(validation, args.nlabeled)), args.figure)
     if args.sheet:
         if not os.path.exists(args.examples):
@@ -131,17 +136,11 @@ def figure(diffusion, logreg, nlabeled=(1, 2), chosen=None):
     diffusion, logreg: lists of records as the scripts write them, of the test split. Bands are one standard deviation
     over seeds. chosen: {(nlabeled, nbg): iterations} of the validation split, for the plots against the background's
     size; where it lacks, the last iteration is shown.
-    Raises ValueError if there is no diffusion record for one of the numbers of labels.
+    There must be a diffusion record for each of the numbers of labels.
     """
     import matplotlib
     from matplotlib.figure import Figure
-    columns = []
-    for n in nlabeled:
-        curves = diffusion_curves(diffusion, n)
-        if not curves:
-            have = sorted({r["arguments"]["nlabeled"] for r in diffusion})
-            raise ValueError(f"no record of diffusion.py --mode test --nlabeled {n} (there are: {have})")
-        columns.append((n, curves, baseline(logreg, n)))
+    columns = [(n, diffusion_curves(diffusion, n), baseline(logreg, n)) for n in nlabeled]
     sizes = sorted({nbg for _, curves, _ in columns for nbg in curves})
     shades = dict(zip(sizes, matplotlib.colormaps["viridis_r"](np.linspace(0.22, 0.95, len(sizes)))))
     width = 2 * len(columns)

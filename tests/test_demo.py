@@ -390,8 +390,6 @@ def test_figure(tmp_path):
     assert drawn["diffusion, 1,000 background images"] == pytest.approx([10, 50, 31.5])
     # size 0 at the chosen iteration 1, size 1000, of which nothing was chosen, at its last
     assert right.lines[0].get_ydata() == pytest.approx([100 * 1.4 / 3, 31.5])
-    with pytest.raises(ValueError, match="--nlabeled 7"):
-        show.figure(diffusion, logreg, [7])
 
     folders = [tmp_path / "logs" / system / "demo" for system in ("diffusion", "logreg")]
     by_hand = tmp_path / "logs" / "diffusion"
@@ -407,6 +405,10 @@ def test_figure(tmp_path):
     script("show.py", tmp_path, "--figure", tmp_path / "figure.png", "--nlabeled", 1)
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and min(image.size) > 500
+    for name, n, have in (("demo", 7, "[1]"), ("other", 1, "[]")):
+        done = script("show.py", tmp_path, "--figure", tmp_path / "no.png", "--nlabeled", n, "--experiment", name, check=False)
+        assert done.returncode == 1 and (f"error: {tmp_path}/logs/diffusion/{name} has no record of diffusion.py --mode test "
+                                         f"--k 30 --nlabeled {n} (of --nlabeled there are: {have}): --experiment") in done.stderr
 
 
 def examples(data):
