@@ -6,7 +6,8 @@
 #     bash run_diffusion.bash 3 [EXPERIMENT.yaml]     test: the chosen parameters on the test split
 #     bash run_diffusion.bash 4 [EXPERIMENT.yaml]     report: mean and standard deviation, beside the paper's figures
 #
-# EXPERIMENT.yaml defaults to configs/paper.yaml, the paper's grid. From the environment:
+# EXPERIMENT.yaml defaults to configs/paper.yaml, the paper's grid, whose comments explain what such a file holds. From the
+# environment:
 #
 # DDIR      the data directory; records, logs, parameters and tables go to $DDIR/logs/diffusion/EXPERIMENT/
 # JOBS      jobs at a time (default 1), which share the cores; JOBS=0 prints the commands that are still to be run

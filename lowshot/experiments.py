@@ -36,7 +36,8 @@ class Experiment:
         e.diffusion                             {"nbg": [..], "k": int, "niter": int} and, at will, "dim", "niter_test"
         e.published                             {} or the content of a file like configs/paper_results.json
 
-    NLABELED, SEEDS and NBG in `environment` replace these lists (numbers separated by spaces or commas).
+    NLABELED, SEEDS and NBG in `environment` replace these lists (numbers separated by spaces or commas). The grids of
+    systems that are not among `systems` may be missing: then e has no such attribute.
     """
 
     KEYS = {"logreg": ({"lr", "wd", "batchsize", "maxiter"}, {"mom", "evalevery", "precision"}),
@@ -47,7 +48,7 @@ class Experiment:
     LEAST = {"nlabeled": 1, "batchsize": 1, "maxiter": 1, "k": 1, "dim": 1}
     MOST = {"seeds": 2 ** 32 - 1, "mom": 1}
 
-    def __init__(self, path, environment=os.environ):
+    def __init__(self, path, environment=os.environ, systems=SYSTEMS):
         import yaml
         if not os.path.exists(path):
             raise ValueError(f"no experiment file {path}")
@@ -68,7 +69,7 @@ class Experiment:
                 key, given = name.lower(), numbers(environment[name], name)
                 entries[key] = self._value({key: given}, key, f"as {name}={environment[name]!r} says, ")
         self.nlabeled, self.seeds = (self._value(content, key, "") for key in ("nlabeled", "seeds"))
-        for system in SYSTEMS:
+        for system in (s for s in SYSTEMS if s in systems or s in content):
             required, optional = self.KEYS[system]
             grid = content.get(system)
             if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - optional:

@@ -63,7 +63,7 @@ def main():
     if os.environ.get("DDIR") and os.getcwd() != CHECKOUT:
         os.environ["DDIR"] = os.path.abspath(os.environ["DDIR"])        # commands are printed for use in the checkout
     ddir = DataDir()
-    e = Experiment(path or os.path.join(CHECKOUT, "configs", "paper.yaml"))
+    e = Experiment(path or os.path.join(CHECKOUT, "configs", "paper.yaml"), systems=SYSTEMS if phase is None else [args.what])
     source = os.environ.get("PARAMS") or "chosen"
     if source not in ("chosen", "published"):
         raise ValueError(f"PARAMS={source!r}: chosen or published is expected")

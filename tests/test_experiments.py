@@ -101,6 +101,28 @@ def test_bad_experiment_files(tmp_path, change, message):
     assert "tiny.yaml" in str(e.value)
 
 
+def test_a_system_that_is_not_run_needs_no_section(tmp_path, ddir, monkeypatch, capsys):
+    for system, other in (("logreg", "diffusion"), ("diffusion", "logreg")):
+        path = tmp_path / f"{system}.yaml"
+        path.write_text("\n".join(line for line in TINY.splitlines() if not line.startswith(other)))
+        code, out = call(monkeypatch, capsys, system, "1", str(path), DDIR=ddir.root, JOBS="0", NBG="0")
+        assert code == 0 and f"{system}.py --mode val" in out.out
+        for arguments in ([other, "1", str(path)], ["compare", str(path)]):
+            code, out = call(monkeypatch, capsys, *arguments, DDIR=ddir.root)
+            assert code == 1 and f"{path}: {other} must have the entries" in out.err
+
+
+def test_the_comments_of_the_papers_file_name_all_entries(tmp_path):
+    """With the defaults that they show taken in, it loads and says the same."""
+    with open(os.path.join(CHECKOUT, "configs", "paper.yaml")) as f:
+        text = re.sub("^  # (?=[a-z_]+: [0-9f])", "  ", f.read(), flags=re.M).replace("published: ", "# ")
+    e = experiment(tmp_path, text)
+    for system, (required, optional) in Experiment.KEYS.items():
+        assert set(getattr(e, system)) == required | optional
+    assert (e.logreg["mom"], e.logreg["evalevery"], e.logreg["precision"]) == (0.9, 500, "float32")
+    assert (e.diffusion["niter_test"], e.diffusion["dim"]) == (0, 256)
+
+
 def test_missing_experiment_file():
     with pytest.raises(ValueError, match="no experiment file nowhere.yaml"):
         Experiment("nowhere.yaml")
