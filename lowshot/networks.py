@@ -99,6 +99,7 @@ class ResNet(nn.Module):
 NETWORKS = {"ResNet10": (SimpleBlock, (1, 1, 1, 1)), "ResNet18": (SimpleBlock, (2, 2, 2, 2)),
             "ResNet34": (SimpleBlock, (3, 4, 6, 3)), "ResNet50": (BottleneckBlock, (3, 4, 6, 3)),
             "ResNet101": (BottleneckBlock, (3, 4, 23, 3))}
+KEYS = "state", "state_dict", "model", "model_state_dict"       # under which a checkpoint may hold the tensors
 
 
 def make_network(name, num_classes=None, pretrained=False):
@@ -112,7 +113,9 @@ def make_network(name, num_classes=None, pretrained=False):
     if name in NETWORKS:
         if pretrained:
             raise ValueError(f"{name} needs a checkpoint (--modelfile): only torchvision's models come with weights")
-        return ResNet(*NETWORKS[name], num_classes)
+        network = ResNet(*NETWORKS[name], num_classes)
+        network.name = name
+        return network
     models = load_torchvision().models
     if name not in models.list_models(module=models):
         raise ValueError(f"unknown network {name!r}: one of {', '.join(NETWORKS)}, or the lower-case name of a "
@@ -139,44 +142,58 @@ def load_checkpoint(network, path):
     """Load the weights of `network` from a checkpoint; returns its epoch, or None if it does not tell.
 
     The published form is a dict whose `state` holds tensors named `module.trunk.0.weight` and so on, written by any
-    PyTorch since 2017, also under Python 2. A plain state dict (torchvision) serves as well. Batch counters may lack;
-    the classifier is skipped where the network has none. Nothing in the file is executed.
+    PyTorch since 2017, also under Python 2. The tensors may lie under another of KEYS, or be the dict itself (torchvision),
+    and their names may all begin with `model.`. Batch counters may lack; the classifier is skipped where the network has
+    none. Nothing in the file is executed.
 
-    Raises ValueError for a truncated file, one that is no checkpoint, or one of another architecture.
+    Raises ValueError for a truncated file, one that is no checkpoint or holds other objects than tensors, or one of another
+    architecture.
     """
     content = _read(path)
     epoch = content.get("epoch")
-    for key in ("state", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    state = {}
-    for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, torch.Tensor):
-            state[name.removeprefix("module.")] = value.detach()
-    if not state:
+    content = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
+    content = {n: t.detach() for n, t in content.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
+    if not content:
         raise ValueError(f"{path} holds no tensors: a checkpoint is a dict with the network's tensors under 'state'")
+    own = {name.removeprefix("module."): name for name in content}      # the checkpoint's own name of each tensor
+    if all(name.startswith("model.") for name in own):
+        own = {name.removeprefix("model."): n for name, n in own.items()}
+    state = {name: content[n] for name, n in own.items()}
+
+    def other(what):
+        hint = ""
+        if isinstance(network, ResNet) and _names_of_torchvision(network.name, state):
+            hint = f" (its tensors have the names of torchvision's network: --model {network.name.lower()})"
+        return ValueError(f"{path} is of another architecture: {what}{hint}")
 
     expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in state:
             if name.endswith("num_batches_tracked"):
                 continue
-            raise ValueError(f"{path} is of another architecture: it has no tensor {name}, the network expects one of "
-                             f"shape {tuple(tensor.shape)}")
+            raise other(f"it has no tensor {name}, the network expects one of shape {tuple(tensor.shape)}")
         if state[name].shape != tensor.shape:
-            raise ValueError(f"{path} is of another architecture: tensor {name} has shape {tuple(state[name].shape)}, "
-                             f"the network expects {tuple(tensor.shape)}")
+            raise other(f"tensor {own[name]} has shape {tuple(state[name].shape)}, the network expects {tuple(tensor.shape)}")
     classifier = getattr(network, "classifier_name", "classifier") + "."
     for name, tensor in state.items():
         if name not in expected and not name.startswith(classifier):
-            raise ValueError(f"{path} is of another architecture: its tensor {name} of shape {tuple(tensor.shape)} has "
-                             "no place in the network")
+            raise other(f"its tensor {own[name]} of shape {tuple(tensor.shape)} has no place in the network")
     for name, tensor in state.items():
         if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
+            raise ValueError(f"{path}: tensor {own[name]} holds NaN or infinity")
     network.load_state_dict({n: t for n, t in state.items() if n in expected}, strict=False)
     return epoch if isinstance(epoch, int) else None
+
+
+def _names_of_torchvision(name, state):
+    """Whether tensors have the names of those of torchvision's network of this name in lower case, if there is one."""
+    try:
+        with torch.device("meta"):
+            network = make_network(name.lower())
+    except ValueError:
+        return False
+    return {n for n in network.state_dict() if not n.endswith("num_batches_tracked")} == {
+        n for n in state if not n.endswith("num_batches_tracked") and not n.startswith(network.classifier_name + ".")}
 
 
 def _read(path):
@@ -195,7 +212,11 @@ def _read(path):
     except pickle.UnpicklingError as e:
         # torch explains at length how to load without weights_only, which we never do
         other = re.search(r"GLOBAL (\S+)", str(e))
-        raise ValueError(f"{damaged}, or holds other objects than tensors{f' ({other.group(1)})' if other else ''}")
+        if other:
+            raise ValueError(f"{path} holds objects of type {other.group(1)}, which are not loaded since they could run code: "
+                             "where you trust it, load it with torch.load(..., weights_only=False) and save its state_dict "
+                             "alone")
+        raise ValueError(f"{damaged}, or holds other objects than tensors")
     except Exception as e:
         # the reader fails in its own ways (EOFError, RuntimeError, IndexError, KeyError, UnicodeDecodeError, ...)
         raise ValueError(f"{damaged}: {type(e).__name__} {' '.join(str(e).split())[:120]}")

@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import os
@@ -190,6 +191,29 @@ def test_checkpoint_written_by_torch_in_either_format(tmp_path, legacy):
     assert same_state(a, b)
 
 
+@pytest.mark.parametrize("key,prefix", [("model", ""), ("model_state_dict", "module."), ("state_dict", "model."),
+                                        (None, "module.model.")])
+def test_other_forms_of_checkpoints(tmp_path, key, prefix):
+    a, b = filled("ResNet10"), make_network("ResNet10")
+    state = {prefix + n: t for n, t in a.state_dict().items()}
+    torch.save({key: state, "epoch": 3, "optimizer": {}} if key else state, tmp_path / "c.tar")
+    assert load_checkpoint(b, tmp_path / "c.tar") == (3 if key else None)
+    assert same_state(a, b)
+
+
+def test_prefix_of_some_tensors_only(tmp_path):
+    network = make_network("ResNet10")
+    torch.save({"model." + n if n == "trunk.0.weight" else n: t for n, t in network.state_dict().items()}, tmp_path / "c.tar")
+    assert "no tensor trunk.0.weight" in refusal(network, tmp_path / "c.tar")
+
+
+def test_other_objects_beside_tensors(tmp_path):
+    network = make_network("ResNet10")
+    torch.save({"state": network.state_dict(), "args": argparse.Namespace(lr=.1)}, tmp_path / "c.tar")
+    message = refusal(network, tmp_path / "c.tar")
+    assert "objects of type argparse.Namespace" in message and "state_dict alone" in message and "truncated" not in message
+
+
 def refusal(network, path):
     with pytest.raises(ValueError) as e:
         load_checkpoint(network, path)
@@ -236,19 +260,21 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, legacy):
     command = Command()
     command.path = tmp_path / "executed"
     torch.save({"state": command}, tmp_path / "evil.tar", _use_new_zipfile_serialization=not legacy)
-    assert ".system)" in refusal(make_network("ResNet10"), tmp_path / "evil.tar")
+    message = refusal(make_network("ResNet10"), tmp_path / "evil.tar")
+    assert ".system, which are not loaded since they could run code" in message and "truncated" not in message
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("wrong,name,words", [
-    ("ResNet10", "ResNet50", ("trunk.4.C1.weight", "(64, 64, 3, 3)", "(64, 64, 1, 1)")),
+    ("ResNet10", "ResNet50", ("tensor module.trunk.4.C1.weight", "(64, 64, 3, 3)", "(64, 64, 1, 1)")),
     ("ResNet18", "ResNet10", ("trunk.5.C1.weight", "(64, 64, 3, 3)", "(128, 64, 3, 3)")),
     ("ResNet10", "ResNet18", ("trunk.5.C1.weight", "(128, 64, 3, 3)", "(64, 64, 3, 3)")),
-    ("resnet18", "ResNet18", ("trunk.0.weight", "no tensor", "(64, 3, 7, 7)"))])
+    ("resnet18", "ResNet18", ("trunk.0.weight", "no tensor", "(64, 3, 7, 7)", "--model resnet18"))])
 def test_other_architecture(tmp_path, wrong, name, words):
     save_checkpoint(make_network(wrong), tmp_path / "x.tar", 0)
     message = refusal(make_network(name), tmp_path / "x.tar")
     assert all(w in message for w in ("another architecture", *words))
+    assert ("--model" in message) == (wrong == "resnet18")
 
 
 def test_more_or_fewer_tensors(tmp_path):
@@ -256,8 +282,8 @@ def test_more_or_fewer_tensors(tmp_path):
     state = network.state_dict()
     torch.save({"state": {**state, "trunk.9.C1.weight": torch.zeros(2, 3)}}, tmp_path / "x")
     assert "trunk.9.C1.weight of shape (2, 3)" in refusal(network, tmp_path / "x")
-    torch.save({"state": {**state, "trunk.4.C1.weight": state["trunk.4.C1.weight"] * np.nan}}, tmp_path / "x")
-    assert "trunk.4.C1.weight holds NaN" in refusal(network, tmp_path / "x")
+    torch.save({"state": {"module." + n: t * np.nan for n, t in state.items()}}, tmp_path / "x")
+    assert "tensor module.trunk.0.weight holds NaN" in refusal(network, tmp_path / "x")
     del state["trunk.7.BN2.running_var"]
     torch.save({"state": state}, tmp_path / "x")
     assert "trunk.7.BN2.running_var" in refusal(network, tmp_path / "x")
