@@ -99,6 +99,10 @@ class ResNet(nn.Module):
 NETWORKS = {"ResNet10": (SimpleBlock, (1, 1, 1, 1)), "ResNet18": (SimpleBlock, (2, 2, 2, 2)),
             "ResNet34": (SimpleBlock, (3, 4, 6, 3)), "ResNet50": (BottleneckBlock, (3, 4, 6, 3)),
             "ResNet101": (BottleneckBlock, (3, 4, 23, 3))}
+OLD_NAMES = (        # of tensors in torchvision's older files, which its own loaders change so
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"\bmlp\.linear_1\."), "mlp.0."), (re.compile(r"\bmlp\.linear_2\."), "mlp.3."))
+AUXILIARY = "aux1", "aux2", "AuxLogits"          # classifiers inside googlenet and inception_v3
 KEYS = "state", "state_dict", "model", "model_state_dict"       # under which a checkpoint may hold the tensors
 
 
@@ -106,8 +110,9 @@ def make_network(name, num_classes=None, pretrained=False):
     """A network with random weights, by name; attribute `feature_dim` is the number of features.
 
     name: one of NETWORKS, or the lower-case name of one of torchvision's classification models, which then gives what
-    enters its last linear layer. num_classes: add a classifier without bias, for training (own networks only).
-    pretrained: torchvision's own weights (downloaded by torchvision if they are not in its cache).
+    enters its last linear layer (of squeezenet1_0 and 1_1, which have none, the averages of the last maps). num_classes: add
+    a classifier without bias, for training (own networks only). pretrained: torchvision's own weights (downloaded by
+    torchvision if they are not in its cache).
     Raises ValueError for an unknown name.
     """
     if name in NETWORKS:
@@ -128,6 +133,16 @@ def make_network(name, num_classes=None, pretrained=False):
             network = models.get_model(name, weights="DEFAULT" if pretrained else None)
         except OSError as e:                    # URLError is one
             raise OSError(f"torchvision could not get its weights of {name} ({e}): --modelfile takes a file of weights")
+    if hasattr(network, "transform_input"):     # as torchvision does where it loads its weights, which --modelfile may bring
+        network.transform_input = True
+    for auxiliary in AUXILIARY:                 # classifiers for training, which a file may have or not
+        if hasattr(network, auxiliary):
+            setattr(network, auxiliary, None)
+            network.aux_logits = False
+    if name.startswith("squeezenet"):           # a convolution classifies
+        network.feature_dim, network.classifier_name = network.classifier[1].in_channels, "classifier"
+        network.classifier = nn.AdaptiveAvgPool2d(1)
+        return network
     linear = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
     if not linear or linear[-1][1].out_features != 1000:
         raise ValueError(f"{name} does not end in a linear layer: its features cannot be taken from before one")
@@ -158,6 +173,8 @@ def load_checkpoint(network, path):
     own = {name.removeprefix("module."): name for name in content}      # the checkpoint's own name of each tensor
     if all(name.startswith("model.") for name in own):
         own = {name.removeprefix("model."): n for name, n in own.items()}
+    for old, new in OLD_NAMES:
+        own = {old.sub(new, name): n for name, n in own.items()}
     state = {name: content[n] for name, n in own.items()}
 
     def other(what):
@@ -174,14 +191,16 @@ def load_checkpoint(network, path):
             raise other(f"it has no tensor {name}, the network expects one of shape {tuple(tensor.shape)}")
         if state[name].shape != tensor.shape:
             raise other(f"tensor {own[name]} has shape {tuple(state[name].shape)}, the network expects {tuple(tensor.shape)}")
-    classifier = getattr(network, "classifier_name", "classifier") + "."
+    classifiers = getattr(network, "classifier_name", "classifier"), *(name for name in AUXILIARY if hasattr(network, name))
     for name, tensor in state.items():
-        if name not in expected and not name.startswith(classifier):
+        if name not in expected and not name.startswith(tuple(f"{c}." for c in classifiers)):
             raise other(f"its tensor {own[name]} of shape {tuple(tensor.shape)} has no place in the network")
     for name, tensor in state.items():
         if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: tensor {own[name]} holds NaN or infinity")
-    network.load_state_dict({n: t for n, t in state.items() if n in expected}, strict=False)
+    # what state_dict() returned tells of its version, which some of torchvision's networks insist on
+    expected.update((n, t) for n, t in state.items() if n in expected)
+    network.load_state_dict(expected)
     return epoch if isinstance(epoch, int) else None
 
 

@@ -1,8 +1,10 @@
 import argparse
+import copy
 import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -322,8 +324,62 @@ def test_torchvision_models(tmp_path, name, dim):
         assert torch.equal(network(x), seen[0])
 
 
+def old_names(state):
+    """The tensors and names that torchvision's files of densenets have, from 2017."""
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", n): t for n, t in state.items()
+            if not n.endswith("num_batches_tracked")}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["googlenet", "densenet121", "mnasnet0_5", "squeezenet1_1"])
+def test_official_weights_by_either_route(tmp_path, monkeypatch, name):
+    """--modelfile gives the features that torchvision's network has where torchvision itself loads its weights."""
+    from lowshot.packages import load_torchvision
+    models = load_torchvision().models
+    torch.manual_seed(3)
+    official = models.get_model(name, weights=None).state_dict()
+    if name == "densenet121":
+        official = old_names(official)
+        assert "features.denseblock1.denselayer1.norm.1.weight" in official
+    torch.save(official, tmp_path / "weights.pth")
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *a, **k: copy.copy(official))
+    full = models.get_model(name, weights="DEFAULT").eval()
+    fetched, loaded = make_network(name, pretrained=True).eval(), make_network(name).eval()
+    load_checkpoint(loaded, tmp_path / "weights.pth")
+    x = torch.randn(2, 3, 80, 80)
+    seen = []
+    last = [m for m in full.modules() if isinstance(m, torch.nn.Linear)]
+    if last:
+        last[-1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.inference_mode():
+        full(x)
+        expected = seen[0] if last else full.features(x).mean((2, 3))
+        assert expected.shape == (2, loaded.feature_dim)
+        for network in (fetched, loaded):       # the random googlenet's features are tiny
+            assert (network(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # and so does what was kept of a network that torchvision gave its weights: without classifiers for training
+    torch.save(full.state_dict(), tmp_path / "kept.pth")
+    assert load_checkpoint(loaded, tmp_path / "kept.pth") is None
+
+
+def test_all_networks_whose_input_torchvision_transforms():
+    with torch.device("meta"):
+        assert make_network("inception_v3").transform_input and make_network("googlenet").transform_input
+
+
+def test_old_names_of_vision_transformers(tmp_path):
+    from lowshot.packages import load_torchvision
+    make = load_torchvision().models.VisionTransformer
+    a, b = (make(image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16) for _ in range(2))
+    state = {n.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): t for n, t in a.state_dict().items()}
+    assert "encoder.layers.encoder_layer_1.mlp.linear_2.bias" in state
+    torch.save(state, tmp_path / "vit.pth")
+    load_checkpoint(b, tmp_path / "vit.pth")
+    assert same_state(a, b)
+
+
 def test_unknown_names():
-    for name in ("ResNet11", "resnet11", "squeezenet1_0"):
+    for name in ("ResNet11", "resnet11"):
         with pytest.raises(ValueError, match=name):
             make_network(name)
     with pytest.raises(ValueError, match="classifier"):
