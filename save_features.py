@@ -44,7 +44,7 @@ def main():
     import torch
     from lowshot.feature_writer import FeatureWriter, first_difference, made_from
     from lowshot.imagesets import Batches, Preprocess, load_config, open_set
-    from lowshot.networks import for_inference, load_checkpoint, make_network
+    from lowshot.networks import NETWORKS, for_inference, load_checkpoint, make_network, usual_transforms
 
     config = load_config(args.cfg)
     check_outputs(args.outfile or os.curdir)
@@ -55,6 +55,10 @@ def main():
     network = make_network(args.model, pretrained=not args.modelfile)
     if args.modelfile:
         load_checkpoint(network, args.modelfile)
+    only = getattr(network, "image_size", transforms["crop"])          # vision transformers take one size
+    if only != transforms["crop"]:
+        raise ValueError(f"{args.model} takes images of {only}x{only} only, {args.cfg} has crop: {transforms['crop']}: it needs "
+                         f"crop: {only}, and resize: null or at least as much")
 
     images = open_set(config)
     i0, i1 = block(args, len(images))
@@ -81,6 +85,9 @@ def main():
     batchsize = min(args.batchsize or quickest, n)
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
+
+    if args.model not in NETWORKS:
+        note_transforms(args, transforms, usual_transforms(args.model, pretrained=not args.modelfile))
 
     # on a CPU each worker thread runs the network by itself; and where processes decode on all cores, threads that share a copy
     # to the GPU would wait for the last of them
@@ -176,6 +183,15 @@ def block(args, length):
     if i1 < args.i1:
         log(f"--i1 is {args.i1}, {args.cfg} has {length} images: stopping there")
     return args.i0, i1
+
+
+def note_transforms(args, transforms, usual):
+    """Tell where the configuration's transforms are none of those that torchvision's weights were made for."""
+    if transforms not in usual:
+        nearest = min(usual, key=lambda u: sum(u[k] != transforms[k] for k in u))
+        differing = [k for k in nearest if nearest[k] != transforms[k]]
+        there, here = (", ".join(f"{k}: {'null' if t[k] is None else t[k]}" for k in differing) for t in (nearest, transforms))
+        log(f"note: torchvision's weights of {args.model} were made for {there}; {args.cfg} has {here}")
 
 
 def digest(path):

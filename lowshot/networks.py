@@ -153,6 +153,14 @@ def make_network(name, num_classes=None, pretrained=False):
     return network
 
 
+def usual_transforms(name, pretrained):
+    """List of dicts as `transforms` of a configuration: of torchvision's weights of one of its models that `pretrained` gives,
+    or else of any of them, its choice first."""
+    weights = load_torchvision().models.get_model_weights(name)
+    made_for = [w.transforms() for w in (weights.DEFAULT, *(() if pretrained else weights))]
+    return [{"resize": t.resize_size[0], "crop": t.crop_size[0], "mean": list(t.mean), "std": list(t.std)} for t in made_for]
+
+
 def load_checkpoint(network, path):
     """Load the weights of `network` from a checkpoint; returns its epoch, or None if it does not tell.
 

@@ -18,7 +18,7 @@ from lowshot import imagesets
 from lowshot.feature_writer import FeatureWriter, first_difference, made_from
 from lowshot.features import FeatureFile
 from lowshot.imagesets import Batches, Preprocess, ZipSet
-from lowshot.networks import FromPixels, for_inference, load_checkpoint, make_network, save_checkpoint
+from lowshot.networks import FromPixels, for_inference, load_checkpoint, make_network, save_checkpoint, usual_transforms
 from test_imagesets import picture, plain, write_zip
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -121,6 +121,32 @@ def test_bad_arguments(script, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as e:
         script(**changes)
     assert "\n" not in str(e.value) and not os.listdir(tmp_path)
+
+
+def test_crop_of_vision_transformers(script, tmp_path, monkeypatch):
+    from lowshot import networks
+    from lowshot.packages import load_torchvision
+    network = load_torchvision().models.VisionTransformer(224, 32, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
+    monkeypatch.setattr(networks, "make_network", lambda *a, **k: network)
+    with pytest.raises(ValueError, match="vit_b_32 takes images of 224x224 only, demo_background.yaml has crop: 32: .* crop: 224"):
+        script(model="vit_b_32", modelfile=None)
+    assert not os.listdir(tmp_path)
+
+
+def test_other_transforms_than_those_of_torchvisions_weights(script, tmp_path):
+    torch.save(make_network("resnet18").state_dict(), tmp_path / "r.pth")
+    made = dict(model="resnet18", modelfile=tmp_path / "r.pth", i1=2, outfile=tmp_path / "x.hdf5")
+    assert ("note: torchvision's weights of resnet18 were made for resize: 256, crop: 224; demo_background.yaml has "
+            "resize: null, crop: 32\n") in script(**made)
+    (tmp_path / "c.yaml").write_text("dataset: {kind: yfcc100m, root: '${DDIR}/yfcc100m'}\n")
+    assert "were made for" not in script(cfg=tmp_path / "c.yaml", overwrite=True, **made)
+    assert "were made for" not in script()
+
+
+def test_usual_transforms():
+    usual = [{"resize": r, "crop": 224, "mean": MEAN, "std": STD} for r in (232, 256)]
+    assert usual_transforms("resnet50", pretrained=True) == usual[:1]
+    assert all(u in usual_transforms("resnet50", pretrained=False) for u in usual)
 
 
 def test_ddir_must_be_set(script, monkeypatch):
