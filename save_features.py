@@ -2,7 +2,8 @@
 
 reads   the images that the YAML configuration describes, and the network's checkpoint
 writes  OUTFILE, HDF5: all_feats float32 (n, d), all_labels int32 (n), count int32 (1), readable bool (n).
-        Row r is image i0 + r. d is 2048 for ResNet50, 512 for ResNet10.
+        Row r is image i0 + r. d is 2048 for ResNet50, 512 for ResNet10. Where classes have names (folders of images, CIFAR),
+        also class_names, strings: row c is that of label c.
 
 Images that are missing or damaged get the features of a black image, are False in `readable`, and are counted at the
 end. A run that is cut off goes on where it was saved last, 20 seconds before or less, when the same command is given
@@ -36,6 +37,7 @@ FOR_GPU = 4             # times the configuration's images at a time are quicker
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
 IMAGES_ON_CPU = 256         # the same, as files may be large where what is kept of them is small
 AHEAD = 2               # batches that each loading process is ahead
+CLASSES_TOLD = 20       # names of classes that are printed; of more, the first two and the last one
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
 
 
@@ -92,7 +94,7 @@ def main():
     # on a CPU each worker thread runs the network by itself; and where processes decode on all cores, threads that share a copy
     # to the GPU would wait for the last of them
     torch.set_num_threads(1)
-    with FeatureWriter(args.outfile, n, d, images.labels(i0, i1), origin, args.overwrite) as out:
+    with FeatureWriter(args.outfile, n, d, images.labels(i0, i1), origin, args.overwrite, class_names=images.class_names) as out:
         if out.done:
             log(f"going on at image {i0 + out.done}: {out.done} of {n} were done")
         todo = n - out.done
@@ -122,8 +124,11 @@ def main():
                 report_speed(todo, seconds, [*memory, fed_from_memory()])
     if images.class_names:
         names = images.class_names
-        log(f"{len(names)} classes in sorted order, from label 0, {names[0]}, to {len(names) - 1}, {names[-1]}; label_idx.json "
-            "counts them from 1")
+        told = range(len(names)) if len(names) <= CLASSES_TOLD else (0, 1, len(names) - 1)
+        listed = [f"{c} {names[c]}" for c in told]
+        if len(names) > CLASSES_TOLD:
+            listed.insert(2, "...")
+        log(f"{len(names)} classes in sorted order, by label: {', '.join(listed)}; label_idx.json counts them from 1")
         empty = sorted(set(range(len(names))) - set(images.labels(0, len(images)).tolist()))
         if empty:
             log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}"

@@ -24,11 +24,11 @@ class FeatureWriter:
             out.finish()
 
     labels: int32 (n,). made_from: JSON-ready dict; a partial file made from something else is refused, or begun anew if
-    `overwrite`. notes: JSON-ready dict kept with the progress, for the caller. Only what was saved counts as done: at
-    most `period` seconds are lost.
+    `overwrite`. class_names: list or None; kept for people, readers ignore them. notes: JSON-ready dict kept with the
+    progress, for the caller. Only what was saved counts as done: at most `period` seconds are lost.
     """
 
-    def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20):
+    def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20, class_names=None):
         self.path, self.n, self.d, self.made_from, self.period = path, n, d, made_from, period
         self.partial, self.progress = path + ".partial", path + ".partial.json"
         self.overwrite = overwrite
@@ -37,7 +37,7 @@ class FeatureWriter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(exclusive(self.partial))
             if not (os.path.exists(self.partial) and self._resume()):
-                self._create(labels)
+                self._create(labels, class_names)
             self.file = stack.enter_context(open(self.partial, "r+b", buffering=0))
             self.open = stack.pop_all()
         self.saved, self.saved_at = self.done, 0        # the first rows are saved at once, with what they are made from
@@ -91,7 +91,7 @@ class FeatureWriter:
     def _widths(self):
         return {"all_feats": 4 * self.d, "readable": 1}
 
-    def _create(self, labels):
+    def _create(self, labels, class_names):
         remove(self.progress)                   # of a file that is no more
         remove_left_behind(self.partial)
         needed = self.n * (4 * self.d + 5) + 10000
@@ -99,15 +99,17 @@ class FeatureWriter:
         if needed > free:
             raise OSError(f"{self.path} needs {size(needed)}, the disk has {size(free)} free")
         with whole(self.partial) as temporary:
-            self._lay_out(temporary, labels)
+            self._lay_out(temporary, labels, class_names)
             allocate(temporary)         # not to fail for want of space hours later
 
-    def _lay_out(self, path, labels):
+    def _lay_out(self, path, labels, class_names):
         import h5py
         with h5py.File(path, "w") as f:
             f.attrs["made_from"] = json.dumps(self.made_from)
             f["count"] = np.array([self.n], np.int32)
             f["all_labels"] = np.ascontiguousarray(labels, np.int32)
+            if class_names:     # bytes, as names of folders need not be UTF-8
+                f.create_dataset("class_names", data=[os.fsencode(name) for name in class_names], dtype=h5py.string_dtype())
             for name, shape, dtype in (("all_feats", (self.n, self.d), h5py.h5t.IEEE_F32LE),
                                        ("readable", (self.n,), h5py.h5t.py_create(np.dtype(bool), logical=True))):
                 plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

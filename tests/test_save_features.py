@@ -128,7 +128,7 @@ def test_crop_of_vision_transformers(script, tmp_path, monkeypatch):
     from lowshot.packages import load_torchvision
     network = load_torchvision().models.VisionTransformer(224, 32, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
     monkeypatch.setattr(networks, "make_network", lambda *a, **k: network)
-    with pytest.raises(ValueError, match="vit_b_32 takes images of 224x224 only, demo_background.yaml has crop: 32: .* crop: 224"):
+    with pytest.raises(ValueError, match="vit_b_32 takes images of 224x224 only, demo_background.yaml has crop: 32: it needs"):
         script(model="vit_b_32", modelfile=None)
     assert not os.listdir(tmp_path)
 
@@ -215,11 +215,18 @@ def test_labels_of_the_other_kinds(data, script, tmp_path):
     (tmp_path / "m.yaml").write_text(f"dataset: {{kind: imagenet, meta: {tmp_path}/meta.json}}\n"
                                      "transforms: {resize: 32, crop: 32}")
     out = script(cfg=tmp_path / "f.yaml", outfile=tmp_path / "f.hdf5")
-    assert "2 classes in sorted order, from label 0, a, to 1, b" in out
+    assert "2 classes in sorted order, by label: 0 a, 1 b; label_idx.json counts them from 1\n" in out
     script(cfg=tmp_path / "m.yaml", outfile=tmp_path / "m.hdf5")
     f, m = contents(tmp_path / "f.hdf5"), contents(tmp_path / "m.hdf5")
     assert f["all_labels"].tolist() == [0, 0, 1] and m["all_labels"].tolist() == [41, 7]
     assert close(m["all_feats"], f["all_feats"][[2, 1]])
+    assert f["class_names"].tolist() == [b"a", b"b"] and "class_names" not in m
+    with FeatureFile(tmp_path / "f.hdf5") as file:
+        assert file._fd is not None and close(file.read([2, 1]), m["all_feats"])
+    for c in range(19):
+        os.makedirs(tmp_path / f"images/c{c:02d}")
+    out = script(cfg=tmp_path / "f.yaml", outfile=tmp_path / "many.hdf5")
+    assert "21 classes in sorted order, by label: 0 a, 1 b, ..., 20 c18;" in out
 
 
 # ---------------------------------------------------------------------------------------------- cut off
@@ -345,6 +352,14 @@ def test_progress_of_a_file_that_is_gone_is_not_believed(tmp_path):
     with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:
         assert out.done == 0 and not os.path.exists(path + ".partial.json")
     assert not (tmp_path / ".x.hdf5.77.tmp.partial").exists()
+
+
+def test_class_names_are_kept_as_they_are(tmp_path):
+    path, names = str(tmp_path / "x.hdf5"), ["a", "é ß", os.fsdecode(b"\xff")]
+    with FeatureWriter(path, 3, 2, np.arange(3), {}, class_names=names) as out:
+        out.write(np.ones((3, 2)), np.ones(3, bool))
+        out.finish()
+    assert [os.fsdecode(name) for name in contents(path)["class_names"]] == names
 
 
 def test_damaged_partial_file(tmp_path):
