@@ -38,6 +38,7 @@ PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, wit
 IMAGES_ON_CPU = 256         # the same, as files may be large where what is kept of them is small
 AHEAD = 2               # batches that each loading process is ahead
 CLASSES_TOLD = 20       # names of classes that are printed; of more, the first two and the last one
+UNREADABLE_TOLD = 10    # unreadable images that are named, at most
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
 
 
@@ -357,13 +358,14 @@ def save_all(stream, black, out, i0):
 
 
 def report_unreadable(out, i0, images):
-    """Count the unreadable images; if there is no other, that is an error and nothing is kept."""
+    """Count the unreadable images and name the first ones; if there is no other, that is an error and nothing is kept."""
     readable = out.readable()
     bad = out.n - int(readable.sum())
     detail = ""
     if bad:
-        detail = (f" ({out.notes['missing']} missing, {out.notes['damaged']} damaged); the first one is "
-                  f"{images.name(i0 + int(np.argmin(readable)))}")
+        names = [images.name(i0 + int(i)) for i in np.flatnonzero(~readable)[:UNREADABLE_TOLD]]
+        more = f" and {bad - len(names)} more" if bad > len(names) else ""
+        detail = f" ({out.notes['missing']} missing, {out.notes['damaged']} damaged): {', '.join(names)}{more}"
     if "fault" in out.notes:
         detail += f"; a damaged one: {out.notes['fault']}"
     if bad == out.n:

@@ -596,5 +596,6 @@ class Batches:
             state[j] = MISSING if isinstance(file, Missing) else DAMAGED
             if state[j] == DAMAGED and not faults:
                 name = self.images.name(self.i0 + b * self.batchsize + j)
-                faults.append(f"{name}: {type(file).__name__} {' '.join(str(file).split())[:100]}")
+                what = re.sub(r" ?<\S+ object at 0x\w+>", "", str(file))      # PIL's name of what it reads
+                faults.append(f"{name}: {type(file).__name__} {' '.join(what.split())[:100]}")
         return pixels, state, faults

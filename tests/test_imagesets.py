@@ -446,7 +446,10 @@ def test_batches(tmp_path, batchsize):
     for i in range(2, 10):
         expected = plain(members[f"{i:03d}.jpg"]) if i not in (4, 7, 8) else np.zeros((32, 32, 3))
         assert np.array_equal(pixels[i - 2], expected)
-    assert any("00/000.zip/007.jpg" in f for _, _, faults in found for f in faults)
+    told = [f for _, _, faults in found for f in faults]
+    assert any("00/000.zip/007.jpg" in f for f in told) and not any("object at" in f for f in told)
+    if batchsize == 1:
+        assert told[-1] == "00/000.zip/008.jpg: UnidentifiedImageError cannot identify image file"
 
 
 def test_files_of_any_size_below_the_root_or_anywhere(tmp_path):
