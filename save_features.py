@@ -76,7 +76,7 @@ def main():
             log(f"{args.outfile} is complete, nothing to do")
             return
         if not args.overwrite:
-            raise ValueError(f"{args.outfile} exists, made with {differs}, or it is damaged: --overwrite replaces it")
+            raise ValueError(f"{args.outfile} exists, made from {differs}, or it is damaged: --overwrite replaces it")
 
     if device == "cpu":
         # each worker has batches of its own, and as many as the others

@@ -181,6 +181,11 @@ def test_complete_and_other_outputs(data, script, tmp_path):
                                       "transforms: {resize: null, crop: 64}")
         with pytest.raises(ValueError, match=message):
             script(**changes)
+    write_zip(str(tmp_path / "zips/00/000.zip"), {f"{i:03d}.jpg": picture(i) for i in range(N)})
+    (tmp_path / "other.yaml").write_text(f"dataset: {{kind: yfcc100m, root: {tmp_path}/zips}}\n"
+                                         "transforms: {resize: null, crop: 32}")
+    with pytest.raises(ValueError, match="made from other images .names, labels or sizes differ., or it is damaged"):
+        script(cfg=tmp_path / "other.yaml")
     script(i1=10, overwrite=True)
     check(path, data[1], 0, 10)
 
@@ -417,6 +422,7 @@ def test_first_difference():
     assert first_difference({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}}) == "b: c = [1], now [2]"
     assert first_difference({"a": 1, "z": 3}, {"a": 1}) == "z = 3, now None"
     assert first_difference(None, {}) == "unknown arguments"
+    assert first_difference({"sha256_x": "0a"}, {"sha256_x": "0b"}) == "other images (names, labels or sizes differ)"
 
 
 # ---------------------------------------------------------------------------------------------- speed, same figures
