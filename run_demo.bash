@@ -7,7 +7,7 @@
 # From the environment:
 #
 # DDIR         the data directory (default: demo_data in this folder)
-# NBG          background sizes (default: those of the experiment file, 0 6000 60000); the largest is drawn, but 6000 at least
+# NBG          background sizes (default: those of the experiment file, 0 6000 60000); the largest is drawn, or 6000 for the PCA
 # NLABELED, SEEDS, JOBS     see run_diffusion.bash; JOBS defaults to half of the cores
 # EXPERIMENT   experiment file (default: configs/demo.yaml)
 # DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts --minfonts 10": fewer fonts than 100 have fewer
@@ -53,8 +53,9 @@ SECONDS=0
 printf 'data directory:  export DDIR=%q\n' "$DDIR"
 
 step "data: characters of a hundred fonts"
+least=$((6000 * dim / 256))         # the PCA needs some in any case
 # shellcheck disable=SC2086
-show "$PYTHON" demo/make_data.py --nbg $((most > 6000 ? most : 6000)) ${DATA:-}    # the PCA needs some in any case
+show "$PYTHON" demo/make_data.py --nbg $((most > least ? most : least)) ${DATA:-}
 
 step "network: ResNet10, trained on the base classes"
 show "$PYTHON" demo/train_network.py --epochs "$EPOCHS"

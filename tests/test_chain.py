@@ -13,7 +13,7 @@ TINY = f"""
 nlabeled: [1, 2]
 seeds: [1]
 logreg: {{lr: [0.01], wd: [0, 0.01], batchsize: [16], maxiter: 500}}
-diffusion: {{nbg: [0, 100, {NBG}], k: 10, dim: 32, niter: 3, niter_test: 3}}
+diffusion: {{nbg: [0, 100, {NBG}], k: 10, dim: 16, niter: 3, niter_test: 3}}
 """
 
 
@@ -40,7 +40,7 @@ def test_files_have_the_fixed_names_and_sizes(demo):
                     ("features/f100m/block0.hdf5", NBG)):
         with h5py.File(root / name) as f:
             assert f["all_feats"].shape == (n, 512) and f["count"][0] == n
-    assert (root / "features/f100m/concatenated_PCAR32.raw").stat().st_size == NBG * 32 * 4
+    assert (root / "features/f100m/concatenated_PCAR16.raw").stat().st_size == NBG * 16 * 4
     for nbg in (100, NBG):
         I = np.fromfile(root / f"knngraph/ndis{nbg}_k16_I_11.int32", "<i4").reshape(nbg, 16)
         assert ((I >= 0) & (I < nbg)).all()
