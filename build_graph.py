@@ -102,6 +102,9 @@ def main():
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
             return
     with exclusive(ddir.index(n)), show_progress() as progress:
+        if not complete and not args.overwrite and os.path.exists(path_I):
+            log(f"{path_I} was completed by another run meanwhile")
+            return
         if not complete:
             vectors = Vectors(rows)
         index, cells = stored_index(ddir.index(n), vectors, args, progress, log)

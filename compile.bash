@@ -74,7 +74,9 @@ for source in graph_utils/*.cpp "$build/core_wrap.cpp"; do
     "$CXX" "${optimise[@]}" -c "$source" -o "$object" &
     objects+=("$object")
 done
-for job in $(jobs -p); do wait "$job" || fail "a source file did not compile"; done
+failed=0
+for job in $(jobs -p); do wait "$job" || failed=1; done
+[ $failed = 0 ] || fail "a source file did not compile"
 "$CXX" "${flags[@]}" "${objects[@]}" "${libraries[@]}" -o "$build/_core$suffix"
 mv "$build/_core$suffix" "graph_utils/_core$suffix"
 mv "$build/core.py" graph_utils/core.py

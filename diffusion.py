@@ -24,6 +24,7 @@ import os
 import tempfile
 import time
 
+import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images

@@ -26,6 +26,7 @@ import os
 import time
 import zipfile
 
+import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images

@@ -28,6 +28,7 @@ import signal
 import threading
 import time
 
+import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.machine import cpus, peak_memory

@@ -5,6 +5,7 @@ Reads nothing, writes nothing. Exits with status 1 if a relative error is 1e-6 o
 
     python test_matmul.py
 """
+import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.script import Parser, log, number, run

@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 
+import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows

@@ -519,7 +519,8 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
     // each cell is read once per group: a larger one shares it among more queries, and fills more of the tiles, but what it
     // notes of their cells must not take too much memory. Whatever the number of threads: which of equals are kept depends on it
     constexpr int64_t kVisits = 1 << 19;
-    const int64_t size = std::clamp(std::min(nq / 64, kVisits / nprobe) / kGroup, (int64_t)1, (int64_t)8) * kGroup;
+    int64_t size = std::clamp(std::min(nq / 64, kVisits / nprobe) / kGroup, (int64_t)1, (int64_t)8) * kGroup;
+    if (size * nprobe > kVisits) size = std::max<int64_t>(kVisits / nprobe / kTile, 1) * kTile;
     parallel_blocks<CellScratch<Kernel>>(nq, size, [&](int64_t i0, int64_t i1, CellScratch<Kernel>& t) {
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * stride;
@@ -1012,9 +1013,9 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
 }
 
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
-                    int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
-                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, int64_t known,
-                    float* D, int32_t* I) {
+                    int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
+                    const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
+                    int64_t known, float* D, int32_t* I) {
     const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
     struct Scratch {
         std::vector<std::pair<float, int32_t>> list;
@@ -1022,15 +1023,18 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
     parallel_blocks<Scratch>(nq, 16, [&](int64_t i0, int64_t i1, Scratch& t) {
         for (int64_t i = i0; i < i1; i++) {
             const int64_t q = q_number ? q_number[i] : i;
+            if (q < 0 || q >= nQ) throw std::invalid_argument("exact_products: there is no query " + std::to_string(q));
             const float* x = Q[q];
             t.list.clear();
             bool has_self = !self;
             for (int64_t j = 0; j < K; j++) {
                 const uint64_t key = (uint64_t)keys[i * K + j];
                 if (names_none(key)) continue;
-                const int32_t number = x_number ? x_number[number_of(key)] : (int32_t)number_of(key);
+                const int64_t at = number_of(key), number = x_number && at < nnumber ? x_number[at] : at;
+                if (at >= nnumber || number < 0 || number >= nX)
+                    throw std::invalid_argument("exact_products: a list is damaged, there is no vector " + std::to_string(number));
                 has_self |= number == q;
-                t.list.emplace_back(0.0f, number);
+                t.list.emplace_back(0.0f, (int32_t)number);
             }
             if (!has_self) t.list.emplace_back(0.0f, (int32_t)q);
             size_t done = 0;        // entries whose products are known come first

@@ -121,9 +121,9 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
 // known     in   rows of D, I before this one hold products that need not be computed again
 // D, I      out  rows of k products and numbers, best first, -inf and -1 where there are fewer
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
-                    int64_t d, const float* Q0, int64_t nQ0, const float* Q1, const float* q_scale, const float* X0,
-                    int64_t nX0, const float* X1, const float* x_scale, int self, int64_t k, int64_t known, float* D,
-                    int32_t* I);
+                    int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
+                    const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
+                    int64_t known, float* D, int32_t* I);
 
 // Rows of a file of float32, d to a row, read by several threads; row numbers outside 0 .. nrow - 1 are left out.
 //

@@ -9,7 +9,7 @@ turns them into float32 similarities and numbers.
 import numpy as np
 
 from graph_utils import core
-from graph_utils.product import _check, aligned_zeros
+from graph_utils.product import _check, _check_range, aligned_zeros
 
 products = core.products
 use_products = core.use_products
@@ -192,8 +192,9 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
     own = offsets = listed = None
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
+    for rows, name in ((begin, "begin"), (end, "end"), *([(middle, "middle")] if insert else [])):
+        _check_range(_check(rows, np.int64, (nlist,), name), 0, len(X) + 1, name)
     if insert:
-        _check(middle, np.int64, (nlist,), "middle")
         _check(numbers, np.int32, (nq,), "numbers")
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
@@ -203,9 +204,7 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
             raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
         own, _, offsets, listed = _listed(*near, nq)
     core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), own, offsets, listed, nprobe,
-                      _check(begin, np.int64, (nlist,), "begin"),
-                      _check(end, np.int64, (nlist,), "end"), _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"),
-                      middle, numbers, x_keys, x_worst)
+                      begin, end, _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
 
 
 def worst_products(keys, block=1 << 16):
@@ -228,6 +227,8 @@ def known_lists(X, order, position, I, margin, keys):
     for array, dtype, shape, name in ((order, np.int32, (n,), "order"), (position, np.int32, (n,), "position"),
                                       (I, np.int32, (None, None), "I"), (keys, np.int64, (n, None), "keys")):
         _check(array, dtype, shape, name)
+    for array, least, name in ((order, 0, "order"), (position, 0, "position"), (I, -1, "I")):
+        _check_range(array, least, n, name)
     core.known_lists(n, _words(X, "X"), *_format(X), order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
 
 
@@ -299,8 +300,11 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
         _check(q_number, np.int32, (m,), "q_number")
     if x_number is not None:
         _check(x_number, np.int32, (None,), "x_number")
-    core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, Q0.shape[1], Q0, len(Q0), Q1,
-                        q_scale, X0, len(X0), X1, x_scale, bool(self), k, known, D, I)
+    for scale, n, name in ((q_scale, nq, "q_scale"), (x_scale, nb, "x_scale")):
+        if scale is not None:
+            _check(scale, np.float32, (n,), name)
+    core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, nb if x_number is None else len(x_number),
+                        Q0.shape[1], Q0, len(Q0), Q1, nq, q_scale, X0, len(X0), X1, nb, x_scale, bool(self), k, known, D, I)
     return D, I
 
 

@@ -57,9 +57,17 @@ def _check(array, dtype, shape, name):
     return array
 
 
+def _check_range(numbers, first, stop, name):
+    if numbers.size and (numbers.min() < first or numbers.max() >= stop):
+        raise ValueError(f"{name}: numbers from {first} to {stop - 1} expected, found {numbers.min()} to {numbers.max()}")
+
+
 def check_permutation(rank):
     """ValueError where rank int (n,) does not hold the numbers 0 .. n - 1."""
-    if len(rank) and (rank.min() < 0 or not np.array_equal(np.bincount(rank, minlength=len(rank)), np.ones(len(rank)))):
+    _check_range(rank, 0, len(rank), "rank")
+    met = np.zeros(len(rank), bool)
+    met[rank] = True
+    if not met.all():
         raise ValueError("rank is not a permutation of the nodes")
 
 
@@ -231,5 +239,7 @@ def mkl_product(indptr, indices, values, L, out=None):
         out = np.empty(shape, np.float32)
     for name, a, its_shape in (("values", values, indices.shape), ("out", out, shape)):
         _check(a, np.float32, its_shape, name)
+    _check_range(indptr, 0, len(indices) + 1, "indptr")
+    _check_range(indices, 0, len(L), "indices")
     core.mkl_product(len(indptr) - 1, len(L), indptr, indices, values, L.shape[1], L, out)
     return out

@@ -60,16 +60,18 @@ class FeatureWriter:
             if self.overwrite:
                 return False
             raise ValueError(f"{self.partial} was begun with {differs}: delete it, or --overwrite")
-        self.offsets = {k: int(v) for k, v in state["offsets"].items()}
-        needed = max(self.offsets[k] + self.n * w for k, w in self._widths().items())
-        if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
-            raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
-                             f"delete it and {self.progress} to start over")
         try:
+            self.offsets = {k: int(v) for k, v in state["offsets"].items()}
+            needed = max(self.offsets[k] + self.n * w for k, w in self._widths().items())
+            if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
+                raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
+                                 f"delete it and {self.progress} to start over")
             self._check_structure()
-        except ValueError:
+        except (TypeError, ValueError) as e:
             if self.overwrite:
                 return False
+            if isinstance(e, TypeError):
+                raise ValueError(f"{self.progress} is damaged ({e}): delete it and {self.partial} to start over")
             raise
         self.done, self.notes = state["done"], state["notes"]
         return True

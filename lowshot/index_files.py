@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from graph_utils import aligned_zeros
+from graph_utils import neighbours as nb
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, read_into, spread_rows
 from lowshot.packages import faiss
@@ -180,6 +181,8 @@ class Checkpoint:
                 and os.path.getsize(self.path) == keys.nbytes:
             with open(self.path, "rb") as f:
                 read_into(f.fileno(), keys, 0, self.path)
+            if any(nb.numbers(keys[i:i + BLOCK]).max() >= n for i in range(0, n, BLOCK)):
+                raise ValueError(f"{self.path} is damaged: delete it to start afresh")
         else:
             state = {}
         return keys, state.get("searched", 0), state.get("rounds", 0), state.get("nprobe", 0)

@@ -197,7 +197,7 @@ class Lists:
 
     def _mark_new(self):
         """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
-        rows = self._new_rows()
+        rows = self._new_rows() if self.n0 else range(self.cells.n)
         for i in range(0, len(rows), BLOCK):        # those that entered the lists of others are marked already
             block = rows[i:i + BLOCK] if self.n0 else slice(i, i + BLOCK)
             keys = self.keys[block]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import build_graph
+from graph_utils import neighbours as nb
 from lowshot import faiss_search, gpu_search
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
@@ -255,7 +256,8 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypa
     checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
     keys, *state = checkpoint.open(5, 2, 33)
     assert state == [0, 0, 0] and not keys.any()
-    keys[3] = 7
+    key, wrong = nb.make_keys(np.zeros(2, np.float32), np.array([4, 5]))
+    keys[3] = key
 
     class Lists:
         searched, rounds, nprobe = 4, 1, 2
@@ -269,6 +271,11 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypa
     checkpoint.wait()
     found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
     assert state == [4, 1, 2] and np.array_equal(found, keys)
+    os.rename(tmp_path / "lists", tmp_path / "right")
+    (tmp_path / "lists").write_bytes((tmp_path / "right").read_bytes().replace(key.tobytes(), wrong.tobytes()))
+    with pytest.raises(ValueError, match="lists is damaged: delete it"):
+        Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
+    os.rename(tmp_path / "right", tmp_path / "lists")
     # one that is given up, or has no room, leaves the one before
     keys[:] = 1
     checkpoint.stopped.set()
@@ -282,7 +289,7 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypa
         other.wait()
     assert "note: no copy of the lists was written" in capsys.readouterr().out
     found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
-    assert state == [4, 1, 2] and found[3, 0] == 7 and sorted(os.listdir(tmp_path)) == ["lists", "lists.json"]
+    assert state == [4, 1, 2] and found[3, 0] == key and sorted(os.listdir(tmp_path)) == ["lists", "lists.json"]
     assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 33)[0].any()
     assert Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 65)[1:] == (0, 0, 0)
     x = make_raw(tmp_path, 40)

@@ -572,3 +572,26 @@ def test_library_loads_alone():
            "print(*nb.numbers(nb.search_all(nb.to_bfloat16(np.eye(40, 32, dtype='f4')), nb.to_bfloat16(np.eye(40, 32, dtype='f4')), 1)[3]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(out) == 3
+
+
+def test_numbers_out_of_range_are_refused():
+    """Whatever names a row that is not there is an error, not a look into other memory."""
+    x = np.random.RandomState(0).standard_normal((20, 8)).astype(np.float32)
+    X = nb.to_bytes(x)
+    keys = nb.make_keys(np.zeros((20, 3), np.float32), np.tile(np.arange(3), (20, 1)))
+    all_rows = np.arange(20, dtype=np.int32)
+    damaged = keys.copy()
+    damaged[7, 1] = nb.make_keys(np.zeros(1, np.float32), np.array([20]))[0]
+    one_off = np.where(all_rows == 5, 20, all_rows).astype(np.int32)
+    for arguments in ({"keys": damaged}, {"q_number": one_off}, {"x_number": one_off[:2]}, {"x_number": -all_rows},
+                      {"x_scale": np.ones(1, np.float32)}, {"q_scale": np.ones(19, np.float32)}):
+        with pytest.raises(ValueError, match="no query 20|no vector|expected"):
+            nb.exact_products(**{"keys": keys, "queries": x, "base": x, "k": 2, **arguments})
+    rows = [np.array([0]), np.array([20])]
+    for begin, end in ((rows[0] - 1, rows[1]), (rows[0], rows[1] + 1)):
+        with pytest.raises(ValueError, match="numbers from 0 to 20 expected"):
+            nb.search_cells(X, X[:1].copy(), 1, begin, end, X, np.zeros((20, 3), np.int64))
+    for order, position, I in ((one_off, all_rows, all_rows[:, None]), (all_rows, one_off, all_rows[:, None]),
+                               (all_rows, all_rows, one_off[:, None])):
+        with pytest.raises(ValueError, match="numbers from .* to 19 expected, found .* to 20"):
+            nb.known_lists(X, order, position, I, 0.0, keys.copy())

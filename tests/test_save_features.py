@@ -391,6 +391,12 @@ def test_truncated_partial_file(tmp_path):
     os.truncate(path + ".partial", 3000)
     with pytest.raises(ValueError, match="3000 bytes"):
         FeatureWriter(path, 400, 20, np.zeros(400), {})
+    state = json.loads(Path(path + ".partial.json").read_text())
+    Path(path + ".partial.json").write_text(json.dumps({**state, "offsets": {name: None for name in state["offsets"]}}))
+    with pytest.raises(ValueError, match="partial.json is damaged .*: delete it"):
+        FeatureWriter(path, 400, 20, np.zeros(400), {})
+    with FeatureWriter(path, 400, 20, np.zeros(400), {}, overwrite=True) as out:
+        assert out.done == 0
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
