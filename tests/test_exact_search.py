@@ -34,6 +34,17 @@ def test_exact_where_bfloat16_cannot_tell():
         assert all(len(set(row)) == 10 for row in I.tolist())
 
 
+def test_bounds_hold_where_all_elements_are_rounded_down():
+    """The nearest is not among the candidates: what rounding may have taken of any vector puts the query in doubt."""
+    u, d = 2.0 ** -7, 64                                        # bfloat16 holds 1 and 1 + u
+    x = np.ones((60, d), "f4")
+    x[0] = 1 + .49 * u
+    for i in range(1, 60):
+        x[i, :31 - (i - 1) // 2] += u
+    x[45:] = .5
+    assert exact_search.exact_knn(np.ones((1, d), "f4"), x, 1)[1][0, 0] == 0
+
+
 def test_exact_for_vectors_that_are_not_normalised():
     rs = np.random.RandomState(0)
     q, x = 30 * rs.randn(20, 40).astype("f4"), rs.randn(500, 40).astype("f4") * rs.uniform(.01, 50, (500, 1)).astype("f4")

@@ -54,21 +54,23 @@ def as_bfloat16(x):
     return torch.from_numpy(x).to(torch.bfloat16).to(torch.float32).numpy()
 
 
+@pytest.mark.parametrize("of_bfloat16", [True, False])
 @pytest.mark.parametrize("G, C, d, B, B1", [(1, 1, 1, 1, 1), (3, 7, 33, 16, 5), (2, 40, 70, 33, 64), (1, 5, 600, 20, 40)])
-def test_a_pass_in_bfloat16_is_exact_for_such_numbers(G, C, d, B, B1):
+def test_a_pass_in_bfloat16_is_exact_for_such_numbers_and_rounds_others(G, C, d, B, B1, of_bfloat16):
+    given = as_bfloat16 if of_bfloat16 else lambda x: x
     rs, kind = np.random.RandomState(0), ARITHMETICS["bfloat16"]
     rows, dpad, Bpad, B1pad = padded(G * C), padded(d), padded_images(B, "bfloat16"), padded_images(B1, "bfloat16")
     W, M, X, P, X1 = (aligned_zeros(shape) for shape in ((rows, dpad), (rows, dpad), (Bpad, dpad), (rows, Bpad), (B1pad, dpad)))
-    P[:G * C, :B], X[:B, :d], X1[:B1, :d] = (as_bfloat16(rs.randn(*s).astype("f4")) for s in ((G * C, B), (B, d), (B1, d)))
+    P[:G * C, :B], X[:B, :d], X1[:B1, :d] = (given(rs.randn(*s).astype("f4")) for s in ((G * C, B), (B, d), (B1, d)))
     one, b, Z = np.ones(G, np.float32), np.zeros((2, rows), np.float32), aligned_zeros((rows, B1pad))
     ahead = np.tile(np.array([1, 0], np.float32), (G, 1))
     scratch = aligned_zeros(core.sgd_scratch(G, C, dpad, 1, max(Bpad, B1pad)), np.uint8)
     core.sgd_pass(G, C, dpad, 0, one, 0 * one, W, M, *b, 1, Bpad, X, P, 0, 0, None, None, None, kind, scratch)
-    np.testing.assert_allclose(-W, P.astype("f8") @ X, atol=1e-6 * d)
+    np.testing.assert_allclose(-W, as_bfloat16(P).astype("f8") @ as_bfloat16(X), atol=1e-6 * d)
     np.testing.assert_allclose(-b[0], P.sum(1), atol=1e-5)
-    W[...], b[0] = as_bfloat16(W), 0
+    W[...], b[0] = given(W), 0
     core.sgd_pass(G, C, dpad, 0, one, 0 * one, W, M, *b, 0, 0, None, None, 1, B1pad, X1, ahead, Z, kind, scratch)
-    np.testing.assert_allclose(Z, W.astype("f8") @ X1.T, atol=1e-5 * d)
+    np.testing.assert_allclose(Z, as_bfloat16(W).astype("f8") @ as_bfloat16(X1).T, atol=1e-5 * d)
 
 
 @pytest.mark.parametrize("d, C, B, T", [(17, 7, 5, 4), (70, 40, 33, 3), (600, 37, 16, 16), (32, 32, 1, 16)])
@@ -195,6 +197,19 @@ def test_top_is_that_of_exact_scores(m, d, C, spread, most):
         want = exact_top(model, x, y, g, most) if spread > 1e-5 else model.ranks(x, y)[g] < most
         assert np.array_equal(found[g], want)
     assert model.top(x[:0], y[:0]).shape == (2, 0)
+
+
+u = 2.0 ** -7       # bfloat16 holds 1 and 1 + u
+
+
+@pytest.mark.parametrize("W, x", [
+    ([[1 + .51 * u] * 32 + [1] * 32, [1 + .49 * u] * 64], [1] * 64),
+    ([[0] * 32 + [1] * 32, [1] * 32 + [0] * 32], [1 + .49 * u] * 32 + [1 + .51 * u] * 16 + [1] * 16)], ids=["weights", "image"])
+def test_top_where_rounding_puts_another_class_first(W, x):
+    model = FusedSGD([(0.1, 0)], 2, 64, 0.9, "float32")
+    model.state()["W"][...] = W
+    model.screens = True
+    assert model.top(np.array([x], np.float32), np.array([1]), 1).all()
 
 
 def test_top_of_equal_scores_and_of_those_that_are_not_finite():
