@@ -408,6 +408,40 @@ def test_results_do_not_depend_on_threads(stored):
     assert all(np.array_equal(results[0], r) for r in results)
 
 
+def test_offers_of_equals_do_not_depend_on_threads():
+    """One as good as the worst enters a list if its number is lower, whenever it comes: in rounds, and in searches of all."""
+    rs = np.random.RandomState(0)
+    X = nb.to_bfloat16(unit_vectors(40, 32)[rs.randint(0, 40, 3000)])
+    listed = np.stack([rs.choice(3000, 8, replace=False) for _ in range(3000)]).astype(np.int32)
+    start = nb.search_near(X, np.arange(3000, dtype=np.int32), listed, X, 8) | nb.NEW
+    results = []
+    for threads in (1, 2, 3, 7):
+        with with_threads(threads):
+            keys, x_keys = start.copy(), np.zeros((3000, 8), np.int64)
+            for r in range(3):
+                nb.descent_round(X, keys, seed=r, R=6)
+            nb.search_all(X, X, 1, insert=(x_keys, nb.worst_products(x_keys)))
+            results.append((np.sort(keys), np.sort(x_keys)))
+    for keys, x_keys in results:
+        assert np.array_equal(keys, results[0][0]) and np.array_equal(x_keys, results[0][1])
+
+
+def test_a_search_of_cells_among_equals_does_not_depend_on_threads():
+    """So many queries that they are cut in groups of thousands, whose cells come in an order of their own."""
+    rs = np.random.RandomState(0)
+    vectors = unit_vectors(50, 32)
+    X, centroids = nb.to_bfloat16(vectors[rs.randint(0, 50, 5000)]), nb.to_bfloat16(unit_vectors(50, 32, 1))
+    Q = nb.to_bfloat16(unit_vectors(140_000, 32, 2))
+    begin = np.arange(0, 5000, 100)
+    results = []
+    for threads in (1, 8):
+        keys = np.zeros((len(Q), 4), np.int64)
+        with with_threads(threads):
+            nb.search_cells(Q, centroids, 12, begin, begin + 100, X, keys)
+        results.append(np.sort(keys))
+    assert np.array_equal(*results)
+
+
 def test_exact_products_in_two_parts_with_scales_and_numbers():
     rs = np.random.RandomState(0)
     q, x = rs.randn(9, 45).astype("f4"), rs.randn(30, 45).astype("f4")
@@ -504,6 +538,18 @@ def test_a_node_heads_its_own_list_even_among_duplicates():
     assert (I[:, 0] == np.arange(60)).all() and all(len(set(row)) == 4 for row in I)
     np.testing.assert_allclose(D[:50], 1, rtol=1e-6)
     assert (D[50:] == 0).all()
+
+
+def test_a_shorter_node_that_no_candidate_names_is_in_its_own_list():
+    """First where rounding may have put it behind others, last where it is behind them."""
+    x = np.tile(unit_vectors(1, 32), (60, 1))
+    x[20] *= np.float32(1 - 3e-7)
+    x[40] *= np.float32(.5)
+    others = (np.arange(60)[:, None] + np.arange(1, 7)) % 60
+    D, I = nb.exact_products(nb.make_keys(np.zeros(others.shape, "f4"), others), x, x, 4, self=True)
+    assert np.array_equal(I[:, 0] == np.arange(60), np.arange(60) != 40)
+    assert I[40].tolist() == [41, 42, 43, 40]
+    np.testing.assert_allclose(D[40], [.5, .5, .5, .25], rtol=1e-6)
 
 
 @pytest.mark.parametrize("k1,k2,k", [(3, 3, 3), (5, 2, 4), (1, 4, 9), (4, 4, 1)])
