@@ -9,7 +9,7 @@ import pytest
 
 import build_graph
 from graph_utils import neighbours as nb
-from lowshot import faiss_search, gpu_search
+from lowshot import faiss_search, gpu_search, index_files
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
 from lowshot.script import exclusive
@@ -206,6 +206,8 @@ def test_files_made_anew_are_not_taken_for_those_of_an_earlier_state(tmp_path):
     files.arrays[0][:4] = 7
     files.save(4)
     assert GraphFiles(*paths, 6, 2, "a search by Faiss").done == 4
+    assert GraphFiles(*paths, 6, 2, "a search of another index").done == 0
+    files.save(4)
     assert GraphFiles(*paths, 6, 2).done == 0               # another way, whose run is then killed
     files = GraphFiles(*paths, 6, 2, "a search by Faiss")
     assert files.done == 0 and not files.arrays[0].any()
@@ -298,6 +300,28 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypa
     faiss.write_index(index, str(tmp_path / "l2.index"))
     with pytest.raises(ValueError, match="metric 1"):
         read_index(str(tmp_path / "l2.index"), 40, DIM)
+
+
+def test_a_checkpoint_without_its_state_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "EVERY", 0)
+    checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
+
+    class Lists:
+        searched, rounds, nprobe = 4, 1, 2
+
+    Lists.keys = checkpoint.open(5, 2, 33)[0]
+    checkpoint.save(Lists)
+    checkpoint.wait()
+    assert Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)[1:] == (4, 1, 2)
+
+    def killed(*args):
+        raise InterruptedError
+    monkeypatch.setattr(index_files, "write_json", killed)
+    Lists.keys[:] = 7
+    checkpoint.save(Lists)
+    checkpoint.wait()
+    keys, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
+    assert state == [0, 0, 0] and not keys.any()
 
 
 def test_streamed_index_equals_that_of_faiss(tmp_path):

@@ -137,6 +137,28 @@ def test_test_images_are_searched_by_cells(data, monkeypatch, nbg, nbase):
     assert recall(test_I, reference.neighbours(v["val"][test], x, K)) >= 0.97
 
 
+def test_a_stored_part_that_is_replaced_while_it_is_read_is_an_error(data):
+    ddir, _ = data
+    key, other = (completion.FixedKey(ddir, "test", 0, K, DIM, np.arange(n), np.arange(20)) for n in (40, 41))
+    part = key.stored_or_made(lambda line: None)
+    key.check_unchanged(part)
+    other.stored_or_made(lambda line: None)
+    with pytest.raises(ValueError, match="was made anew from other files while it was read: run this again"):
+        key.check_unchanged(part)
+    key.check_unchanged(completion.FixedPart(part.arrays))      # one in memory
+
+
+def test_what_a_killed_run_left_of_a_stored_part_is_removed(data):
+    ddir, _ = data
+    key = completion.FixedKey(ddir, "test", 0, K, DIM, np.arange(30), np.arange(20))
+    left = f"{key.folder}.12345.tmp"
+    os.makedirs(left)
+    np.save(os.path.join(left, "I.npy"), np.zeros(3))
+    key.stored_or_made(lambda line: None)
+    folder, name = os.path.split(key.folder)
+    assert [f for f in os.listdir(folder) if f.startswith(name) and not f.endswith(".lock")] == [name]
+
+
 def test_the_stored_part_is_read_as_it_was_made(data):
     ddir, _ = data
     key = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30))
