@@ -219,6 +219,12 @@ def test_grave_errors_are_raised(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Too many"):
         batches[0]
 
+    def no_memory(*args):
+        raise MemoryError
+    no_memory.crop = 8
+    with pytest.raises(MemoryError):
+        Batches(images, no_memory, 0, 5, 5).decode(0, [b"x"])
+
 
 def test_identity_follows_the_zips(tmp_path):
     for z in range(3):

@@ -198,7 +198,11 @@ def test_reach_is_breadth_first():
         front = graph.reach(front, reached, 400)
         expected |= W[:, expected].any(axis=1)
         np.testing.assert_array_equal(reached.astype(bool), expected)
-    assert graph.reach(np.arange(400, dtype=np.int32), np.zeros(400, np.uint8), 3) is None
+    everything = np.arange(400, dtype=np.int32)
+    count = int(W.any(axis=0).sum())
+    assert len(graph.reach(everything, np.zeros(400, np.uint8), count)) == count
+    for most in (count - 1, 3):
+        assert graph.reach(everything, np.zeros(400, np.uint8), most) is None
 
 
 def test_arrays_of_other_sizes_are_refused():
@@ -321,6 +325,10 @@ def test_bad_panels():
         graph.product(L, aligned_zeros((3, 16)))
     with pytest.raises(ValueError, match="16, 32, 48 or 64"):
         graph.product(aligned_zeros((2, 17)), aligned_zeros((2, 17)))
+    beside = aligned_zeros(36)[4:].reshape(2, 16)          # by 16 bytes
+    for pair in ((L, beside), (beside, L)):
+        with pytest.raises(ValueError, match="aligned to 64 bytes"):
+            graph.product(*pair)
     with pytest.raises(ValueError, match="out of range"):
         graph.product(L, aligned_zeros((2, 16)), rows=np.array([2]))
     with pytest.raises(ValueError, match="out of range"):

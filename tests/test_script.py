@@ -193,6 +193,15 @@ def test_whole_appears_only_when_it_ended_well(tmp_path):
             open("another")
 
 
+def test_whole_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=getattr(os, name): calls.append(name) or call(*a))
+    with whole(str(tmp_path / "out")) as temporary, open(temporary, "w") as f:
+        f.write("all")
+    assert calls == ["fsync", "replace"] and (tmp_path / "out").read_text() == "all"
+
+
 def test_a_full_disk_is_named_once(tmp_path):
     for error, message in ((OSError(errno.ENOSPC, "No space"), "out could not be written"),
                            (OSError(errno.ENOSPC, "No space", "other"), "'other'$"), (OSError(errno.EIO, "broken"), "broken$")):
