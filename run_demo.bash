@@ -10,8 +10,8 @@
 # NBG          background sizes (default: those of the experiment file, 0 6000 60000); the largest is drawn, or 6000 for the PCA
 # NLABELED, SEEDS, JOBS     see run_diffusion.bash; JOBS defaults to half of the cores
 # EXPERIMENT   experiment file (default: configs/demo.yaml)
-# DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts --minfonts 10": fewer fonts than 100 have fewer
-#              characters in common
+# DATA         more arguments for demo/make_data.py, e.g. "--fonts /usr/share/fonts --minfonts 10": a few fonts have fewer
+#              characters in common than a hundred
 # EPOCHS       epochs of training (default: 14)
 # PYTHON, REQUIREMENTS      see setup.bash
 set -euo pipefail

@@ -1032,7 +1032,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                 if (names_none(key)) continue;
                 const int64_t at = number_of(key), number = x_number && at < nnumber ? x_number[at] : at;
                 if (at >= nnumber || number < 0 || number >= nX)
-                    throw std::invalid_argument("exact_products: a list is damaged, there is no vector " + std::to_string(number));
+                    throw std::invalid_argument("exact_products: a list is damaged, no vector is " + std::to_string(number));
                 has_self |= number == q;
                 t.list.emplace_back(0.0f, (int32_t)number);
             }

@@ -303,7 +303,8 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
     for scale, n, name in ((q_scale, nq, "q_scale"), (x_scale, nb, "x_scale")):
         if scale is not None:
             _check(scale, np.float32, (n,), name)
-    core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, nb if x_number is None else len(x_number),
+    nnumber = nb if x_number is None else len(x_number)
+    core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, nnumber,
                         Q0.shape[1], Q0, len(Q0), Q1, nq, q_scale, X0, len(X0), X1, nb, x_scale, bool(self), k, known, D, I)
     return D, I
 

@@ -343,7 +343,8 @@ struct Int16Bytes {
                     for (int v = 0; v < NV; v++) add_products(sums[r][v], Sums{} + a[r * 2 * np + i], b[v]);
             for (int r = 0; r < kRows; r++)
                 for (int v = 0; v < NV; v++) {
-                    const Floats products = __builtin_convertvector(sums[r][v], Floats) * (row_scales[r0 + r] * ((const Floats*)b)[v]);
+                    const Floats scales = row_scales[r0 + r] * ((const Floats*)b)[v];
+                    const Floats products = __builtin_convertvector(sums[r][v], Floats) * scales;
                     std::memcpy(s + (r0 + r) * kTile + v * kWidth, &products, sizeof(products));
                 }
         }
