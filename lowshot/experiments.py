@@ -209,8 +209,8 @@ def short_path(path):
 
 def make_job(e, system, ddir, name, arguments, *more):
     """more: functions that return lists of further inputs, or raise ValueError where these are missing."""
-    inputs, lacks = [], []
-    for find in (lambda: [ddir.train, ddir.val], lambda: [ddir.label_idx()], *more):
+    inputs, lacks = [ddir.train, ddir.val], []
+    for find in (lambda: [ddir.label_idx()], *more):
         try:
             inputs += find()
         except ValueError as error:

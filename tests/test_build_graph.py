@@ -1,4 +1,5 @@
 """build_graph.py, as a user runs it."""
+import contextlib
 import json
 import os
 import subprocess
@@ -125,6 +126,25 @@ def test_a_stored_graph_is_never_replaced_unasked(tmp_path):
     assert files == {p: p.read_bytes() for p in folder.iterdir()}       # nothing is lost before there is an index
     assert run(tmp_path, 500, "--k", 8, "--overwrite").returncode == 0
     assert [p.read_bytes() for p in paths] == before
+
+
+def test_a_graph_that_another_run_completed_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
+    make_raw(tmp_path, 300)
+    assert run(tmp_path, 300, "--k", 8).returncode == 0
+    path, aside = tmp_path / "knngraph" / "ndis300_k8_I_11.int32", tmp_path / "I"
+    os.rename(path, aside)
+    before = os.stat(aside).st_mtime_ns
+
+    @contextlib.contextmanager
+    def waited_for(lock):
+        os.rename(aside, path)
+        yield
+
+    monkeypatch.setattr(build_graph, "exclusive", waited_for)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build_graph.py", "300", "--k", "8", "--dim", str(DIM)])
+    build_graph.main()
+    assert "was completed by another run meanwhile" in capsys.readouterr().out and os.stat(path).st_mtime_ns == before
 
 
 def test_threads_do_not_change_the_graph(tmp_path):
