@@ -271,6 +271,7 @@ class Examples:
         self.top = top.copy()
 
     def store(self, path, **arrays):
+        remove_left_behind(path)
         with whole(path) as temporary:
             with open(temporary, "wb") as f:
                 np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)

@@ -256,6 +256,9 @@ def experiment(args, ddir, record):
     record["files"] = file_identities([ddir.train, ddir.val, ddir.label_idx()])
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]
+    for path in filter(None, (args.storemodel, args.storeL)):
+        for g in range(len(points)):
+            remove_left_behind(point_file(path, points, g))
 
     with FeatureFile(ddir.train) as train_file, FeatureFile(ddir.val) as val_file:
         if train_file.d != val_file.d:

@@ -238,8 +238,10 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
 
 
 def test_examples(ddir, tmp_path):
+    (tmp_path / ".e.1.tmp.npz").touch()         # of a run that was killed
     diffusion(ddir, "--mode", "test", "--nbg", NBG, "--k", 6, "--niter", 3, "--storeexamples", tmp_path / "e.npz",
               "--storeLname", tmp_path / "L", "--lslice", 16)
+    assert not (tmp_path / ".e.1.tmp.npz").exists()
     e, L = np.load(tmp_path / "e.npz"), np.load(tmp_path / "L_iter3.npy")
     assert len(L) == e["nlabelled"] + NBG and len(e["labelled_rows"]) == e["nlabelled"]
     np.testing.assert_allclose(e["scores"], L[e["neighbours"]].sum(axis=1), rtol=1e-5)

@@ -225,6 +225,8 @@ def test_script_end_to_end(ddir, tmp_path):
 
 def test_grid_run_validation_reports_and_names(ddir, tmp_path):
     words = ["--mode", "val", "--nlabeled", 1, "--maxiter", 120, "--batchsize", 8, "--evalevery", 50]
+    for left_behind in (".L_lr0.1_wd0.1.1.tmp.npy", ".m_lr0.01_wd0.1.tmp.npz"):
+        (tmp_path / left_behind).touch()        # by a run that was killed
     out = logreg(ddir, *words, "--lr", "0.1,0.01", "--wd", "0,0.1", "--record", tmp_path / "grid.json",
                  "--storeL", tmp_path / "L.npy", "--storemodel", tmp_path / "m.npz").stdout
     grid = figures(tmp_path / "grid.json")
@@ -233,7 +235,7 @@ def test_grid_run_validation_reports_and_names(ddir, tmp_path):
     assert len(lines) == 12 and lines[1].startswith("lr 0.1 wd 0.1 [") and LINE.search(lines[1]).group(1) == "50"
     assert sorted(p.name for p in tmp_path.glob("L_*")) == [
         "L_lr0.01_wd0.1.npy", "L_lr0.01_wd0.npy", "L_lr0.1_wd0.1.npy", "L_lr0.1_wd0.npy"]
-    assert len(list(tmp_path.glob("m_lr*.npz"))) == 4
+    assert len(list(tmp_path.glob("m_lr*.npz"))) == 4 and not list(tmp_path.glob(".*.tmp.*"))
     logreg(ddir, *words, "--lr", 0.01, "--wd", 0.1, "--record", tmp_path / "alone.json", "--verbose")
     assert figures(tmp_path / "alone.json")[0] == grid[3]
     logreg(ddir, *words[:-2], "--evalevery", 0, "--lr", 0.01, "--wd", 0.1, "--record", tmp_path / "end.json")
