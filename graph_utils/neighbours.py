@@ -227,8 +227,8 @@ def known_lists(X, order, position, I, margin, keys):
     for array, dtype, shape, name in ((order, np.int32, (n,), "order"), (position, np.int32, (n,), "position"),
                                       (I, np.int32, (None, None), "I"), (keys, np.int64, (n, None), "keys")):
         _check(array, dtype, shape, name)
-    for array, least, name in ((order, 0, "order"), (position, 0, "position"), (I, -1, "I")):
-        _check_range(array, least, n, name)
+    _check_range(order, 0, n, "order")
+    _check_range(position, 0, n, "position")
     core.known_lists(n, _words(X, "X"), *_format(X), order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
 
 

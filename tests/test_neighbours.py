@@ -637,7 +637,6 @@ def test_numbers_out_of_range_are_refused():
     for begin, end in ((rows[0] - 1, rows[1]), (rows[0], rows[1] + 1)):
         with pytest.raises(ValueError, match="numbers from 0 to 20 expected"):
             nb.search_cells(X, X[:1].copy(), 1, begin, end, X, np.zeros((20, 3), np.int64))
-    for order, position, I in ((one_off, all_rows, all_rows[:, None]), (all_rows, one_off, all_rows[:, None]),
-                               (all_rows, all_rows, one_off[:, None])):
-        with pytest.raises(ValueError, match="numbers from .* to 19 expected, found .* to 20"):
-            nb.known_lists(X, order, position, I, 0.0, keys.copy())
+    for order, position in ((one_off, all_rows), (all_rows, one_off)):
+        with pytest.raises(ValueError, match="numbers from 0 to 19 expected, found 0 to 20"):
+            nb.known_lists(X, order, position, all_rows[:, None], 0.0, keys.copy())
