@@ -162,33 +162,39 @@ float inner_product(const uint32_t* x, const uint32_t* y, int64_t np) {
 
 // ---- float32: a row is its elements; a panel holds 32 floats for each element; scales at the end of both
 
-template <class F>
-struct Float32 {
+// What rows and panels of such numbers are: kPerWord of them, of 4 bytes, for each word w, element(w, 0), element(w, 1), ...
+template <class F, class Number, int kPerWord, Number (*element)(uint32_t, int)>
+struct Expanded {
     using Format = F;
-    static int64_t tile_bytes(int64_t np) { return 4 * kTile * (Format::kPerWord * np + 1); }
+    static int64_t tile_bytes(int64_t np) { return 4 * kTile * (kPerWord * np + 1); }
     static void begin() {}
     static void end() {}
 
     static void row(const uint32_t* x, int64_t np, void* rows, int r) {
-        const int64_t d = Format::kPerWord * np;
-        float* o = (float*)rows + r * d;
+        const int64_t d = kPerWord * np;
+        Number* o = (Number*)rows + r * d;
         for (int64_t w = 0; w < np; w++)
-            for (int i = 0; i < Format::kPerWord; i++) o[Format::kPerWord * w + i] = Format::element(x[w], i);
+            for (int i = 0; i < kPerWord; i++) o[kPerWord * w + i] = element(x[w], i);
         ((float*)rows)[kTile * d + r] = Format::scale(x, np);
     }
 
     static void panel(const uint32_t* const* x, int64_t np, void* out) {
         alignas(64) uint32_t words[16 * kTile];
-        float* o = (float*)out;
+        Number* o = (Number*)out;
         for (int64_t w = 0; w < np; w += 16) {
             transpose16(x, w, words, kTile);
             transpose16(x + 16, w, words + 16, kTile);
             for (int r = 0; r < 16; r++)
-                for (int i = 0; i < Format::kPerWord; i++, o += kTile)
-                    for (int c = 0; c < kTile; c++) o[c] = Format::element(words[r * kTile + c], i);
+                for (int i = 0; i < kPerWord; i++, o += kTile)
+                    for (int c = 0; c < kTile; c++) o[c] = element(words[r * kTile + c], i);
         }
-        for (int c = 0; c < kTile; c++) o[c] = Format::scale(x[c], np);
+        for (int c = 0; c < kTile; c++) ((float*)o)[c] = Format::scale(x[c], np);
     }
+};
+
+template <class F>
+struct Float32 : Expanded<F, float, F::kPerWord, F::element> {
+    using Format = F;
 
 #if defined(__AVX512F__)
     static constexpr int kRows = 8, kWidth = 16;    // 16 accumulators of the 32 registers
@@ -283,38 +289,13 @@ struct BytesRows {
 
 #ifdef __AVX2__
 #define TILES_INT16
-struct Int16Bytes {
-    using Format = Bytes;
-    static int64_t tile_bytes(int64_t np) { return 4 * kTile * (2 * np + 1); }
-    static void begin() {}
-    static void end() {}
+// Two of the four bytes of a word, without the 128.
+inline uint32_t pair_of_bytes(uint32_t word, int half) {
+    const uint32_t bytes = word >> 16 * half;
+    return (((bytes & 255) - 128) & 0xffff) | ((bytes >> 8 & 255) - 128) << 16;
+}
 
-    // Two of the four bytes of a word, without the 128.
-    static uint32_t pair(uint32_t word, int half) {
-        const uint32_t bytes = word >> 16 * half;
-        return (((bytes & 255) - 128) & 0xffff) | ((bytes >> 8 & 255) - 128) << 16;
-    }
-
-    static void row(const uint32_t* x, int64_t np, void* rows, int r) {
-        uint32_t* o = (uint32_t*)rows + r * 2 * np;
-        for (int64_t w = 0; w < np; w++)
-            for (int half = 0; half < 2; half++) o[2 * w + half] = pair(x[w], half);
-        ((float*)rows)[kTile * 2 * np + r] = Format::scale(x, np);
-    }
-
-    static void panel(const uint32_t* const* x, int64_t np, void* out) {
-        alignas(64) uint32_t words[16 * kTile];
-        uint32_t* o = (uint32_t*)out;
-        for (int64_t w = 0; w < np; w += 16) {
-            transpose16(x, w, words, kTile);
-            transpose16(x + 16, w, words + 16, kTile);
-            for (int r = 0; r < 16; r++)
-                for (int half = 0; half < 2; half++, o += kTile)
-                    for (int c = 0; c < kTile; c++) o[c] = pair(words[r * kTile + c], half);
-        }
-        for (int c = 0; c < kTile; c++) ((float*)o)[c] = Format::scale(x[c], np);
-    }
-
+struct Int16Bytes : Expanded<Bytes, uint32_t, 2, pair_of_bytes> {
 #ifdef __AVX512BW__
     static constexpr int kRows = 8, kWidth = 16;    // 16 accumulators of the 32 registers
 #else
