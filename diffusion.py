@@ -142,7 +142,8 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter):
     mapped = 4 * dim * nbg
     exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
-    steps = {"add novel images": vectors + blocks + lists + (looked_up if exact else 0),
+    changed = 24 * k * min(n // 2, k * nnovel)      # lists, before and after, and as they are collected
+    steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),
              # the graph without the novel images, and with them
              "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width)}
@@ -152,8 +153,8 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter):
         steps["symmetrise"] += vectors + lists
         # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
         steps["complete"] = vectors + lists + max(
-            blocks + mapped, 4 * nbase * words(dim) + 28 * nbase * (k + exact_search.SPARE),
-            4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + exact_search.INSERTED_SPARE))
+            4 * nbase * words(dim) + 28 * nbase * (k + exact_search.SPARE),
+            blocks + mapped + 4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + exact_search.INSERTED_SPARE))
         if not exact:
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
             steps["complete"] = (vectors + lists + 130e6 + 24 * n
@@ -326,6 +327,7 @@ def main():
         fixed = key.make(log) if args.nocache else key.stored_or_made(log)
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
+    release_memory()
     changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W

@@ -38,9 +38,8 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
-from lowshot.experiments import end_with_parent  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.machine import cpus  # noqa: E402
+from lowshot.machine import cpus, end_with_parent  # noqa: E402
 from lowshot.script import (Parser, Progress, full_disk_named, log, number, print_header, read_json, run,  # noqa: E402
                             whole, write_json)
 

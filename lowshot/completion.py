@@ -20,6 +20,7 @@ from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, cells_of_index, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
+from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import Sample
@@ -183,6 +184,7 @@ def add_novel(fixed, x, novel):
         _, novel_I = exact_search.cross_insert(
             novel, Vectors(x, fixed.load("scale")), D, I, n, k, progress, fixed.load("worst"),
             lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
+    release_memory()
     found_D, found_I = exact_search.exact_knn(fixed.load("test"), novel, k)
     found_I[found_I >= 0] += n
     _, test_I = merge_lists(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)

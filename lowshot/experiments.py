@@ -4,7 +4,6 @@ An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs
 run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
 """
 import contextlib
-import ctypes
 import math
 import os
 import re
@@ -18,12 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
-from lowshot.machine import cpus
+from lowshot.machine import cpus, end_with_parent
 from lowshot.script import clock, exclusive, file_identities, full_disk_named, log, read_json
 
 SYSTEMS = ("logreg", "diffusion")
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LIBC = ctypes.CDLL(None)
 
 
 class Experiment:
@@ -422,11 +420,6 @@ class Driver:
         elapsed = time.time() - self.t0
         left = elapsed / self.done * (len(self.jobs) - self.done)
         log(f"  {self.done}/{len(self.jobs)} jobs done{how and f' ({how})'}, {clock(elapsed)} elapsed, about {clock(left)} left")
-
-
-def end_with_parent():
-    """In a new process: end when the one that made it ends, also where that is killed and cannot pass it on."""
-    LIBC.prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG
 
 
 def last_line(path):

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from lowshot.features import FeatureFile
 from lowshot.script import allocate, exclusive, read_json, remove, remove_left_behind, size, whole, write_json
 
 
@@ -173,11 +174,10 @@ class FeatureWriter:
 
 def made_from(path):
     """What a complete block was made from, or None if it does not tell."""
-    import h5py
     try:
-        with h5py.File(path, "r") as f:
-            return json.loads(f.attrs["made_from"])
-    except (OSError, KeyError, ValueError, TypeError):
+        with FeatureFile(path) as f:
+            return f.made_from or None
+    except (OSError, ValueError):
         return None
 
 

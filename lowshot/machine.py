@@ -5,6 +5,9 @@ import math
 import os
 import pathlib
 import resource
+import signal
+
+LIBC = ctypes.CDLL(None)       # not looked for in a new process, whose parent's threads may have been at it
 
 
 def cgroups(controller, processes="/proc/self/cgroup", root="/sys/fs/cgroup"):
@@ -59,8 +62,8 @@ def keep_to_quota(environment=os.environ):
 
 def release_memory():
     """What was freed goes back to the system: glibc keeps what is between arrays in use, of those of less than 32 MB."""
-    with contextlib.suppress(OSError, AttributeError):      # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError):       # another C library
+        LIBC.malloc_trim(0)
 
 
 def peak_memory():
@@ -92,3 +95,8 @@ def available_memory():
                 + int(stat.get("total_active_file", stat.get("active_file", 0)))
             free = min(free, max(limit - used + cached, 0))
     return free
+
+
+def end_with_parent():
+    """In a new process: end when the one that made it ends, also where that is killed and cannot pass it on."""
+    LIBC.prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG

@@ -55,16 +55,3 @@ def test_memory_figures():
     grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
     assert 2.9e8 < grown < 3.3e8 and peak_memory() > 5e6
     assert 0 <= available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@pytest.mark.parametrize("module", ["save_features", "train_apply_pca", "logreg", "build_graph", "diffusion", "test_matmul"])
-def test_scripts_name_the_number_of_threads_before_they_load_numpy(module):
-    code = f"""
-import sys
-sys.modules["numpy"] = None
-try:
-    import {module}
-except ImportError:
-    print("lowshot" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"

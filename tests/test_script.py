@@ -286,3 +286,13 @@ def test_provenance_is_ready_for_json(capsys, monkeypatch):
     script.print_header(args, predicted_memory="1.00 GB")
     out = capsys.readouterr().out
     assert out.startswith("stage.py ") and "k=30" in out and out.endswith("predicted_memory=1.00 GB\n")
+
+
+@pytest.mark.parametrize("script", ["save_features.py", "train_apply_pca.py", "build_graph.py", "logreg.py", "diffusion.py",
+                                    "test_matmul.py"])
+def test_an_interpreter_without_packages_is_told_of_in_one_line(script):
+    """By lowshot, which every script loads before numpy, as it names the number of threads, too."""
+    found = subprocess.run([sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True, env={})
+    assert found.returncode == 1 and not found.stdout
+    assert found.stderr.startswith(f"{script}: error: ") and found.stderr.count("\n") == 1
+    assert "has no numpy: bash setup.bash makes the environment" in found.stderr
