@@ -9,11 +9,13 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def timed(record, script, *args):
+def timed(record, script, *args, program=(), ddir=None):
     """Run a script; the record that it leaves at `record`, with `wall`: seconds from start to finish. ValueError with the
-    script's last line where it fails."""
+    script's last line where it fails. program: arguments of Python before the script's; ddir: in place of $DDIR."""
+    command = [sys.executable, *program, os.path.join(ROOT, script), *map(str, args)]
+    environment = {**os.environ, **({"DDIR": os.path.abspath(ddir)} if ddir else {})}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     wall = time.perf_counter() - start
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1])
@@ -21,8 +23,8 @@ def timed(record, script, *args):
         return {**json.load(f), "wall": wall}
 
 
-def diffusion(*args):
+def diffusion(*args, **how):
     """The record of one run of diffusion.py --mode test."""
     with tempfile.TemporaryDirectory() as folder:
         record = os.path.join(folder, "record.json")
-        return timed(record, "diffusion.py", "--mode", "test", "--record", record, *args)
+        return timed(record, "diffusion.py", "--mode", "test", "--record", record, *args, **how)

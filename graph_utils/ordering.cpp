@@ -160,25 +160,17 @@ Level contract(Level& g) {
     constexpr int64_t block = 64;
     std::vector<std::vector<Edge>> found((m + block - 1) / block);
     next.offset.assign(m + 1, 0);
-    parallel_blocks<std::vector<Edge>>(m, block, [&](int64_t c0, int64_t c1, std::vector<Edge>& all) {
+    parallel_blocks<Tally>(m, block, [&](int64_t c0, int64_t c1, Tally& tally) {
         for (int64_t c = c0; c < c1; c++) {
-            all.clear();
+            int64_t most = 0;
+            for (int64_t at = start[c]; at < start[c + 1]; at++) most += g.degree(members[at]);
+            tally.start(std::min<int64_t>(most, m));
             for (int64_t at = start[c]; at < start[c + 1]; at++)
                 g.each_edge(members[at], [&](int32_t t, float weight) {
-                    if (g.cluster[t] != c) all.push_back({g.cluster[t], weight});
+                    if (g.cluster[t] != c) tally.add(g.cluster[t], weight);
                 });
-            std::sort(all.begin(), all.end(), [](Edge x, Edge y) {
-                return x.to != y.to ? x.to < y.to : x.weight < y.weight;
-            });
-            size_t distinct = 0;
-            for (const Edge& e : all) {
-                if (distinct && all[distinct - 1].to == e.to)
-                    all[distinct - 1].weight += e.weight;
-                else
-                    all[distinct++] = e;
-            }
-            all.resize(distinct);
-            const size_t kept = std::min<size_t>(kKept, distinct);
+            std::vector<Edge>& all = tally.entries;
+            const size_t kept = std::min<size_t>(kKept, all.size());
             std::partial_sort(all.begin(), all.begin() + kept, all.end(), [](Edge x, Edge y) {
                 return x.weight != y.weight ? x.weight > y.weight : x.to < y.to;
             });

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,23 @@ def test_scale(data, tmp_path):
     assert os.path.exists(data / "knngraph" / f"ndis{NBG}_k32_I_11.int32")
     kept = benchmark("scale.py", "--nbg", NBG, "--niter", 1, "--keep", ddir=data)
     assert "further runs" in kept and "first run" not in kept
+
+
+def test_accuracy_beside_exact_graphs(data, tmp_path):
+    """The graphs of so few are exact, so there is no difference; of a graph that lacks neighbours there is one."""
+    options = ["--nbg", NBG, "--exact", tmp_path / "exact", "--seeds", 1, "--nlabeled", 2, "--niter", 2]
+    benchmark("accuracy.py", *options, "--out", tmp_path / "a.md", ddir=data)
+    text = (tmp_path / "a.md").read_text()
+    assert text.count("(+0.0000)") == 6 and "single run is 0.0000" in text
+    worse = tmp_path / "worse"
+    (worse / "knngraph").mkdir(parents=True)
+    for name in ("features", "label_idx.json"):
+        (worse / name).symlink_to(data / name)
+    for name, dtype, none in (("I_11.int32", "i4", -1), ("D_11.float32", "f4", -np.inf)):
+        graph = np.fromfile(data / "knngraph" / f"ndis{NBG}_k32_{name}", dtype).reshape(NBG, 32)
+        graph[:, 3:] = none
+        graph.tofile(worse / "knngraph" / f"ndis{NBG}_k32_{name}")
+    assert "single run is 0.0000" not in benchmark("accuracy.py", *options, ddir=worse)
 
 
 def test_product(data, tmp_path):

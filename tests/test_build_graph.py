@@ -436,6 +436,12 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     assert done.returncode == 0 and "and kept" in done.stdout and index.exists()
 
 
+@pytest.mark.parametrize("given, recall", [(["524287"], .98), (["524288"], .95), (["10", "--recall", "0"], 0)])
+def test_the_recall_that_is_wanted(monkeypatch, given, recall):
+    monkeypatch.setattr(sys, "argv", ["build_graph.py", *given])
+    assert build_graph.arguments().recall == recall
+
+
 def test_a_stored_graph_of_lower_recall_is_named(tmp_path):
     make_raw(tmp_path, 1000)
     assert run(tmp_path, 1000, "--k", 8, "--index", "IVF40,Flat", "--nprobe", 1).returncode == 0
