@@ -17,13 +17,13 @@ from graph_utils import SymmetricGraph, check_permutation, locality_order
 from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
-from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, check_readable, normalise_rows, read_into
+from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, at_once, check_readable, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, cells_of_index, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
 from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
-from lowshot.sampling import Sample
+from lowshot.sampling import SAMPLE, Sample
 from lowshot.script import Progress, exclusive, file_identities, read_json, show_progress, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
@@ -104,8 +104,8 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     """Graph of background and base images, and test images against both.
 
     Exact below 131,072 nodes, and where a GPU in use holds them (exact_search.use_gpu); otherwise base images are searched for
-    among near cells, and neighbours of neighbours, at recall@k >= 0.97, and test images among near cells at recall@k >= 0.998, as
-    measured on samples of both: accuracies are then within .002 of those of an exact completion (benchmarks/accuracy.py).
+    among near cells, and neighbours of neighbours, at recall@k >= 0.97, and test images among near cells at recall@k >= 0.995, as
+    measured on samples of both: accuracies are then within about .002 of those of an exact graph (benchmarks/accuracy.py).
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors = len(x), Vectors(x)
@@ -122,8 +122,8 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             return Graph(I, D, test_I, test_D, locality_order(I) if n >= exact_search.EXACT_BELOW else None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # before codes are chosen; and the graph gives the vectors in cells up
-        new = Sample(vectors, vectors, k, 0, progress, first=nbg if len(base) else 0, cells=cells)
-        search_done = knn.search_begun(cells, test, k, recall=0.998, progress=progress, say=log)
+        new = Sample(vectors, vectors, k, 0, progress, SAMPLE // 2, nbg if len(base) else 0, cells)
+        search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
         knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True, sample=new)
         test_D, test_I, info = search_done()
@@ -341,9 +341,11 @@ class FixedKey:
         temporary = f"{self.folder}.{os.getpid()}.tmp"
         os.makedirs(temporary)
         try:
-            for name in FixedPart.ARRAYS:
+            def store(name):
                 with whole(os.path.join(temporary, name + ".npy")) as path:
                     np.save(path, np.ascontiguousarray(part.arrays[name]))
+
+            at_once(store, FixedPart.ARRAYS)
             write_json(os.path.join(temporary, "made_from.json"), self.made_from)
             shutil.rmtree(self.folder, ignore_errors=True)
             os.rename(temporary, self.folder)
