@@ -122,7 +122,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             return Graph(I, D, test_I, test_D, locality_order(I) if n >= exact_search.EXACT_BELOW else None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # before codes are chosen; and the graph gives the vectors in cells up
-        new = Sample(vectors, vectors, k, 0, progress, SAMPLE // 2, nbg if len(base) else 0, cells)
+        new = Sample(vectors, vectors, k, 0, progress, size=SAMPLE // 2, first=nbg if len(base) else 0, cells=cells)
         search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
         knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True, sample=new)
