@@ -49,8 +49,8 @@ def exact_directory(path, ddir, nbg, k):
     columns = padded_to_power_of_two(k)
     if not os.path.exists(os.path.join(path, "knngraph", f"ndis{nbg}_k{columns}_I_11.int32")):
         log(f"exact graph of {nbg} images")
-        timed(os.path.join(path, "logs", "build_graph", f"ndis{nbg}_k{columns}.json"), "build_graph.py", nbg, "--k", k, "--device",
-              "cpu", program=EXACTLY, ddir=path)
+        timed(os.path.join(path, "logs", "build_graph", f"ndis{nbg}_k{columns}.json"), "build_graph.py", nbg, "--k", k,
+              "--device", "cpu", program=EXACTLY, ddir=path)
 
 
 def accuracies(args, nlabeled, progress, **where):
