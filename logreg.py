@@ -205,10 +205,12 @@ def default_record(ddir, args):
 
 
 def choose_device(name):
-    import torch
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    """"cuda" where there is a GPU, and --device is not cpu. On CPUs torch is not needed, and not loaded."""
+    from lowshot.gpu_search import gpu_available
+    available = name != "cpu" and gpu_available()
+    if name == "cuda" and not available:
+        raise ValueError("--device cuda: PyTorch sees no GPU")
+    return "cuda" if available else "cpu"
 
 
 def read_rows(file, rows, what):
@@ -270,8 +272,6 @@ def experiment(args, ddir, record):
         test_rows, test_labels = test_images(val_file.labels(split.known), split)
         unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
 
-        import torch
-        torch.set_grad_enabled(False)
         device = choose_device(args.device)
         if device != "cpu" and args.precision != "float32":
             raise ValueError(f"--precision {args.precision} is for CPUs: add --device cpu")
@@ -292,7 +292,9 @@ def experiment(args, ddir, record):
     if device == "cpu":
         classifiers = FusedSGD(points, C, d, args.mom, "split" if args.precision == "float32" else args.precision)
     else:
+        import torch
         from lowshot.torch_sgd import TorchClassifiers
+        torch.set_grad_enabled(False)
         X, Xtest = torch.from_numpy(X).to(device), torch.from_numpy(Xtest)
         classifiers = TorchClassifiers(points, C, d, args.mom, device)
     sampler = Sampler(labels, args.batchsize, args.seed)

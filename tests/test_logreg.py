@@ -223,6 +223,14 @@ def test_script_end_to_end(ddir, tmp_path):
     assert (record["nclass"], record["nlabelled_images"], record["ntest"]) == (15, len(rows), len(test_rows))
 
 
+def test_a_cpu_does_not_need_torch(ddir, tmp_path, monkeypatch):
+    """It takes longer to load than a small run."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was loaded')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    logreg(ddir, "--maxiter", 5, "--device", "cpu", "--record", tmp_path / "r.json")
+    assert figures(tmp_path / "r.json")
+
+
 def test_grid_run_validation_reports_and_names(ddir, tmp_path):
     words = ["--mode", "val", "--nlabeled", 1, "--maxiter", 120, "--batchsize", 8, "--evalevery", 50]
     for left_behind in (".L_lr0.1_wd0.1.1.tmp.npy", ".m_lr0.01_wd0.1.tmp.npz"):
