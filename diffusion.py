@@ -327,7 +327,6 @@ def main():
         fixed = key.make(log) if args.nocache else key.stored_or_made(log)
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
-    release_memory()
     changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W

@@ -15,8 +15,8 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lowshot.layout import DataDir, padded_to_power_of_two  # noqa: E402
-from lowshot.script import Parser, Progress, log, number, print_header, run, write_text  # noqa: E402
-from runs import ROOT, diffusion, timed  # noqa: E402
+from lowshot.script import Parser, Progress, log, number, print_header, run  # noqa: E402
+from runs import ROOT, diffusion, show, timed  # noqa: E402
 
 # a program that runs a script, given by its arguments, with exact search for any number of vectors
 EXACTLY = ["-c", f"""import runpy, sys
@@ -46,11 +46,11 @@ def exact_directory(path, ddir, nbg, k):
         link = os.path.join(path, name)
         if not os.path.exists(link):
             os.symlink(os.path.abspath(source), link)
-    columns = padded_to_power_of_two(k)
-    if not os.path.exists(os.path.join(path, "knngraph", f"ndis{nbg}_k{columns}_I_11.int32")):
+    exact, columns = DataDir(path), padded_to_power_of_two(k)
+    if not os.path.exists(exact.graph(nbg, columns)[0]):
         log(f"exact graph of {nbg} images")
-        timed(os.path.join(path, "logs", "build_graph", f"ndis{nbg}_k{columns}.json"), "build_graph.py", nbg, "--k", k,
-              "--device", "cpu", program=EXACTLY, ddir=path)
+        timed(exact.log("build_graph", f"ndis{nbg}_k{columns}.json"), "build_graph.py", nbg, "--k", k, "--device", "cpu",
+              program=EXACTLY, ddir=path)
 
 
 def accuracies(args, nlabeled, progress, **where):
@@ -81,9 +81,7 @@ def main():
                 lines.append(f"| {n} | {what} | " + " | ".join(f"{x:.4f} ({y - x:+.4f})" for x, y in zip(a, b)) + " |")
     text = "\n".join([f"{args.nbg:,} background images, k = {args.k}, means over {len(args.seeds)} seeds; the largest difference "
                       f"of a single run is {worst:.4f}.", "", *lines, ""])
-    log("\n" + text)
-    if args.out:
-        write_text(args.out, text)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

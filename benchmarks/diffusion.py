@@ -26,8 +26,8 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lowshot.machine import available_memory  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, size, write_text  # noqa: E402
-from runs import diffusion  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, size  # noqa: E402
+from runs import diffusion, show  # noqa: E402
 
 
 def arguments():
@@ -234,9 +234,7 @@ def main():
         lines += paper_table(args, problem, cold, warm)
     if "peers" in args.parts:
         lines += peers_table(args, problem, warm)
-    log("\n" + "\n".join(lines))
-    if args.out:
-        write_text(args.out, "\n".join(lines))
+    show("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from lowshot.script import Parser, log, number, print_header, run, write_text  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
+from runs import show  # noqa: E402
 from product import SAMPLE, graph_arguments, read_graph  # noqa: E402
 
 
@@ -134,9 +135,7 @@ def main():
         lines.append(f"| {name} | {1000 * seconds:.1f} | {peer / seconds:.2f} | {seconds / bound:.1f} | {error:.0e} |")
     lines += [f"| copy: L in and out once, indices in once | {1000 * bound:.1f} | {peer / bound:.2f} | 1.0 | |", "",
               f"Copy speed: {2 * 4 * case.L.numel() / copy / 1e9:.0f} GB/s read and written."]
-    log("\n" + "\n".join(lines))
-    if args.out:
-        write_text(args.out, "\n".join(lines) + "\n")
+    show("\n".join(lines) + "\n", args.out)
 
 
 if __name__ == "__main__":

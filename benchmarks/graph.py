@@ -23,7 +23,8 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from lowshot.features import matrix_rows  # noqa: E402
-from lowshot.script import Parser, number, run, write_text  # noqa: E402
+from lowshot.script import Parser, number, run  # noqa: E402
+from runs import show  # noqa: E402
 
 K = 30
 PEERS = ("ours", "float32", "faiss", "batch", "pynndescent30", "pynndescent60", "hnswlib")
@@ -185,10 +186,7 @@ def main():
                 first = first or seconds
                 lines.append(f"| {name} | {builder} | {seconds:.1f} | {recall:.3f} | {seconds / first:.1f} | {remark} |")
                 print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
-    if args.out:
-        write_text(args.out, text)
+    show("\n".join(lines) + "\n", args.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch  # noqa: E402, I001     before logreg.py, whose setting of OpenMP would make it slower
 from graph_utils import FusedSGD  # noqa: E402
 from logreg import Sampler  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, write_text  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
+from runs import show  # noqa: E402
 
 LEARNING_RATES, WEIGHT_DECAYS = (0.01, 0.001, 0.0001), (0, 0.01, 0.1)
 
@@ -99,9 +100,7 @@ def main():
              f"labelled images, {torch.get_num_threads()} threads.", ""] + table
     m = min(args.nimages, 25000)
     table += ["", f"Top-5 accuracy of {m} test images, 9 points at once: {evaluation_seconds(X[:m], labels[:m], grid):.2f} s."]
-    log("\n".join(["", *table]))
-    if args.out:
-        write_text(args.out, "\n".join(table) + "\n")
+    show("\n".join(table) + "\n", args.out)
 
 
 if __name__ == "__main__":

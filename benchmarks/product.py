@@ -29,7 +29,8 @@ import warnings
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from lowshot.script import Parser, log, number, print_header, run, write_text  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
+from runs import show  # noqa: E402
 
 SAMPLE = 500        # rows that are compared with float64, and nodes that recall is measured on
 
@@ -276,9 +277,7 @@ def main():
     log("\n".join(lines))
     for ncol in args.columns:
         lines += table_of(W, renumbered, rank, ncol, args)
-    log("\n" + "\n".join(lines))
-    if args.out:
-        write_text(args.out, "\n".join(lines))
+    show("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from lowshot.script import Parser, log, number, run, write_text  # noqa: E402
-from runs import diffusion  # noqa: E402
+from lowshot.script import Parser, log, number, run  # noqa: E402
+from runs import diffusion, show  # noqa: E402
 
 
 def arguments():
@@ -42,9 +42,7 @@ def main():
         log(lines[-1])
     table = "\n".join([f"{args.nbg:,} background images, {args.nlabeled} labels per novel class, {os.cpu_count()} CPUs", "",
                        *lines, ""])
-    print("\n" + table)
-    if args.out:
-        write_text(args.out, table)
+    show(table, args.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the benchmarks share: runs of the project's scripts."""
+"""What the benchmarks share: runs of the project's scripts, and how results are shown."""
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+
+from lowshot.script import log, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -28,3 +30,10 @@ def diffusion(*args, **how):
     with tempfile.TemporaryDirectory() as folder:
         record = os.path.join(folder, "record.json")
         return timed(record, "diffusion.py", "--mode", "test", "--record", record, *args, **how)
+
+
+def show(text, out):
+    """Print a table, and write it to the file that --out names, if any."""
+    log("\n" + text)
+    if out:
+        write_text(out, text)

@@ -16,8 +16,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, size, write_text  # noqa: E402
-from runs import diffusion, timed  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, run, size  # noqa: E402
+from runs import diffusion, show, timed  # noqa: E402
 
 
 def arguments():
@@ -65,9 +65,7 @@ def main():
             log(lines[-1])
     text = "\n".join([f"{args.niter} iterations, {args.nlabeled} labels per novel class, k = {args.k}, "
                       f"{len(os.sched_getaffinity(0))} CPUs.", "", *lines, ""])
-    log("\n" + text)
-    if args.out:
-        write_text(args.out, text)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

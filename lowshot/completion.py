@@ -23,7 +23,7 @@ from lowshot.layout import graph_command, pca_command
 from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
-from lowshot.sampling import SAMPLE, Sample
+from lowshot.sampling import COMPLETION_SAMPLE, Sample
 from lowshot.script import Progress, exclusive, file_identities, read_json, show_progress, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
@@ -53,7 +53,9 @@ def read_features(path, rows, pca_path, what):
         pca = load_pca(pca_path, f)
         if not len(rows):
             return np.empty((0, pca.d_out), np.float32)
-        return f.read(rows, lambda x: normalise_rows(pca.apply(x), path), progress.update)
+        x = f.read(rows, lambda x: normalise_rows(pca.apply(x), path), progress.update)
+    release_memory()
+    return x
 
 
 def read_background_graph(ddir, nbg, k, I, D, vectors):
@@ -122,7 +124,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
             return Graph(I, D, test_I, test_D, locality_order(I) if n >= exact_search.EXACT_BELOW else None, vectors.scale)
         cells = cells_of_nodes(ddir, nbg, vectors, progress)
         # before codes are chosen; and the graph gives the vectors in cells up
-        new = Sample(vectors, vectors, k, 0, progress, size=SAMPLE // 2, first=nbg if len(base) else 0, cells=cells)
+        new = Sample(vectors, vectors, k, 0, progress, size=COMPLETION_SAMPLE, first=nbg if len(base) else 0, cells=cells)
         search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
         knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True, sample=new)

@@ -244,7 +244,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     if Q.n <= 2 * sampling.SAMPLE or X.n < exact_search.EXACT_BELOW or all_on_gpu(Q.n, X.n, X.d):
         found = *exact_search.exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
-    sample = Sample(Q, X, k, seed, progress, size=sampling.SAMPLE // 2, cells=cells)
+    sample = Sample(Q, X, k, seed, progress, size=sampling.COMPLETION_SAMPLE, cells=cells)
     K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))

@@ -9,7 +9,8 @@ from lowshot.cells import Codes, as_vectors, main_directions, nearest_cells
 from lowshot.exact_search import best_and_unsure, best_of, candidates_for, exact_of
 from lowshot.script import silent, size
 
-SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003. Half of them for a completion
+SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
+COMPLETION_SAMPLE = SAMPLE // 2     # the same of base images, and of test images
 CODES_SAMPLE = 4            # of these, every fourth tells what codes lose
 CODES_AT_ONCE = 25          # so many of them at a time
 BYTES_ERR = 10              # standard errors by which products of bytes are taken to err at the most
