@@ -67,7 +67,7 @@ class Rounded:
         for i, j in vectors.blocks():
             x = on_device(vectors, i, j, device)
             self.x[i:j, :d] = x
-            self.lost[i:j] = (x - self.x[i:j, :d]).norm(dim=1).cpu()
+            self.lost[i:j] = (x - self.x[i:j, :d]).norm(dim=1).cpu().numpy()
 
     def errors_with(self, others, bound):
         """Function of the numbers of these vectors: bounds of the errors of their products with the others. bound:

@@ -85,9 +85,9 @@ class TorchClassifiers:
             own = scores.gather(1, y.expand(len(scores), 1, -1))
             ranks = ((scores > own) | ((scores == own) & (number < y))).sum(1)
             ranks[own[:, 0].isnan()] = 2 ** 31 - 1
-            out[:, block] = ranks.cpu()
+            out[:, block] = ranks.cpu().numpy()
             for g, s in enumerate(scores if store is not None else ()):
-                store[g][block] = s.t().cpu()
+                store[g][block] = s.t().cpu().numpy()
         return out
 
     def top(self, X, labels, most=5):
