@@ -4,12 +4,14 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 
 from lowshot import __version__
@@ -269,20 +271,30 @@ def remove(path):
         os.unlink(path)
 
 
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP     # as some parallel file systems of clusters answer
+
+
 @contextlib.contextmanager
 def exclusive(path, wait=None):
     """While the block runs no other process can enter one for the same path. Ends with the process, however it ends, and is
     not passed on to processes it forks. Where another process is in it that is a ValueError; or, if `wait` is given, wait() is
-    called, and it is waited for."""
+    called, and it is waited for. Where the file system has no locks, this holds for the processes of this machine."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    name = path + ".lock"
     with contextlib.ExitStack() as stack:
         while True:
-            lock = stack.enter_context(open(path + ".lock", "w"))
+            lock = stack.enter_context(open(name, "w", opener=_open_no_link))
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
+                if e.errno in NO_LOCKS and name == path + ".lock":
+                    remove(name)
+                    digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
+                    name = os.path.join(tempfile.gettempdir(), f"lowshot-{os.getuid()}-{digest}.lock")
+                    log(f"note: the file system of {path} has no locks: no other machine may write it now")
+                    continue
                 if e.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise OSError(e.errno, f"{e.strerror}: the file system of {path} has no locks")
+                    raise OSError(e.errno, f"{name} cannot be locked: {e.strerror}")
                 if not wait:
                     raise ValueError(f"another process is writing {path}")
                 wait()
@@ -295,6 +307,11 @@ def exclusive(path, wait=None):
             yield
         finally:
             remove(lock.name)
+
+
+def _open_no_link(path, flags):
+    """In a folder that all may write to, a link under the lock's name could lead to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def check_outputs(*paths):

@@ -135,9 +135,39 @@ def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(script.fcntl, "lockf", first_removed)
     with script.exclusive(path):
         assert len(locked) == 2 and os.stat(path + ".lock").st_ino == locked[1]
-    monkeypatch.setattr(script.fcntl, "lockf", lambda *a: raising(OSError(errno.ENOLCK, "No locks available"))())
-    with pytest.raises(OSError, match="has no locks"):
-        with script.exclusive(path):
+
+
+@pytest.mark.parametrize("number", script.NO_LOCKS)
+def test_file_systems_without_locks(tmp_path, monkeypatch, capsys, number):
+    """Processes of one machine still exclude each other there."""
+    folder, local = tmp_path / "folder", tmp_path / "local"
+    local.mkdir()
+    monkeypatch.setenv("TMPDIR", str(local))
+    monkeypatch.setattr(script.tempfile, "tempdir", None)
+    code = ("import fcntl, os, sys\n"
+            "lockf = fcntl.lockf\n"
+            "def without(lock, operation):\n"
+            f"    if lock.name.startswith({str(folder)!r}): raise OSError({number}, os.strerror({number}))\n"
+            "    lockf(lock, operation)\n"
+            "fcntl.lockf = without\n"
+            "from lowshot.script import exclusive\n"
+            "try:\n  with exclusive(sys.argv[1]): pass\nexcept ValueError: sys.exit(3)")
+    lockf = script.fcntl.lockf
+
+    def without(lock, operation):
+        if lock.name.startswith(str(folder)):
+            raise OSError(number, os.strerror(number))
+        lockf(lock, operation)
+
+    monkeypatch.setattr(script.fcntl, "lockf", without)
+    with script.exclusive(str(folder / "file")):
+        assert "has no locks" in capsys.readouterr().out and len(os.listdir(local)) == 1
+        for name, status in ("file", 3), ("other", 0):
+            assert subprocess.run([sys.executable, "-c", code, str(folder / name)], cwd=ROOT).returncode == status
+    assert os.listdir(folder) == os.listdir(local) == []
+    monkeypatch.setattr(script.fcntl, "lockf", lambda *a: raising(OSError(errno.EIO, "Input/output error"))())
+    with pytest.raises(OSError, match="cannot be locked: Input/output error"):
+        with script.exclusive(str(folder / "file")):
             pass
 
 
