@@ -73,6 +73,11 @@ def test_product_on_a_gpu(data, tmp_path):
         assert "sees no GPU" in benchmark("gpu_product.py", "--nbg", NBG, ddir=data, returncode=1)
 
 
+@pytest.mark.parametrize("options", [[], ["--inorder", "--k", 7]])
+def test_many_entries(options):
+    assert "| one image more |" in benchmark("many_entries.py", "--nodes", 5000, *options)
+
+
 def test_pruning(data):
     assert "| 2 |" in benchmark("pruning.py", "--nbg", NBG, "--niter", 2, ddir=data)
 
