@@ -1012,13 +1012,58 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
                     (uint64_t*)keys, worst);
 }
 
+namespace {
+
+typedef std::vector<std::pair<float, int32_t>> List;     // products and numbers
+
+// Products of a list's entries that row q of D, I holds, taken from there; these entries come first. Returns how many.
+size_t look_up(List& list, int64_t q, int64_t k, const float* D, const int32_t* I) {
+    size_t done = 0;
+    for (auto& entry : list) {
+        const int32_t *row = I + q * k, *at = std::find(row, row + k, entry.second);
+        if (at == row + k) continue;
+        entry.first = D[at - I];
+        std::swap(entry, list[done++]);
+    }
+    return done;
+}
+
+// Row `row` of D, I: the k best of a list, none twice. self: the number of the node itself, which is in the list, or -1.
+void write_best(List& list, int64_t self, int64_t row, int64_t k, float* D, int32_t* I) {
+    // among equals the node itself comes first, then the lower number
+    auto better = [&](const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
+        if (a.first != b.first) return a.first > b.first;
+        if (a.second == self || b.second == self) return a.second == self && b.second != self;
+        return a.second < b.second;
+    };
+    std::sort(list.begin(), list.end(), better);
+    // a list may name a neighbour twice, if the process that made it was killed
+    const auto same = [](auto& a, auto& b) { return a.second == b.second; };
+    list.erase(std::unique(list.begin(), list.end(), same), list.end());
+    if (self >= 0) {
+        // rounding, or a smaller norm, may have put it behind others
+        const auto at = std::find_if(list.begin(), list.end(), [&](auto& entry) { return entry.second == self; });
+        if (at->first >= list[0].first - 1e-6f * std::fabs(list[0].first))
+            std::rotate(list.begin(), at, at + 1);
+        else if (at - list.begin() >= k)
+            list[k - 1] = *at;
+    }
+    for (int64_t j = 0; j < k; j++) {
+        const bool have = j < (int64_t)list.size();
+        D[row * k + j] = have ? list[j].first : kNone;
+        I[row * k + j] = have ? list[j].second : -1;
+    }
+}
+
+}  // namespace
+
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
                     int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
                     const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
                     int64_t known, float* D, int32_t* I) {
     const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
     struct Scratch {
-        std::vector<std::pair<float, int32_t>> list;
+        List list;
     };
     parallel_blocks<Scratch>(nq, 16, [&](int64_t i0, int64_t i1, Scratch& t) {
         for (int64_t i = i0; i < i1; i++) {
@@ -1037,15 +1082,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                 t.list.emplace_back(0.0f, (int32_t)number);
             }
             if (!has_self) t.list.emplace_back(0.0f, (int32_t)q);
-            size_t done = 0;        // entries whose products are known come first
-            if (q < known)
-                for (auto& entry : t.list) {
-                    const int32_t *row = I + q * k, *at = std::find(row, row + k, entry.second);
-                    if (at == row + k) continue;
-                    entry.first = D[at - I];
-                    std::swap(entry, t.list[done++]);
-                }
-            const size_t ahead = 4;
+            const size_t done = q < known ? look_up(t.list, q, k, D, I) : 0, ahead = 4;
             for (size_t j = done; j < t.list.size() + ahead; j++) {
                 if (j < t.list.size()) {
                     const float* y = X[t.list[j].second];
@@ -1056,29 +1093,41 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     entry.first = inner_product(x, X[entry.second], d) * (Q.factor(q) * X.factor(entry.second));
                 }
             }
-            // among equals the node itself comes first, then the lower number
-            auto better = [&](const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
-                if (a.first != b.first) return a.first > b.first;
-                if (self && (a.second == q || b.second == q)) return a.second == q && b.second != q;
-                return a.second < b.second;
-            };
-            std::sort(t.list.begin(), t.list.end(), better);
-            // a list may name a neighbour twice, if the process that made it was killed
-            const auto same = [](auto& a, auto& b) { return a.second == b.second; };
-            t.list.erase(std::unique(t.list.begin(), t.list.end(), same), t.list.end());
-            if (self) {
-                // rounding, or a smaller norm, may have put it behind others
-                const auto at = std::find_if(t.list.begin(), t.list.end(), [&](auto& entry) { return entry.second == q; });
-                if (at->first >= t.list[0].first - 1e-6f * std::fabs(t.list[0].first))
-                    std::rotate(t.list.begin(), at, at + 1);
-                else if (at - t.list.begin() >= k)
-                    t.list[k - 1] = *at;
+            write_best(t.list, self ? q : -1, q, k, D, I);
+        }
+    });
+}
+
+void products_in_part(int64_t nq, int64_t K, const int32_t* numbers, int64_t d, const float* Q, const float* q_scale,
+                      int64_t first, int64_t nX, const float* X, const float* x_scale, float* products) {
+    parallel_blocks(nq, 256, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; i++)
+            for (int64_t e = i * K; e < (i + 1) * K; e++) {
+                const int64_t x = numbers[e] - first;
+                if (x < 0 || x >= nX) continue;
+                const float factor = (q_scale ? q_scale[i] : 1.0f) * (x_scale ? x_scale[x] : 1.0f);
+                products[e] = inner_product(Q + i * d, X + x * d, d) * factor;
             }
-            for (int64_t j = 0; j < k; j++) {
-                const bool have = j < (int64_t)t.list.size();
-                D[q * k + j] = have ? t.list[j].first : kNone;
-                I[q * k + j] = have ? t.list[j].second : -1;
-            }
+    });
+}
+
+void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float* products, int64_t first, int64_t known,
+                      int64_t k, float* D, int32_t* I) {
+    struct Scratch {
+        List list;
+    };
+    parallel_blocks<Scratch>(nq, 256, [&](int64_t i0, int64_t i1, Scratch& t) {
+        for (int64_t i = i0; i < i1; i++) {
+            t.list.clear();
+            bool has_self = false;
+            for (int64_t e = i * K; e < (i + 1) * K; e++)
+                if (numbers[e] >= 0) {
+                    t.list.emplace_back(products[e], numbers[e]);
+                    has_self |= numbers[e] == first + i;
+                }
+            if (!has_self) throw std::invalid_argument("best_by_products: a list is without the node itself");
+            if (i < known) look_up(t.list, i, k, D, I);
+            write_best(t.list, first + i, i, k, D, I);
         }
     });
 }

@@ -126,6 +126,19 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
                     int64_t known, float* D, int32_t* I);
 
+// The same for nodes first .. first + nq - 1 and lists of themselves and others, in two steps: the vectors of the lists need
+// not be in memory at once.
+//
+// numbers   in   nq x K, the node itself among them, negative for none
+// Q, X      in   vectors of these nodes, and those numbered first .. first + nX - 1; q_scale, x_scale in: factors, or null
+// products  out  nq x K, where a number is that of a vector in X; other places are left as they are
+void products_in_part(int64_t nq, int64_t K, const int32_t* numbers, int64_t d, const float* Q, const float* q_scale,
+                      int64_t first, int64_t nX, const float* X, const float* x_scale, float* products);
+
+// first     in   number of the first node; D, I are rows of these nodes alone, of which the first `known` hold products
+void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float* products, int64_t first, int64_t known,
+                      int64_t k, float* D, int32_t* I);
+
 // Rows of a file of float32, d to a row, read by several threads; row numbers outside 0 .. nrow - 1 are left out.
 //
 // file  in   descriptor, open for reading; throws std::invalid_argument if it ends before a row, std::runtime_error if it

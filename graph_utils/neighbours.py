@@ -309,6 +309,31 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
     return D, I
 
 
+def products_in_part(numbers, Q, X, first, products, q_scale=None, x_scale=None):
+    """Products of each of Q float32 (m, d) with those of its candidates, numbers int32 (m, K), that are in X: vectors
+    float32 (n, d) numbered from `first` on. They go to their places in products float32 (m, K). q_scale, x_scale: factors."""
+    (m, K), (n, d) = numbers.shape, X.shape
+    for array, dtype, shape, name in ((numbers, np.int32, (m, K), "numbers"), (Q, np.float32, (m, d), "Q"),
+                                      (X, np.float32, (n, d), "X"), (products, np.float32, (m, K), "products")):
+        _check(array, dtype, shape, name)
+    for scale, length, name in ((q_scale, m, "q_scale"), (x_scale, n, "x_scale")):
+        if scale is not None:
+            _check(scale, np.float32, (length,), name)
+    core.products_in_part(m, K, numbers, d, Q, q_scale, first, n, X, x_scale, products)
+
+
+def best_by_products(numbers, products, first, D, I, known=0):
+    """What exact_products(self=True) does, for nodes first, first + 1, ..., given the products of all their candidates.
+
+    numbers int32, products float32 (m, K), negative numbers are none, each node is in its own list; D, I (m, k): rows of these
+    nodes alone, of which the first `known` hold exact products that count."""
+    (m, K), k = numbers.shape, I.shape[1]
+    for array, dtype, shape, name in ((numbers, np.int32, (m, K), "numbers"), (products, np.float32, (m, K), "products"),
+                                      (D, np.float32, (m, k), "D"), (I, np.int32, (m, k), "I")):
+        _check(array, dtype, shape, name)
+    core.best_by_products(m, K, numbers, products, first, known, k, D, I)
+
+
 def merge_lists(D1, I1, D2, I2, k):
     """The k best of two neighbour lists per row, each best first with -1 at the end. Returns D (n, k), I (n, k)."""
     n = len(I1)

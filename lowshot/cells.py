@@ -78,6 +78,10 @@ class Vectors:
     def in_memory(self):
         return all(isinstance(m, np.ndarray) for m in self.sources)
 
+    def fit(self, besides=0):
+        """Whether all vectors and so many other bytes fit in the memory that is free."""
+        return self.in_memory or 4 * self.n * self.d + besides <= .9 * available_memory()
+
     @property
     def arrays(self):
         """The parts as arrays, files as memory maps."""

@@ -5,7 +5,7 @@ import pytest
 from graph_utils import neighbours as nb
 from lowshot import cells as cells_module, exact_search, knn, sampling
 from lowshot.cells import Cells, Codes, Vectors, default_nlist, train_centroids, ways_to_cells
-from lowshot.features import NormalisedRows
+from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.script import silent
 from vectors import clustered, recall, with_energies
 
@@ -29,6 +29,33 @@ def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):
     S = np.take_along_axis(x.astype("f8") @ x.T, np.maximum(I, 0).astype("i8"), 1)
     np.testing.assert_allclose(D[have], S[have], atol=1e-6)
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in I)
+
+
+@pytest.mark.parametrize("free", [0, 10 ** 5, 6 * 10 ** 5])
+@pytest.mark.parametrize("n0", [0, 2500])
+def test_vectors_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
+    """The same graph to the bit, also where lists are known; new nodes come from memory, as in diffusion.py."""
+    x, n, k = clustered(3000) * np.random.RandomState(0).uniform(.1, 3, (3000, 1)).astype("f4"), 3000, 10
+    x[7:60] = x[7]                      # equals are ordered by number, behind the node itself
+    x[60] = 0
+    x[:2500].tofile(tmp_path / "raw")
+    monkeypatch.setattr(knn, "BLOCK", 130)
+    known = None
+    if n0:
+        known = tuple(a[:n0] for a in exact_search.exact_knn(NormalisedRows(x[:n0]), NormalisedRows(x[:n0]), k, self=True))
+        known[0][:, 0] += .5            # what is known is not computed again
+    graphs = []
+    for memory in (1 << 40, free):
+        for module in (cells_module, knn):
+            monkeypatch.setattr(module, "available_memory", lambda: memory)
+        vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", x.shape[1], 2500), x[2500:]))
+        lines = []
+        cells = Cells.train(vectors, 60)
+        graphs.append(knn.build_knn_graph(None, k, initial=known, cells=cells, say=lines.append, release=True))
+        assert any("read in parts" in line for line in lines) == (memory == free)
+    (D, I, info), parts = graphs
+    assert np.array_equal(D, parts[0]) and np.array_equal(I, parts[1]) and info == parts[2]
+    assert not n0 or (D[:n0, 0] > 1.4).mean() > .99
 
 
 @pytest.mark.parametrize("round_costs", [0, 1.25])
