@@ -24,7 +24,7 @@ from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
 from lowshot.layout import DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
 from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
-                            remove_left_behind, run, show_progress, size, whole, write_json)
+                            remove_left_behind, run, show_progress, size, warn_of_memory, whole, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 # more is asked of graphs that take seconds: accuracies are within .001 of those of exact ones, not .004 (benchmarks/accuracy.py)
@@ -90,6 +90,7 @@ def main():
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=nb.products())
+    warn_of_memory(predicted_memory(n, d, k, all_on_gpu, device is not None, files=False))
     rows = NormalisedRows(MatrixFile(raw, "<f4", d, n))
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
@@ -154,8 +155,9 @@ def main():
                              "peak_memory": peak_memory(), "predicted_memory": predicted})
 
 
-def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False):
-    """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them."""
+def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, files=True):
+    """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them. Of a large
+    set without them if not `files`: what it cannot do without."""
     from lowshot import exact_search, sampling
     from lowshot.gpu_search import GPU_LIBRARIES
     from graph_utils.neighbours import words, words_of_bytes
@@ -168,7 +170,7 @@ def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False):
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
     rounds = in_bytes + 16 * n * sampling.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
-    similarities = vectors + 4 * n * (k + sampling.SPARE_LISTED) + 8 * n * k + 24 * n
+    similarities = (vectors + 8 * n * k) * files + 4 * n * (k + sampling.SPARE_LISTED) + 24 * n
     return int(libraries + blocks + max(rounds, similarities))
 
 

@@ -20,6 +20,7 @@ accuracy over all test images and over those of the novel classes. "iter 2/20" i
     python diffusion.py --mode val --nlabeled 5 --seed 1 --nbg 0 --k 30 --niter 40
 """
 import contextlib
+import functools
 import os
 import tempfile
 import time
@@ -32,7 +33,7 @@ from lowshot.features import FeatureFile, check_same_network, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, log, number, print_header, provenance,
-                            remove_left_behind, run, size, whole, write_json)
+                            remove_left_behind, run, size, warn_of_memory, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -122,11 +123,11 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, files=True):
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
-    an exact search for novel images looks up.
+    an exact search for novel images looks up. Without them if not `files`: what it cannot do without.
     """
     from graph_utils.neighbours import words, words_of_bytes
     from lowshot import exact_search, sampling
@@ -139,7 +140,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter):
     edges = ENTRIES * k * n
     on_gpu = Backend.device != "cpu"
     panels = 0 if on_gpu else 2 * 4 * width * n
-    mapped = 4 * dim * nbg
+    mapped = 4 * dim * nbg * files
     exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     changed = 24 * k * min(n // 2, k * nnovel)      # lists, before and after, and as they are collected
@@ -308,9 +309,11 @@ def main():
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, k)
     use_gpu(search_device(Backend.device))
-    predicted = predict_memory(n, nt, nbase, nl - nbase, k, args.dim, fixed is not None,
-                               widest_panel(args.lslice, n, Backend.panel), Backend, args.niter)
+    memory = functools.partial(predict_memory, n, nt, nbase, nl - nbase, k, args.dim, fixed is not None, Backend=Backend,
+                               niter=args.niter)
+    predicted = memory(width=widest_panel(args.lslice, n, Backend.panel))
     print_header(args, predicted_memory=size(predicted))
+    warn_of_memory(memory(width=16 if args.lslice == "auto" else widest_panel(args.lslice, n, Backend.panel), files=False))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes"
         f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
     if args.k > n:

@@ -35,7 +35,7 @@ from lowshot.features import FeatureFile, SLAB_BYTES, check_same_network
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory
 from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, log, number, print_header,
-                            provenance, remove, remove_left_behind, run, size, whole, write_json)
+                            provenance, remove, remove_left_behind, run, size, warn_of_memory, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -278,8 +278,7 @@ def experiment(args, ddir, record):
         predicted = predict_memory(peak_memory(), len(rows), len(test_rows), d, C, len(points), args.batchsize,
                                    device != "cpu")
         print_header(args, device=device, threads=get_num_threads(), predicted_memory=size(predicted))
-        if predicted - peak_memory() > available_memory():
-            log(f"warning: {size(predicted)} needed, {size(available_memory())} available")
+        warn_of_memory(predicted)
         log(f"{C} classes{ddir.of_label_idx()} ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base "
             f"classes), {len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
         if any(unreadable):

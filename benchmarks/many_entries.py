@@ -3,8 +3,8 @@
 
 There is no graph of that size to read: image i's neighbours are the --k that follow it. So no two are neighbours of each
 other, and W has 2 k entries in each row, all of them one. Checked are the row sums of W, rows and column sums of W L, rows
-reached, and W of one image more. Times are of these steps alone. The numbers of images run backwards in W, or with --inorder as in
-the lists.
+reached, and W of one image more. Times are of these steps alone. The numbers of images run backwards in W, or with --inorder
+as in the lists.
 
     python benchmarks/many_entries.py --nodes 36000000
 
@@ -57,9 +57,9 @@ def main():
     from graph_utils.product import SymmetricGraph, aligned_zeros
     n, k, rng, steps = args.nodes, args.k, np.random.default_rng(1), []
 
-    def timed(what, call):
+    def timed(what, call, *arguments):
         start = time.perf_counter()
-        out = call()
+        out = call(*arguments)
         steps.append((what, time.perf_counter() - start))
         log(f"{what}: {steps[-1][1]:.2f}s, peak memory so far {size(peak_memory())}")
         return out
@@ -68,13 +68,13 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         I = followers(os.path.join(folder, "I.int32"), n, k)
         rank = None if args.inorder else np.arange(n - 1, -1, -1, dtype=np.int32)
-        W = timed("made from the lists", lambda: SymmetricGraph(I, rank))
+        W = timed("made from the lists", SymmetricGraph, I, rank)
         del I
     check("the number of entries", W.nnz == 2 * k * n)
     L, out = aligned_zeros((n, NCOL)), aligned_zeros((n, NCOL))
     for i in range(0, n, BLOCK):
         L[i:i + BLOCK] = rng.random((min(BLOCK, n - i), NCOL), np.float32)
-    sums = timed(f"W L, {NCOL} columns", lambda: W.product(L, out))
+    sums = timed(f"W L, {NCOL} columns", W.product, L, out)
     rows = np.unique(np.concatenate([np.arange(k), n - 1 - np.arange(k), rng.integers(0, n, SAMPLE)])).astype(np.int32)
     exact = L[(rows[:, None] + around) % n].mean(1, dtype=np.float64)
     error = np.abs(out[rows] / exact - 1).max()
@@ -93,7 +93,7 @@ def main():
     # image n, whose row is the last, and the first and last of the others become neighbours
     changes = (np.array(c) for c in ([0, n - 1, n, n], [n, n, 0, n - 1], [1] * 4))
     changes = [c.astype(t) for c, t in zip(changes, (np.int32, np.int32, np.int8))]
-    larger = timed("one image more", lambda: SymmetricGraph.changed(W.arrays, n + 1, *changes))
+    larger = timed("one image more", SymmetricGraph.changed, W.arrays, n + 1, *changes)
     added = [larger.indices[larger.indptr[i]:larger.indptr[i + 1]] for i in (0, n - 1, n)]
     want = [np.append(np.sort((i + around) % n), n) for i in (0, n - 1)] + [[0, n - 1]]
     check("an entry", larger.nnz == W.nnz + 4 and all(map(np.array_equal, added, want)))

@@ -15,7 +15,7 @@ import tempfile
 import time
 
 from lowshot import __version__
-from lowshot.machine import cpus
+from lowshot.machine import available_memory, cpus, peak_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +88,12 @@ def print_header(args, **more):
     p = provenance(args)
     words = [f"{k}={v}" for k, v in {**p["arguments"], **more}.items()]
     log(f"{p['script']} {p['version']}, {p['cpus']} CPUs: {' '.join(words)}")
+
+
+def warn_of_memory(needed):
+    """A line where this process will need more bytes than it can get."""
+    if needed - peak_memory() > available_memory():
+        log(f"warning: {size(needed)} of memory needed, {size(available_memory())} available")
 
 
 class Progress:

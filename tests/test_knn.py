@@ -35,7 +35,7 @@ def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):
 @pytest.mark.parametrize("n0", [0, 2500])
 def test_vectors_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
     """The same graph to the bit, also where lists are known; new nodes come from memory, as in diffusion.py."""
-    x, n, k = clustered(3000) * np.random.RandomState(0).uniform(.1, 3, (3000, 1)).astype("f4"), 3000, 10
+    x, k = clustered(3000) * np.random.RandomState(0).uniform(.1, 3, (3000, 1)).astype("f4"), 10
     x[7:60] = x[7]                      # equals are ordered by number, behind the node itself
     x[60] = 0
     x[:2500].tofile(tmp_path / "raw")

@@ -102,6 +102,15 @@ def test_outputs_replace_files_only(tmp_path):
     assert os.listdir(tmp_path / "far") == ["there.json"]
 
 
+def test_warning_of_memory(monkeypatch, capsys):
+    have = script.peak_memory()
+    monkeypatch.setattr(script, "available_memory", lambda: 10 ** 9)
+    script.warn_of_memory(have + 9 * 10 ** 8)
+    assert capsys.readouterr().out == ""
+    script.warn_of_memory(have + 2 * 10 ** 9)
+    assert "of memory needed, 1.00 GB available" in capsys.readouterr().out
+
+
 def test_one_process_at_a_time(tmp_path):
     path = str(tmp_path / "folder" / "file")
     code = ("import sys\nfrom lowshot.script import exclusive\n"
