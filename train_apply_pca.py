@@ -23,11 +23,9 @@ import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
 from lowshot.layout import DataDir
-from lowshot.machine import available_memory, peak_memory
+from lowshot.machine import available_memory, memory_now, peak_memory
 from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, log, number, print_header, read_json, remove,
                             run, size, whole, write_json)
-
-LIBRARIES = 100e6       # bytes that this process has with Faiss and HDF5 loaded
 
 
 def main():
@@ -162,7 +160,7 @@ def write_all(args, blocks, counts, pca, path, origin):
             raise ValueError(f"{partial} was begun from another PCA or other blocks: delete it, or --overwrite")
     slab = min(SLAB_BYTES, 4 * max(counts) * pca.d_in)
     # two slabs, and what the PCA makes of one; training, of which nothing is kept, may have taken more
-    memory = max(peak_memory(), LIBRARIES + min(2 * slab, 4 * n * pca.d_in) + slab * args.dim / pca.d_in)
+    memory = max(peak_memory(), memory_now() + min(2 * slab, 4 * n * pca.d_in) + slab * args.dim / pca.d_in)
     print_header(args, step="apply", blocks=len(blocks), rows=n, output=size(n * width), predicted_memory=size(memory))
     free = shutil.disk_usage(os.path.dirname(path)).free
     if (n - done) * width > free:

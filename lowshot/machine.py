@@ -68,13 +68,22 @@ def release_memory():
 
 def peak_memory():
     """Largest resident set of this process so far, bytes (memory-mapped file pages in use count as well)."""
+    # not ru_maxrss, which starts at the size of the process that launched this one
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_now():
+    """Resident set of this process, bytes; its peak where the system does not tell."""
+    return _status("VmRSS") or peak_memory()
+
+
+def _status(name):
+    """Bytes by a line of this process's status, or None."""
     with contextlib.suppress(OSError):
-        # not ru_maxrss, which starts at the size of the process that launched this one
-        with open("/proc/self/status") as f:
-            for line in f:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for line in _read("/proc/self", "status").splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def available_memory():
