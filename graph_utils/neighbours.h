@@ -126,16 +126,17 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
                     int64_t known, float* D, int32_t* I);
 
-// The same for nodes first .. first + nq - 1 and lists of themselves and others, in two steps: the vectors of the lists need
-// not be in memory at once.
+// The same in two steps, where the base vectors need not be in memory at once. Products with those numbered
+// first .. first + nX - 1:
 //
-// numbers   in   nq x K, the node itself among them, negative for none
-// Q, X      in   vectors of these nodes, and those numbered first .. first + nX - 1; q_scale, x_scale in: factors, or null
+// numbers   in   nq x K, negative for none
+// Q, X      in   vectors of the lists and base vectors; q_scale, x_scale in: their factors, or null
 // products  out  nq x K, where a number is that of a vector in X; other places are left as they are
 void products_in_part(int64_t nq, int64_t K, const int32_t* numbers, int64_t d, const float* Q, const float* q_scale,
                       int64_t first, int64_t nX, const float* X, const float* x_scale, float* products);
 
-// first     in   number of the first node; D, I are rows of these nodes alone, of which the first `known` hold products
+// And the k best, for queries that are the base vectors first .. first + nq - 1, each in its own list; otherwise
+// std::invalid_argument is thrown. D, I are rows of these alone, of which the first `known` hold products already.
 void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float* products, int64_t first, int64_t known,
                       int64_t k, float* D, int32_t* I);
 

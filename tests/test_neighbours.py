@@ -605,6 +605,12 @@ def test_no_queries_and_no_vectors():
                               np.zeros((8, 1), "i8")), "longer than K"),
     (lambda x: nb.descent_round(x, np.zeros((8, 3))), "keys: contiguous int64"),
     (lambda x: nb.descent_round(x, nb.make_keys(np.ones((8, 1)), np.full((8, 1), 8))), "out of range"),
+    (lambda x: nb.products_in_part(np.zeros((8, 2), "i4"), np.ones((8, 4), "f4"), np.ones((3, 5), "f4"), 0,
+                                   np.zeros((8, 2), "f4")), "Q: contiguous float32 8x5 expected"),
+    (lambda x: nb.products_in_part(np.zeros((8, 2), "i4"), np.ones((8, 5), "f4"), np.ones((3, 5), "f4"), 0,
+                                   np.zeros((8, 2), "f4"), x_scale=np.ones(8, "f4")), "x_scale: contiguous float32 3 expected"),
+    (lambda x: nb.best_by_products(np.zeros((2, 2), "i4"), np.zeros((2, 2), "f4"), 0, np.zeros((2, 1), "f4"),
+                                   np.zeros((2, 1), "i4")), "without the node itself"),
     (lambda x: nb.merge_lists(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((3, 3)), np.zeros((3, 3)), 2), "lists of 2 and 3"),
 ])
 def test_bad_arguments(call, message):
