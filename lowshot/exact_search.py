@@ -15,6 +15,7 @@ import numpy as np
 from graph_utils import neighbours as nb
 from lowshot import gpu_search
 from lowshot.cells import BLOCK, as_vectors
+from lowshot.machine import available_memory
 from lowshot.script import silent
 
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
@@ -29,6 +30,7 @@ ON_GPU = 1 << 30            # comparisons from which a GPU is asked
 ALL_ON_GPU = 1 << 48        # comparisons for which other ways than comparing all are not better there: 7 minutes on an H200
 FLOAT32_ON_GPU = 1 << 17    # queries that are compared in float32 there while the vectors are read once
 MANY_ON_GPU = 16            # times as many candidates as first, where these leave doubt
+IN_PARTS = "vectors are read in parts, as the file of them does not fit in the memory that is free"
 
 
 _gpu = None
@@ -181,6 +183,34 @@ def best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None, m
         nb.exact_products(found, Q.arrays, X.rows(number), k, rows, None, Q.scale, X.factors(number), False, D, I)
         I[rows] = np.where(I[rows] < 0, -1, number[I[rows]])
     return D, I
+
+
+def products_in_parts(vectors, candidates, D, I, progress, known=0):
+    """exact_products() of all nodes with their candidates, themselves included, where the file of the vectors does not fit in
+    memory: candidates are all over it, so it is read from end to end for as many nodes at a time as there is memory for.
+
+    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. D, I (n, k) change,
+    of which the first `known` rows hold products already.
+    """
+    n, K, free = vectors.n, candidates(np.arange(1, dtype=np.int32)).shape[1] + 1, available_memory()
+    nodes = max(BLOCK, int(.4 * free / (4 * vectors.d + 8 * K)))
+    part = max(BLOCK, int(.2 * free / (4 * vectors.d)))
+    for i in range(0, n, nodes):
+        j = min(i + nodes, n)
+        lists = np.empty((j - i, K), np.int32)
+        for a in range(i, j, BLOCK):
+            own = np.arange(a, min(a + BLOCK, j), dtype=np.int32)
+            found = candidates(own)
+            lists[own - i, :-1] = found
+            lists[own - i, -1] = np.where((found == own[:, None]).any(axis=1), -1, own)
+        Q, products = vectors.stretch(i, j), np.empty(lists.shape, np.float32)
+        for a in range(0, n, part):
+            b = min(a + part, n)
+            nb.products_in_part(lists, Q, vectors.stretch(a, b), a, products, vectors.factors(slice(i, j)),
+                                vectors.factors(slice(a, b)))
+            progress("nodes' similarities computed", i + (j - i) * b // n, n)
+        nb.best_by_products(lists, products, i, D[i:j], I[i:j], min(max(known - i, 0), j - i))
+        del lists, Q, products          # before others take their place
 
 
 def _float32_candidates(xq, X, k):

@@ -4,7 +4,7 @@ import contextlib
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.exact_search import exact_knn
+from lowshot.exact_search import IN_PARTS, exact_knn, products_in_parts
 from lowshot.packages import faiss
 from lowshot.sampling import SAMPLE, sampled
 from lowshot.script import log
@@ -91,14 +91,20 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
     for i in range(files.done, n, BLOCK):
         j = min(i + BLOCK, n)
         D[i:j], I[i:j] = search(vectors.stretch(i, j) * vectors.scale[i:j, None])
-        # what is stored are exact similarities of what was found, the node itself among it, also beside more than k copies
-        rows = np.arange(i, j, dtype=np.int32)
-        if not coarse:
-            rows = rows[(I[i:j] != rows[:, None]).all(axis=1)]
-        nb.exact_products(nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
-                              vectors.scale, vectors.scale, True, D, I)
         files.save(j)
         progress("images searched", j, n)
+    # what is stored are exact similarities of what was found, the node itself among it, also beside more than k copies
+    if coarse and not vectors.fit(D.nbytes + I.nbytes):
+        log(IN_PARTS)
+        products_in_parts(vectors, lambda nodes: I[nodes], D, I, progress)
+    else:
+        for i in range(0, n, BLOCK):
+            rows = np.arange(i, min(i + BLOCK, n), dtype=np.int32)
+            if not coarse:
+                rows = rows[(I[rows] != rows[:, None]).all(axis=1)]
+            nb.exact_products(nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
+                              vectors.scale, vectors.scale, True, D, I)
+            progress("nodes' similarities computed", min(i + BLOCK, n), n)
     return {"recall": recall, "nprobe": nprobe, "exact": False}
 
 

@@ -15,10 +15,9 @@ from graph_utils import neighbours as nb
 from lowshot import exact_search, sampling
 from lowshot.cells import BLOCK, Cells, as_vectors, nearest_cell
 from lowshot.exact_search import all_on_gpu, best_of
-from lowshot.machine import available_memory
 from lowshot.sampling import (MISSED, REVERSE, SPARE_LISTED, Sample, cells_reaching, compared_by, longest_list,
                               with_margin)
-from lowshot.script import silent, size
+from lowshot.script import silent
 
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
@@ -125,41 +124,17 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
                               vectors.scale, True, D, I, known=n0)
             progress("nodes' similarities computed", min(i + BLOCK, n), n)
     else:
-        say(f"vectors are read in parts, as {size(4 * n * vectors.d)} of them do not fit in the memory that is free")
-        similarities_in_parts(vectors, numbers, position, cells.order, D, I, n0, progress)
-    vectors.release()
-    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+        say(exact_search.IN_PARTS)
 
-
-def similarities_in_parts(vectors, numbers, position, order, D, I, known, progress):
-    """exact_products() of all nodes where the file of their vectors does not fit in memory: candidates are all over it, so it is
-    read from end to end for as many nodes at a time as there is memory for.
-
-    numbers int32 (n, K): rows of candidates, -1 for none, in the order of cells; position, order int32 (n,) as of Cells;
-    D, I (n, k) change, of which the first `known` rows hold products already.
-    """
-    n, K, free = vectors.n, numbers.shape[1] + 1, available_memory()
-    nodes = max(BLOCK, int(.4 * free / (4 * vectors.d + 8 * K)))
-    part = max(BLOCK, int(.2 * free / (4 * vectors.d)))
-    for i in range(0, n, nodes):
-        j = min(i + nodes, n)
-        lists = np.empty((j - i, K), np.int32)
-        for a in range(i, j, BLOCK):
-            own = np.arange(a, min(a + BLOCK, j), dtype=np.int32)
-            found = numbers[position[own]]
+        def candidates(nodes):
+            found = numbers[position[nodes]]
             if found.max(initial=-1) >= n:
                 raise ValueError(f"a list of candidates is damaged, no vector is {found.max()}")
-            found = np.where(found < 0, -1, order[found])
-            lists[own - i, :-1] = found
-            lists[own - i, -1] = np.where((found == own[:, None]).any(axis=1), -1, own)
-        Q, products = vectors.stretch(i, j), np.empty(lists.shape, np.float32)
-        for a in range(0, n, part):
-            b = min(a + part, n)
-            nb.products_in_part(lists, Q, vectors.stretch(a, b), a, products, vectors.factors(slice(i, j)),
-                                vectors.factors(slice(a, b)))
-            progress("nodes' similarities computed", i + (j - i) * b // n, n)
-        nb.best_by_products(lists, products, i, D[i:j], I[i:j], min(max(known - i, 0), j - i))
-        del lists, Q, products          # before others take their place
+            return np.where(found < 0, -1, cells.order[found])
+
+        exact_search.products_in_parts(vectors, candidates, D, I, progress, n0)
+    vectors.release()
+    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
 
 
 class Lists:

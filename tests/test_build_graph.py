@@ -10,7 +10,7 @@ import pytest
 
 import build_graph
 from graph_utils import neighbours as nb
-from lowshot import faiss_search, gpu_search, index_files
+from lowshot import cells, exact_search, faiss_search, gpu_search, index_files
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
 from lowshot.script import exclusive
@@ -218,6 +218,37 @@ def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
     build_graph.main()
     assert saved == [300, 600, 900, 1000] and no_leftovers(tmp_path)
     assert recall(read_graph(tmp_path, 1000, 8)[1], x, 8) > .9
+
+
+def test_similarities_of_coarse_indexes_where_vectors_do_not_fit_in_memory(tmp_path, monkeypatch, capsys):
+    """The same graph, also where the run is killed while they are computed."""
+    make_raw(tmp_path, 2000)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    arguments = ["build_graph.py", "2000", "--index", "IVF20,PQ8", "--k", "8", "--dim", str(DIM)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    build_graph.main()
+    want = read_graph(tmp_path, 2000, 8)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--overwrite"])
+    monkeypatch.setattr(exact_search, "BLOCK", 300)
+    for module in (cells, exact_search):
+        monkeypatch.setattr(module, "available_memory", lambda: 10 ** 5)
+    best, calls = exact_search.nb.best_by_products, []
+
+    def killed(*a):
+        best(*a)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(exact_search.nb, "best_by_products", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_graph.main()
+    monkeypatch.setattr(sys, "argv", arguments)
+    capsys.readouterr()
+    build_graph.main()
+    assert "read in parts" in capsys.readouterr().out and len(calls) > 4 and no_leftovers(tmp_path)
+    for a, b in zip(read_graph(tmp_path, 2000, 8), want):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_files_made_anew_are_not_taken_for_those_of_an_earlier_state(tmp_path):

@@ -39,14 +39,14 @@ def test_vectors_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
     x[7:60] = x[7]                      # equals are ordered by number, behind the node itself
     x[60] = 0
     x[:2500].tofile(tmp_path / "raw")
-    monkeypatch.setattr(knn, "BLOCK", 130)
+    monkeypatch.setattr(exact_search, "BLOCK", 130)
     known = None
     if n0:
         known = tuple(a[:n0] for a in exact_search.exact_knn(NormalisedRows(x[:n0]), NormalisedRows(x[:n0]), k, self=True))
         known[0][:, 0] += .5            # what is known is not computed again
     graphs = []
     for memory in (1 << 40, free):
-        for module in (cells_module, knn):
+        for module in (cells_module, exact_search):
             monkeypatch.setattr(module, "available_memory", lambda: memory)
         vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", x.shape[1], 2500), x[2500:]))
         lines = []
