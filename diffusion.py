@@ -311,9 +311,10 @@ def main():
     use_gpu(search_device(Backend.device))
     memory = functools.partial(predict_memory, n, nt, nbase, nl - nbase, k, args.dim, fixed is not None, Backend=Backend,
                                niter=args.niter)
-    predicted = memory(width=widest_panel(args.lslice, n, Backend.panel))
+    width = widest_panel(args.lslice, n, Backend.panel)
+    predicted = memory(width=width)
     print_header(args, predicted_memory=size(predicted))
-    warn_of_memory(memory(width=16 if args.lslice == "auto" else widest_panel(args.lslice, n, Backend.panel), files=False))
+    warn_of_memory(memory(width=16 if args.lslice == "auto" else width, files=False))
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes"
         f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
     if args.k > n:

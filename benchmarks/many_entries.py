@@ -91,8 +91,7 @@ def main():
     check("a row reached", np.array_equal(np.sort(found), np.unique(np.append(rows, (rows[:, None] + around) % n))))
     del L, out
     # image n, whose row is the last, and the first and last of the others become neighbours
-    changes = (np.array(c) for c in ([0, n - 1, n, n], [n, n, 0, n - 1], [1] * 4))
-    changes = [c.astype(t) for c, t in zip(changes, (np.int32, np.int32, np.int8))]
+    changes = [np.array(c, t) for c, t in (([0, n - 1, n, n], np.int32), ([n, n, 0, n - 1], np.int32), ([1] * 4, np.int8))]
     larger = timed("one image more", SymmetricGraph.changed, W.arrays, n + 1, *changes)
     added = [larger.indices[larger.indptr[i]:larger.indptr[i + 1]] for i in (0, n - 1, n)]
     want = [np.append(np.sort((i + around) % n), n) for i in (0, n - 1)] + [[0, n - 1]]

@@ -185,12 +185,12 @@ def best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None, m
     return D, I
 
 
-def products_in_parts(vectors, candidates, D, I, progress, known=0):
+def products_in_parts(vectors, candidates, D, I, progress, known=0, x_number=None):
     """exact_products() of all nodes with their candidates, themselves included, where the file of the vectors does not fit in
     memory: candidates are all over it, so it is read from end to end for as many nodes at a time as there is memory for.
 
-    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. D, I (n, k) change,
-    of which the first `known` rows hold products already.
+    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. x_number int32 (n,):
+    original numbers of these. D, I (n, k) change, of which the first `known` rows hold products already.
     """
     n, K, free = vectors.n, candidates(np.arange(1, dtype=np.int32)).shape[1] + 1, available_memory()
     nodes = max(BLOCK, int(.4 * free / (4 * vectors.d + 8 * K)))
@@ -201,6 +201,10 @@ def products_in_parts(vectors, candidates, D, I, progress, known=0):
         for a in range(i, j, BLOCK):
             own = np.arange(a, min(a + BLOCK, j), dtype=np.int32)
             found = candidates(own)
+            if found.max(initial=-1) >= n:
+                raise ValueError(f"a list of candidates is damaged, no vector is {found.max()}")
+            if x_number is not None:
+                found = np.where(found < 0, -1, x_number[found])
             lists[own - i, :-1] = found
             lists[own - i, -1] = np.where((found == own[:, None]).any(axis=1), -1, own)
         Q, products = vectors.stretch(i, j), np.empty(lists.shape, np.float32)

@@ -125,14 +125,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             progress("nodes' similarities computed", min(i + BLOCK, n), n)
     else:
         say(exact_search.IN_PARTS)
-
-        def candidates(nodes):
-            found = numbers[position[nodes]]
-            if found.max(initial=-1) >= n:
-                raise ValueError(f"a list of candidates is damaged, no vector is {found.max()}")
-            return np.where(found < 0, -1, cells.order[found])
-
-        exact_search.products_in_parts(vectors, candidates, D, I, progress, n0)
+        exact_search.products_in_parts(vectors, lambda nodes: numbers[position[nodes]], D, I, progress, n0, cells.order)
     vectors.release()
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
 

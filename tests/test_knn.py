@@ -58,6 +58,12 @@ def test_vectors_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
     assert not n0 or (D[:n0, 0] > 1.4).mean() > .99
 
 
+def test_a_damaged_list_in_parts():
+    x, (D, I) = Vectors(clustered(40)), (np.zeros((40, 3), "f4"), np.zeros((40, 3), "i4"))
+    with pytest.raises(ValueError, match="damaged, no vector is 40"):
+        exact_search.products_in_parts(x, lambda nodes: np.full((len(nodes), 3), 40, "i4"), D, I, silent)
+
+
 @pytest.mark.parametrize("round_costs", [0, 1.25])
 def test_graph_of_hard_data_reaches_the_recall_asked_for(round_costs, monkeypatch):
     monkeypatch.setattr(knn, "ROUND", round_costs)
