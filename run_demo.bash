@@ -95,7 +95,8 @@ done
 echo
 "$PYTHON" -m lowshot.phases compare "$EXPERIMENT"
 # the contact sheet: what a single label per class finds with the largest background
-niter=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]][sys.argv[3]]["niter"])' \
+niter=$("$PYTHON" -c 'import sys; from lowshot.script import read_json
+print(read_json(sys.argv[1])[sys.argv[2]][sys.argv[3]]["niter"])' \
         "$DDIR/logs/diffusion/$(basename "${EXPERIMENT%.*}")/parameters.json" "$most" "${nlabeled[0]}")
 examples=$DDIR/demo_examples.npz
 sheet=()

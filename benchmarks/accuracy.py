@@ -11,9 +11,9 @@ $DDIR exceeds it, after each iteration, on average over seeds.
 import os
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 from lowshot.layout import DataDir, padded_to_power_of_two  # noqa: E402
 from lowshot.script import Parser, Progress, log, number, print_header, run  # noqa: E402
 from runs import ROOT, diffusion, show, timed  # noqa: E402

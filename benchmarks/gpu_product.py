@@ -16,9 +16,9 @@ Memory of the GPU: 12 bytes x nodes x columns, 6.2 GB for 1,000,000 nodes and 51
 import os
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
 from runs import show  # noqa: E402
 from product import SAMPLE, graph_arguments, read_graph  # noqa: E402

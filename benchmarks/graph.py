@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 from lowshot.features import matrix_rows  # noqa: E402
 from lowshot.script import Parser, number, run  # noqa: E402
 from runs import show  # noqa: E402

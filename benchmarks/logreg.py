@@ -11,9 +11,9 @@ import os
 import sys
 import time
 
-import numpy as np
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 import torch  # noqa: E402, I001     before logreg.py, whose setting of OpenMP would make it slower
 from graph_utils import FusedSGD  # noqa: E402
 from logreg import Sampler  # noqa: E402

@@ -19,9 +19,9 @@ import json
 import os
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 from lowshot.script import Parser, Progress, log, number, print_header, run, whole, write_json  # noqa: E402
 
 ROWS = 20000        # made at a time: part of what "the same bytes" means

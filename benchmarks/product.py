@@ -26,9 +26,9 @@ import sys
 import time
 import warnings
 
-import numpy as np
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
 from runs import show  # noqa: E402
 

@@ -32,10 +32,10 @@ import sys
 import unicodedata
 import zipfile
 
-import numpy as np
-from PIL import Image, ImageFilter
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
+from PIL import Image, ImageFilter  # noqa: E402
 
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402

@@ -19,9 +19,9 @@ import sys
 import textwrap
 import zipfile
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.script import Parser, check_outputs, log, number, read_json, run, whole  # noqa: E402

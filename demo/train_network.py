@@ -17,9 +17,9 @@ import os
 import sys
 import time
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
+import numpy as np  # noqa: E402
 
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.machine import peak_memory  # noqa: E402
