@@ -207,8 +207,9 @@ def identity(f):
     """What tells a feature file from another: its size, and a digest of which images were readable and of 256 of its rows
     (reading all takes too long)."""
     digest = hashlib.sha256()
-    if "readable" in f.file:
-        digest.update(np.ascontiguousarray(f.file["readable"][:f.n]).tobytes())
+    readable = f.readable()
+    if readable is not None:
+        digest.update(np.ascontiguousarray(readable).tobytes())
     for row in spread_rows(f.n, 256):       # one by one: read() takes in all that is between, of chunked files
         digest.update(np.ascontiguousarray(f.file["all_feats"][row], np.float32).tobytes())
     return {"rows": f.n, "columns": f.d, "sha256": digest.hexdigest()}

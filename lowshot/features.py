@@ -8,6 +8,7 @@ import numpy as np
 
 SLAB_BYTES = 64 << 20
 READERS = 4                 # threads that read parts of a slab: one alone waits for the disk, or for pages of memory
+LEAST_NORM = 1e-18          # of a vector that has a direction: squares of smaller numbers are lost in float32
 READ_AT_ONCE = 8 << 20      # bytes that are not worth a thread of their own
 
 
@@ -125,10 +126,17 @@ class FeatureFile:
         except OSError as e:            # HDF5's, about a damaged chunk or the end of the file
             raise ValueError(f"{self.path}: rows {start} to {stop - 1} of {name} are damaged: save_features.py makes them ({e})")
 
+    def readable(self):
+        """Which images could be read, (n,); None of files that do not tell."""
+        readable = self.file.get("readable")
+        if len(getattr(readable, "shape", ())) != 1 or len(readable) < self.n:
+            return None
+        return self._stretch("readable", 0, self.n)
+
     def unreadable(self, rows):
         """How many of the images could not be read: they have the features of a black one. Of files that do not tell, 0."""
-        readable = self.file["readable"][:self.n] if "readable" in self.file else np.ones(self.n, bool)
-        return int((readable[rows] == 0).sum()) if readable.shape == (self.n,) else 0
+        readable = self.readable()
+        return 0 if readable is None else int((readable[rows] == 0).sum())
 
     def slabs(self, start=0, stop=None):
         """Yield (first row, float32 (m, d)) over rows start..stop-1 in order, about 64 MB at a time."""
@@ -319,7 +327,7 @@ class NormalisedRows:
 
 
 def row_norms(x, name, first=None):
-    """L2 norms of the rows of x float32 (n, d). name: the file they are from, first: the number of the first row in it
+    """L2 norms of the rows of x float32 (n, d), 0 where they are less than LEAST_NORM. name: the file they are from, first: the number of the first row in it
     or None, for the ValueError about a row that has none."""
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("ij,ij->i", x, x))
@@ -328,6 +336,7 @@ def row_norms(x, name, first=None):
         row = np.argmax(bad)
         what = "NaN or infinity" if not np.isfinite(x[row]).all() else f"numbers as large as {np.abs(x[row]).max():.3g}"
         raise ValueError(f"{name}: {'a row' if first is None else f'row {first + row}'} holds {what}")
+    norms[norms < LEAST_NORM] = 0
     return norms
 
 

@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -35,16 +36,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None):
-    """Argument type: an int or float within [low, high]."""
+    """Argument type: an int or a finite float within [low, high]."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number")
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            bounds = " and ".join(([f"at least {low}"] if low is not None else [])
-                                  + ([f"at most {high}"] if high is not None else []))
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        if value != value or abs(value) == math.inf or (low is not None and value < low) or (high is not None and value > high):
+            bounds = ([f"at least {low}"] if low is not None else []) + ([f"at most {high}"] if high is not None else [])
+            if kind is float and high is None:
+                bounds.append("finite")
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
         return value
     return parse
 
@@ -321,8 +323,13 @@ def _open_no_link(path, flags):
 
 
 def check_outputs(*paths):
-    """ValueError or OSError where a file of one of these names cannot be written: before the work, not after it."""
+    """ValueError or OSError where a file of one of these names cannot be written, or two are the same: before the work, not
+    after it."""
+    named = set()
     for path in filter(None, paths):
+        if os.path.realpath(path) in named:
+            raise ValueError(f"{path} is named for two outputs")
+        named.add(os.path.realpath(path))
         if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")
         if os.path.exists(path) and not os.path.isfile(path):

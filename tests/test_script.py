@@ -26,7 +26,8 @@ def test_number_takes(kind, low, high, text, value):
 @pytest.mark.parametrize("kind, low, high, text, message", [
     (int, 1, None, "0", "0 must be at least 1"), (int, 1, 5, "6", "at least 1 and at most 5"),
     (int, 1, None, "1.5", "'1.5' is not a whole number"), (float, None, None, "x", "'x' is not a number"),
-    (float, 0, None, "nan", "nan must be"), (float, None, 1, "inf", "at most 1")])
+    (float, 0, None, "nan", "nan must be"), (float, None, 1, "inf", "at most 1"),
+    (float, 0, None, "inf", "inf must be at least 0 and finite"), (float, None, None, "-1e400", "-1e400 must be finite")])
 def test_number_refuses(kind, low, high, text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         number(kind, low, high)(text)
@@ -88,6 +89,8 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         script.check_outputs(str(tmp_path / "file" / "record.json"))
+    with pytest.raises(ValueError, match="named for two outputs"):
+        script.check_outputs(str(tmp_path / "a"), None, f"{tmp_path}/new/../a")
 
 
 def test_outputs_replace_files_only(tmp_path):
