@@ -101,7 +101,7 @@ void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_
 // keys      in/out  n x K
 // lists     out     n x K: neighbour numbers, those of new entries with the top bit set; -1 for none
 // worst     out     n: the least inner product of each full list, -inf of others. Kept up to date by join_range
-// offsets   out     n + 1; reverse out, offsets[n] <= n K: in the order of numbers; top bit as in lists
+// offsets   out     n + 1; reverse out, offsets[n] <= n K: node after node, each list in no order; top bit as in lists
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst);
 int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse);

@@ -81,7 +81,8 @@ private:
 };
 
 // Label propagation with clusters of at most `limit` nodes: each node moves to the cluster that most of its edges go to.
-// Nodes are dealt with in batches that see the state before the batch, so that threads do not matter.
+// Nodes are dealt with in batches that see the state before the batch, so that threads do not matter. A batch has its nodes from
+// all over: neighbours with near numbers, as in a sequence, would move at the same time, each to where the next one just was.
 std::vector<int32_t> propagate(const Level& g, int64_t limit) {
     const int64_t n = g.n;
     std::vector<int32_t> label(n), room(n);
@@ -89,17 +90,20 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
         label[i] = (int32_t)i;
         room[i] = (int32_t)std::max<int64_t>(limit - g.weight_of(i), 0);
     }
-    const int64_t nbatch = std::clamp<int64_t>(n / 256, 1, 32), batch = (n + nbatch - 1) / nbatch;
-    std::vector<int32_t> wish(batch);
+    const int64_t nbatch = std::clamp<int64_t>(n / 256, 1, 32);
+    std::vector<int32_t> wish((n + nbatch - 1) / nbatch);
     for (int round = 0; round < kRounds; round++) {
         int64_t moved = 0;
-        for (int64_t i0 = 0; i0 < n; i0 += batch) {
-            const int64_t i1 = std::min(n, i0 + batch);
+        for (int64_t b = 0; b < nbatch; b++) {
+            const int64_t count = (n - b + nbatch - 1) / nbatch;        // of nodes b, b + nbatch, ...
             // waking the threads up takes longer than a small batch
-            parallel_blocks<Tally>(i1 - i0, i1 - i0 > 2048 ? 256 : 2048, [&](int64_t j0, int64_t j1, Tally& tally) {
-                for (int64_t i = i0 + j0; i < i0 + j1; i++) {
-                    if (g.I && i + 8 < i1)
-                        for (int64_t j = 0; j < g.k; j++) __builtin_prefetch(&label[std::max(g.I[(i + 8) * g.stride + j], 0)]);
+            parallel_blocks<Tally>(count, count > 2048 ? 256 : 2048, [&](int64_t x0, int64_t x1, Tally& tally) {
+                for (int64_t x = x0; x < x1; x++) {
+                    const int64_t i = b + x * nbatch, later = i + 8 * nbatch;
+                    if (g.I && later + 8 * nbatch < n)
+                        for (int64_t j = 0; j < g.k; j += 16) __builtin_prefetch(g.I + (later + 8 * nbatch) * g.stride + j);
+                    if (g.I && later < n)
+                        for (int64_t j = 0; j < g.k; j++) __builtin_prefetch(&label[std::max(g.I[later * g.stride + j], 0)]);
                     tally.start(g.degree(i));
                     g.each_edge(i, [&](int32_t t, float weight) { tally.add(label[t], weight); });
                     int32_t best = label[i];
@@ -111,11 +115,12 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
                             most = e.weight;
                             best = e.to;
                         }
-                    wish[i - i0] = best;
+                    wish[x] = best;
                 }
             });
-            for (int64_t i = i0; i < i1; i++) {
-                const int32_t to = wish[i - i0], weight = g.weight_of(i);
+            for (int64_t x = 0; x < count; x++) {
+                const int64_t i = b + x * nbatch;
+                const int32_t to = wish[x], weight = g.weight_of(i);
                 if (to == label[i] || room[to] < weight) continue;
                 room[label[i]] += weight;
                 room[to] -= weight;

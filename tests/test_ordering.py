@@ -1,8 +1,14 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import graph_utils
 from graph_utils import SymmetricGraph, locality_order
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def random_graph(rs, n, k):
@@ -93,3 +99,21 @@ def test_bad_graphs():
         locality_order(np.array([[0, 1], [1, 2]], np.int32))
     with pytest.raises(ValueError, match="int32"):
         locality_order(np.zeros((3, 2), np.int64))
+
+
+def test_a_sequence_takes_no_more_memory_than_others():
+    """Frames of a film have their neighbours next to them, in the order of the files."""
+    code = """if True:
+        import numpy as np
+        from graph_utils import locality_order
+        from lowshot.machine import peak_memory
+        n = 200000
+        near = np.array([0] + [sign * j for j in range(1, 15) for sign in (1, -1)])
+        I = ((np.arange(n)[:, None] + near) % n).astype(np.int32)
+        locality_order(I[:1000] % 1000)
+        before = peak_memory()
+        order = locality_order(I)
+        assert np.array_equal(np.sort(order), np.arange(n))
+        print((peak_memory() - before) / n)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(done.stdout) < 200
