@@ -8,8 +8,8 @@ import numpy as np
 
 SLAB_BYTES = 64 << 20
 READERS = 4                 # threads that read parts of a slab: one alone waits for the disk, or for pages of memory
-LEAST_NORM = 1e-18          # of a vector that has a direction: squares of smaller numbers are lost in float32
 READ_AT_ONCE = 8 << 20      # bytes that are not worth a thread of their own
+LEAST_NORM = 1e-18          # of a vector that has a direction: squares of smaller numbers are lost in float32
 
 
 def spread_rows(n, m):
@@ -327,8 +327,8 @@ class NormalisedRows:
 
 
 def row_norms(x, name, first=None):
-    """L2 norms of the rows of x float32 (n, d), 0 where they are less than LEAST_NORM. name: the file they are from, first: the number of the first row in it
-    or None, for the ValueError about a row that has none."""
+    """L2 norms of the rows of x float32 (n, d), 0 where they are less than LEAST_NORM. name: the file they are from, first: the
+    number of the first row in it or None, for the ValueError about a row that has none."""
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("ij,ij->i", x, x))
     bad = ~np.isfinite(norms)

@@ -327,9 +327,10 @@ def check_outputs(*paths):
     after it."""
     named = set()
     for path in filter(None, paths):
-        if os.path.realpath(path) in named:
+        real = os.path.realpath(path)
+        if real in named:
             raise ValueError(f"{path} is named for two outputs")
-        named.add(os.path.realpath(path))
+        named.add(real)
         if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")
         if os.path.exists(path) and not os.path.isfile(path):
