@@ -21,7 +21,7 @@ import os
 import time
 
 from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
-from lowshot.layout import DataDir, padded_to_power_of_two, pca_command
+from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
 from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
                             remove_left_behind, run, show_progress, size, warn_of_memory, whole, write_json)
@@ -36,7 +36,7 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("nbg", type=number(int, 1), help="number of background images: the first rows of the .raw file")
     g = p.add_argument_group("graph")
-    g.add_argument("--k", type=number(int, 1, 1024), default=32,
+    g.add_argument("--k", type=number(int, 1, MOST_COLUMNS), default=32,
                    help="neighbours per image; the next power of two is stored")
     g.add_argument("--recall", type=number(float, 0, 1),
                    help="share of the true neighbours that has to be found, as measured on 1000 images; raise it for a "
@@ -170,7 +170,7 @@ def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, files=True):
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
     rounds = in_bytes + 16 * n * sampling.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
-    similarities = (vectors + 8 * n * k) * files + 4 * n * (k + sampling.SPARE_LISTED) + 24 * n
+    similarities = (vectors + 8 * n * k) * files + 4 * n * sampling.longest_list(k) + 24 * n
     return int(libraries + blocks + max(rounds, similarities))
 
 

@@ -149,7 +149,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
              "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
              "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width)}
     if not stored:
-        listed = k + sampling.SPARE_LISTED
+        listed = sampling.longest_list(k)
         steps["add novel images"] += 4 * edges + 24 * n
         steps["symmetrise"] += vectors + lists
         # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
@@ -285,7 +285,8 @@ def main():
     name = f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_k{args.k}_ni{args.niter}"
     record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
     store_at = stored_iterations(args)
-    check_outputs(record_path, args.storeexamples, *(f"{args.storeLname}_iter{i}.npy" for i in store_at))
+    check_outputs(record_path, args.storeexamples, *(f"{args.storeLname}_iter{i}.npy" for i in store_at),
+                  inputs=ddir.inputs() + ddir.graph_inputs(args.nbg, args.k, args.dim))
     record = provenance(args)
     steps = Steps()
     # after the arguments: these load faiss and the compiled library

@@ -246,7 +246,7 @@ def main():
     ddir = DataDir()
     record = provenance(args)
     args.record = args.record or default_record(ddir, args)
-    check_outputs(args.record, args.storemodel, args.storeL)
+    check_outputs(args.record, args.storemodel, args.storeL, inputs=ddir.inputs())
     with exclusive(args.record):        # and the state beside it
         experiment(args, ddir, record)
 

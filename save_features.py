@@ -51,7 +51,7 @@ def main():
     from lowshot.networks import NETWORKS, for_inference, load_checkpoint, make_network, usual_transforms
 
     config = load_config(args.cfg)
-    check_outputs(args.outfile or os.curdir)
+    check_outputs(args.outfile or os.curdir, inputs=[args.modelfile])
     loader, transforms = config["loader"], config["transforms"]
     device = choose_device(args.device)
     workers = choose_workers(args.workers if args.workers is not None else loader["workers"], device)

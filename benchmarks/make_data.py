@@ -15,14 +15,13 @@ information. The frequencies of the classes in the background are far from even.
 Easy data: --modes 16 --spread 0.3 (tight clusters). Hard data: --spread 1.8 (high intrinsic dimension: neighbours are
 hard to find, and the graph has little locality; low-shot accuracies like the paper's).
 """
-import json
 import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
 import numpy as np  # noqa: E402
-from lowshot.script import Parser, Progress, log, number, print_header, run, whole, write_json  # noqa: E402
+from lowshot.script import Parser, Progress, log, number, print_header, read_json, run, whole, write_json  # noqa: E402
 
 ROWS = 20000        # made at a time: part of what "the same bytes" means
 
@@ -108,6 +107,7 @@ def main():
     args = arguments()
     if args.raw and (args.dim < 256 or args.nbg < 256):
         raise ValueError(f"--raw needs at least 256 columns and background images, found --dim {args.dim} --nbg {args.nbg}")
+    split = read_json(args.label_idx) if args.label_idx else None
     print_header(args)
     rs = np.random.RandomState(args.seed)
     images = Images(rs, args)
@@ -127,12 +127,7 @@ def main():
             rb = np.random.RandomState(100 + b)
             labels = rb.choice(args.nclass, min(args.block, args.nbg - i0), p=prior)
             write_features(os.path.join(background, f"block{b}.hdf5"), images, labels, rb, args.dim)
-    if args.label_idx:
-        with open(args.label_idx) as f:
-            split = json.load(f)
-    else:
-        split = random_split(rs, args.nclass)
-    write_json(os.path.join(args.out, "label_idx.json"), split)
+    write_json(os.path.join(args.out, "label_idx.json"), split or random_split(rs, args.nclass))
     log(f"{args.out} is complete: DDIR={args.out}")
 
 

@@ -225,8 +225,8 @@ class Inserter {
         const bool enters = key > list[least] && !holds(list, key);
         if (enters) {
             list[least] = key;
-            float s = product_of(*std::min_element(list, list + K_));
-            __atomic_store(worst_ + a, &s, __ATOMIC_RELAXED);
+            float worst = product_of(*std::min_element(list, list + K_));
+            __atomic_store(worst_ + a, &worst, __ATOMIC_RELAXED);
         }
         lock.clear(std::memory_order_release);
         return enters;

@@ -3,13 +3,17 @@ import importlib.util
 import os
 import sys
 
-from lowshot.machine import keep_to_quota
+from lowshot.machine import check_threads, keep_to_quota
 
 __version__ = "1.0.0"
 
-if not importlib.util.find_spec("numpy"):
-    # every module here starts with it, before a script could turn an ImportError into one line
-    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {sys.executable} has no numpy: bash setup.bash makes the environment, "
-             "export PATH=$PWD/.venv/bin:$PATH takes it")
+# what modules here start with, before a script could turn an exception into one line
+try:
+    check_threads()
+    if not importlib.util.find_spec("numpy"):
+        raise ValueError(f"{sys.executable} has no numpy: bash setup.bash makes the environment, "
+                         "export PATH=$PWD/.venv/bin:$PATH takes it")
+except ValueError as e:
+    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {e}")
 
 KEPT_TO_QUOTA = keep_to_quota()     # before a module loads libraries that make threads

@@ -25,6 +25,7 @@ INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, whic
 FEW_INSERTED = 32 * SPARE   # and at the most, where new nodes are few
 ALL_INSERTED = 1 << 20      # candidates of all new nodes together, between these
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
+ERROR_OF_SUMS = 4e-5        # of products of unit vectors in float32, relative: the bound of 670 columns, for fewer as well
 LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
 ON_GPU = 1 << 30            # comparisons from which a GPU is asked
 ALL_ON_GPU = 1 << 48        # comparisons for which other ways than comparing all are not better there: 7 minutes on an H200
@@ -88,7 +89,7 @@ def candidates_for(Q, X, K, progress, self):
             nb.search_all(queries, X.converted(nb.to_bfloat16, i, j, residual=residual), K, keys, i)
             lost_most = max(lost_most, float(residual.max()))
             progress("vectors compared with all queries", j, X.n)
-    return keys, _error(lost, lost_most, Q.longest, X.longest)
+    return keys, _error(lost, lost_most, Q, X)
 
 
 def exact_of(keys, error, Q, X, k, progress, self):
@@ -146,10 +147,11 @@ def _exact_on_gpu(Q, X, k, progress, self, q=None, x=None):
     return D, I
 
 
-def _error(lost, lost_most, q_longest, x_longest):
+def _error(lost, lost_most, Q, X):
     """Bounds of the errors of products of rounded vectors, for each of the first ones:
-    |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums, of 670 terms at the worst."""
-    return lost * (x_longest + lost_most) + q_longest * lost_most + np.float32(4e-5) * q_longest * x_longest
+    |<q, x> - <q', x'>| <= |q - q'| |x'| + |q| |x - x'|, and that of float32 sums of as many terms as there are columns."""
+    sums = np.float32(max(ERROR_OF_SUMS, Q.d * 2.0 ** -24))
+    return lost * (X.longest + lost_most) + Q.longest * lost_most + sums * Q.longest * X.longest
 
 
 def _leave_possible(keys, k, error):
@@ -282,13 +284,13 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
         lost, x, scale = np.empty(j - i, np.float32), X.stretch(i, j), X.factors(slice(i, j))
         block = nb.to_bytes(x, scale, residual=lost)
         X_lost_most = max(X_lost_most, float(lost.max()))
-        error = _error(lost, lost_most, X.longest, new.longest)
+        error = _error(lost, lost_most, X, new)
         bound = worst[i:j] - error
         keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(I.shape[1] + SPARE, m), axis=1)
         nb.search_all(queries, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
         enter(keys, error, x, scale, i)
         progress("nodes compared with new ones", j, X.n)
-    found_D, found_I, unsure = best_and_unsure(keys_new, _error(new_lost, X_lost_most, new.longest, X.longest), new, X, k)
+    found_D, found_I, unsure = best_and_unsure(keys_new, _error(new_lost, X_lost_most, new, X), new, X, k)
     if len(unsure):
         found_D[unsure], found_I[unsure] = exact_knn(new.scaled_rows(unsure), X, k, spare=MANY_SPARE)
     return nb.merge_lists(D_new, I_new, found_D, found_I, k)

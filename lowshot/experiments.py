@@ -18,7 +18,7 @@ import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
 from lowshot.machine import cpus, end_with_parent
-from lowshot.script import clock, exclusive, file_identities, full_disk_named, log, read_json
+from lowshot.script import clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
 
 SYSTEMS = ("logreg", "diffusion")
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,14 +47,9 @@ class Experiment:
     MOST = {"seeds": 2 ** 32 - 1, "mom": 1}
 
     def __init__(self, path, environment=os.environ, systems=SYSTEMS):
-        import yaml
         if not os.path.exists(path):
             raise ValueError(f"no experiment file {path}")
-        with open(path, encoding="utf-8") as f:
-            try:
-                content = yaml.safe_load(f)
-            except (yaml.YAMLError, UnicodeDecodeError) as e:
-                raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}")
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError(f"{path} is not an experiment file: nlabeled, seeds, logreg, diffusion are expected")
         self.path, self.name = path, os.path.splitext(os.path.basename(path))[0]
@@ -313,7 +308,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
     if not todo:
         return
     added = {"DDIR": environment["DDIR"]}
-    if parallel > 1 and (KEPT_TO_QUOTA or "OMP_NUM_THREADS" not in environment):
+    if parallel > 1 and (KEPT_TO_QUOTA or not environment.get("OMP_NUM_THREADS", "").strip()):
         added["OMP_NUM_THREADS"] = str(max(1, cpus() // parallel))
     prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
     if parallel == 0:

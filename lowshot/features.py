@@ -67,7 +67,7 @@ class FeatureFile:
         count = np.atleast_1d(self.file["count"][()])
         if not len(count):
             raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
-        if count.dtype.kind not in "iuf" or not np.isfinite(count[0]):
+        if count.dtype.kind not in "iuf" or not np.isfinite(count[0]) or count[0] != int(count[0]):
             raise ValueError(f"{path}: count holds {count.dtype} {count[0]!r}, a number of rows was expected")
         self.n = int(count[0])
         self.d = int(feats.shape[1])

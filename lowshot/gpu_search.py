@@ -72,8 +72,8 @@ class Rounded:
     def errors_with(self, others, bound):
         """Function of the numbers of these vectors: bounds of the errors of their products with the others. bound:
         exact_search._error()."""
-        most, longest = float(others.lost.max(initial=0)), (self.vectors.longest, others.vectors.longest)
-        return lambda rows: bound(self.lost[rows], most, *longest)
+        most, pair = float(others.lost.max(initial=0)), (self.vectors, others.vectors)
+        return lambda rows: bound(self.lost[rows], most, *pair)
 
     @staticmethod
     def bytes(n, d):

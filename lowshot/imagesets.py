@@ -48,7 +48,7 @@ except ImportError:
     simplejpeg = None
 
 from lowshot.packages import load_torchvision
-from lowshot.script import Progress, read_json
+from lowshot.script import Progress, read_json, read_yaml
 
 warnings.filterwarnings("ignore", module="PIL")     # of transparency, and of sizes
 
@@ -76,19 +76,13 @@ def load_config(name):
 
     Paths in it have their environment variables expanded. Raises ValueError, naming the file, for anything amiss.
     """
-    import yaml
     path = name
     if not os.path.exists(path) and not os.path.dirname(name):
         path = os.path.join(CONFIGS, name)
     if not os.path.isfile(path):
         have = sorted(n for n in os.listdir(CONFIGS) if n.endswith(".yaml")) if os.path.isdir(CONFIGS) else []
         raise ValueError(f"no configuration {name}, neither here nor in {CONFIGS}, which has {', '.join(have)}")
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = yaml.safe_load(f)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}")
-    return _checked(content, path)
+    return _checked(read_yaml(path), path)
 
 
 def _checked(content, path):
@@ -373,7 +367,7 @@ def meta_set(meta, root=None):
     if not names:
         raise ValueError(f"{meta} lists no image")
     for i, (name, label) in enumerate(zip(names, labels)):
-        if not isinstance(name, str) or not name or "\0" in name or type(label) is not int or not 0 <= label < 2 ** 31:
+        if not _is_path(name) or type(label) is not int or not 0 <= label < 2 ** 31:
             raise ValueError(f"{meta}: entry {i} is {name!r} of class {label!r}; a path and a class number from 0 "
                              "were expected")
     return FileSet(root or os.path.dirname(os.path.abspath(meta)), names, labels)
@@ -415,6 +409,17 @@ def folder_set(root, classes=None):
     if not names:
         raise ValueError(f"{root} holds no images: files ending in {', '.join(EXTENSIONS)} were expected")
     return FileSet(root, names, labels, class_names)
+
+
+def _is_path(name):
+    """Whether this can be the path of a file."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_image(name):

@@ -2,6 +2,8 @@
 import os
 import re
 
+MOST_COLUMNS = 1024         # neighbours that a graph may have
+
 
 def graph_command(nbg, k, dim):
     """The command that makes a background graph."""
@@ -95,9 +97,19 @@ class DataDir:
         for kk in columns:
             if kk >= k:
                 raise ValueError(f"{self.graph(nbg, kk)[1]} does not exist: {graph_command(nbg, kk, dim)} makes it")
+        if k > MOST_COLUMNS:
+            raise ValueError(f"k is {k}, graphs of background images have at most {MOST_COLUMNS} neighbours")
         have = f"only k = {', '.join(map(str, columns))}" if columns else "none"
         raise ValueError(f"no graph of {nbg} background images with k >= {k} in {folder} ({have}): "
                          f"{graph_command(nbg, k, dim)} makes it")
+
+    def inputs(self):
+        """Paths that all experiments read."""
+        return [self.label_idx(), self.train, self.val]
+
+    def graph_inputs(self, nbg, k, dim=256):
+        """Paths that a diffusion over background images reads besides."""
+        return [self.pca(dim), self.raw(dim), self.index(nbg), *self.graph(nbg, padded_to_power_of_two(k))]
 
     def label_idx(self):
         """label_idx.json of the data directory, or the copy in the current folder."""

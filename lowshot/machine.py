@@ -4,9 +4,11 @@ import ctypes
 import math
 import os
 import pathlib
+import re
 import resource
 import signal
 
+MOST_THREADS = 1 << 14
 LIBC = ctypes.CDLL(None)       # not looked for in a new process, whose parent's threads may have been at it
 
 
@@ -54,10 +56,18 @@ def keep_to_quota(environment=os.environ):
     Libraries that are loaded later would take one for each CPU that they see: most of these would be kept waiting, together
     with those that wait for them. Returns whether a number was named.
     """
-    kept = "OMP_NUM_THREADS" not in environment and cpus() < len(os.sched_getaffinity(0))
+    kept = not environment.get("OMP_NUM_THREADS", "").strip() and cpus() < len(os.sched_getaffinity(0))
     if kept:
         environment["OMP_NUM_THREADS"] = str(cpus())
     return kept
+
+
+def check_threads(environment=os.environ):
+    """ValueError for an OMP_NUM_THREADS that OpenMP takes for none, or that no system gives."""
+    given = environment.get("OMP_NUM_THREADS", "")
+    numbers = [int(text) if re.fullmatch(r"\s*\+?[0-9]{1,9}\s*", text) else 0 for text in given.split(",")]
+    if given.strip() and not all(1 <= number <= MOST_THREADS for number in numbers):
+        raise ValueError(f"OMP_NUM_THREADS is {given!r}, a number from 1 to {MOST_THREADS} was expected")
 
 
 def release_memory():

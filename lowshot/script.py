@@ -264,13 +264,39 @@ def write_json(path, content):
             f.write("\n")
 
 
+def _without_repeats(pairs):
+    """A dict of (key, value) pairs; ValueError for a key that stands there twice, of which parsers keep the last one."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found
+
+
 def read_json(path):
-    """Read JSON; a file that is not JSON is a ValueError that names it."""
-    with open(path) as f:
+    """Read JSON; a file that is not JSON, or has a key twice, is a ValueError that names it."""
+    with open(path, encoding="utf-8") as f:
         try:
-            return json.load(f)
+            return json.load(f, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is not valid JSON: {e}")
+
+
+def read_yaml(path):
+    """Read YAML of plain values; a file that is not YAML, or has a key twice, is a ValueError that names it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            _without_repeats((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            return super().construct_mapping(node, deep)
+
+    with open(path, encoding="utf-8") as f:
+        try:
+            return yaml.load(f, Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}")
 
 
 def remove(path):
@@ -322,14 +348,16 @@ def _open_no_link(path, flags):
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def check_outputs(*paths):
-    """ValueError or OSError where a file of one of these names cannot be written, or two are the same: before the work, not
-    after it."""
-    named = set()
+def check_outputs(*paths, inputs=()):
+    """ValueError or OSError where a file of one of these names cannot be written, two are the same, or one is among the
+    inputs: before the work, not after it."""
+    named, read = set(), {os.path.realpath(path) for path in filter(None, inputs)}
     for path in filter(None, paths):
         real = os.path.realpath(path)
         if real in named:
             raise ValueError(f"{path} is named for two outputs")
+        if real in read:
+            raise ValueError(f"{path} is an input, which the output would replace")
         named.add(real)
         if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")

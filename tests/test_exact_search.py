@@ -45,6 +45,12 @@ def test_bounds_hold_where_all_elements_are_rounded_down():
     assert exact_search.exact_knn(np.ones((1, d), "f4"), x, 1)[1][0, 0] == 0
 
 
+def test_bounds_count_the_columns():
+    """What float32 sums may lose grows with the number of their terms."""
+    bounds = [exact_search._error(np.zeros(1, "f4"), 0.0, x, x) for x in (as_vectors(clustered(3, d=d)) for d in (64, 8192))]
+    assert bounds[0] < 5e-5 and bounds[1] >= 8192 * 2.0 ** -24
+
+
 def test_exact_for_vectors_that_are_not_normalised():
     rs = np.random.RandomState(0)
     q, x = 30 * rs.randn(20, 40).astype("f4"), rs.randn(500, 40).astype("f4") * rs.uniform(.01, 50, (500, 1)).astype("f4")

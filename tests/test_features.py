@@ -228,6 +228,7 @@ def edit(path, **datasets):
     (dict(count=np.zeros(0, "i4")), "'count' is empty"),
     (dict(count=np.array([99], "i4")), "count is 99, but all_feats has 20 rows and all_labels 20"),
     (dict(count=np.array([-1], "i4")), "count is -1"),
+    (dict(count=np.array([19.5])), "count holds float64 .*19.5.*, a number of rows was expected"),
     (dict(all_labels=np.zeros(19, "i4")), "all_labels 19"),
     (dict(all_feats=np.zeros((20, 3), "i4")), "all_feats holds int32, floating point was expected"),
 ])

@@ -259,6 +259,8 @@ def test_meta_json(tmp_path):
     ('{"image_names": ["a"], "image_labels": [1, 2]}', "1 image_names, but 2"),
     ('{"image_names": ["a", "b"], "image_labels": [1, -2]}', "entry 1"),
     ('{"image_names": ["a", 3], "image_labels": [1, 2]}', "entry 1"),
+    ('{"image_names": ["\\ud800"], "image_labels": [1]}', "entry 0"),
+    ('{"image_names": ["a"], "image_names": ["b"], "image_labels": [1]}', "'image_names' stands there twice"),
     ('{"image_names": ["a"], "image_labels": [1.5]}', "entry 0")])
 def test_bad_meta_json(tmp_path, content, message):
     (tmp_path / "m.json").write_text(content)

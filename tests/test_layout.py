@@ -72,6 +72,8 @@ def test_find_graph_takes_the_narrowest_that_serves(root):
         d.find_graph(50, 65)
     with pytest.raises(ValueError, match="build_graph.py 50 --k 65 --dim 16 makes it"):
         d.find_graph(50, 65, 16)
+    with pytest.raises(ValueError, match="k is 1025, graphs of background images have at most 1024 neighbours"):
+        d.find_graph(50, 1025)
 
 
 def test_stored_columns():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lowshot.machine import available_memory, cgroups, cpus, keep_to_quota, peak_memory
+from lowshot.machine import available_memory, cgroups, check_threads, cpus, keep_to_quota, peak_memory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -48,6 +48,15 @@ def test_cpus_are_counted_by_affinity_and_quota(tmp_path, monkeypatch, files, ex
     assert keep_to_quota(environment) == (expected < 8)
     assert environment == ({"OMP_NUM_THREADS": str(expected)} if expected < 8 else {})
     assert not keep_to_quota({"OMP_NUM_THREADS": "5"})
+    assert keep_to_quota({"OMP_NUM_THREADS": " "}) == (expected < 8)
+
+
+def test_numbers_of_threads():
+    for good in ({}, *({"OMP_NUM_THREADS": text} for text in ("", "1", " 4 ", "4,2", "16384"))):
+        check_threads(good)
+    for bad in ("0", "-1", "two", "99999", "4,0", "1.5", "9" * 5000):
+        with pytest.raises(ValueError, match="OMP_NUM_THREADS is '.*', a number from 1 to 16384 was expected"):
+            check_threads({"OMP_NUM_THREADS": bad})
 
 
 def test_memory_figures():

@@ -14,7 +14,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from lowshot import script  # noqa: E402
-from lowshot.script import Parser, Progress, clock, number, read_json, size, whole, write_json  # noqa: E402
+from lowshot.script import Parser, Progress, clock, number, read_json, read_yaml, size, whole, write_json  # noqa: E402
 
 
 @pytest.mark.parametrize("kind, low, high, text, value", [
@@ -91,6 +91,8 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         script.check_outputs(str(tmp_path / "file" / "record.json"))
     with pytest.raises(ValueError, match="named for two outputs"):
         script.check_outputs(str(tmp_path / "a"), None, f"{tmp_path}/new/../a")
+    with pytest.raises(ValueError, match="file is an input"):
+        script.check_outputs(str(tmp_path / "a"), f"{tmp_path}/./file", inputs=[None, str(tmp_path / "file")])
 
 
 def test_outputs_replace_files_only(tmp_path):
@@ -278,6 +280,23 @@ def test_write_json_refuses_nan_and_keeps_the_old(tmp_path):
         f.write('{"a": ')
     with pytest.raises(ValueError, match="r.json is not valid JSON"):
         read_json(path)
+
+
+@pytest.mark.parametrize("read, text, message", [
+    (read_json, '{"a": 1, "b": {"c": 1, "c": 2}}', "not valid JSON: the key 'c' stands there twice"),
+    (read_json, "[" * 100000, "not valid JSON"), (read_json, '{"a": "\xe9"}', "not valid JSON"),
+    (read_yaml, "a: 1\nb: {c: 1, c: 2}", "not valid YAML: the key 'c' stands there twice"),
+    (read_yaml, "[" * 3000, "not valid YAML"), (read_yaml, "a: \xe9", "not valid YAML"),
+    (read_yaml, "a: !!python/object/apply:os.getcwd []", "not valid YAML")])
+def test_bad_text_files_are_named(tmp_path, read, text, message):
+    (tmp_path / "bad").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"bad is {message}"):
+        read(tmp_path / "bad")
+
+
+def test_yaml_of_plain_values(tmp_path):
+    (tmp_path / "f.yaml").write_text("a: &x {b: [1, 2.5, text]}\nc: {<<: *x, d: null}\n")
+    assert read_yaml(tmp_path / "f.yaml") == {"a": {"b": [1, 2.5, "text"]}, "c": {"b": [1, 2.5, "text"], "d": None}}
 
 
 def test_clock_and_size():
