@@ -107,7 +107,9 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             say(f"neighbours of neighbours, round {rounds}: {inserted / n:.2f} insertions per node, recall@{k} {have:.4f}")
         if nprobe or have >= wanted or curve[p - 1] >= wanted or p == len(curve):
             break               # more cells do not find what rounding hides
-        p, rounds = min(4 * p, len(curve)), 0
+        # so many that it suffices if rounds find the same share of what these miss, and a few for that they find less
+        missed = .9 * (1 - wanted) * (1 - curve[p - 1]) / (1 - have)
+        p, rounds = min(max(cells_reaching(curve, 1 - missed), p + p // 4 + 1), 4 * p, len(curve)), 0
         lists.restart()
     if have < recall and not nprobe:
         say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.codes.format} gives here")
