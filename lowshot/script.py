@@ -95,7 +95,7 @@ def print_header(args, **more):
 def warn_of_memory(needed):
     """A line where this process will need more bytes than it can get."""
     if needed - peak_memory() > available_memory():
-        log(f"warning: {size(needed)} of memory needed, {size(available_memory())} available")
+        log(f"warning: up to {size(needed)} of memory needed, {size(available_memory())} available")
 
 
 class Progress:
