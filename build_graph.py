@@ -41,7 +41,7 @@ def arguments():
     g.add_argument("--recall", type=number(float, 0, 1),
                    help="share of the true neighbours that has to be found, as measured on 1000 images; raise it for a "
                         f"better graph in more time (default: {RECALL}, below {SMALL_BELOW:,} images {RECALL_OF_SMALL})")
-    g.add_argument("--nprobe", type=number(int, 0), default=0,
+    g.add_argument("--nprobe", type=number(int, 0, 2 ** 31 - 1), default=0,
                    help="cells searched per image, and nothing more; 0: what the wanted recall takes")
     g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of k-means and of the sample")
     g = p.add_argument_group("index")

@@ -32,8 +32,8 @@ from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_image
 from lowshot.features import FeatureFile, check_same_network, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory
-from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, log, number, print_header, provenance,
-                            remove_left_behind, run, size, warn_of_memory, whole, write_json)
+from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
+                            provenance, remove_left_behind, run, size, warn_of_memory, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -67,15 +67,15 @@ def arguments():
     g.add_argument("--device", default="auto", help="auto, cpu or cuda: where the graph is completed, and where L and "
                                                     "the graph are during the diffusion")
     g = p.add_argument_group("outputs")
-    g.add_argument("--record", metavar="FILE", help="the JSON record (default: a name made of the arguments, "
-                                                    "in $DDIR/logs/diffusion)")
-    g.add_argument("--storeLname", metavar="PREFIX",
+    g.add_argument("--record", type=file_name, metavar="FILE",
+                   help="the JSON record (default: a name made of the arguments, in $DDIR/logs/diffusion)")
+    g.add_argument("--storeLname", type=file_name, metavar="PREFIX",
                    help="store L as PREFIX_iter{i}.npy, float32 (nodes, classes): the labelled images first, base "
                         "classes before novel ones, then the background; each column divided by its sum after the "
                         "first iteration. Takes twice its size of disk while it is written")
     g.add_argument("--storeLiters", metavar="I,J,...", type=iteration_list,
                    help="numbers of iterations after which L is stored (default: the last)")
-    g.add_argument("--storeexamples", metavar="FILE.npz",
+    g.add_argument("--storeexamples", type=file_name, metavar="FILE.npz",
                    help="store the test images' final scores and the neighbours that gave them")
     return p.parse_args()
 

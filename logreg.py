@@ -34,8 +34,8 @@ from lowshot.experiments import as_text
 from lowshot.features import FeatureFile, SLAB_BYTES, check_same_network
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory
-from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, log, number, print_header,
-                            provenance, remove, remove_left_behind, run, size, warn_of_memory, whole, write_json)
+from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, file_name, log, number,
+                            print_header, provenance, remove, remove_left_behind, run, size, warn_of_memory, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -181,12 +181,12 @@ def parse_arguments():
     group.add_argument("--checkpoint", type=number(float, 0), default=60,
                        help="seconds between checkpoints of a long run, 0: none")
     group = parser.add_argument_group("output")
-    group.add_argument("--record", default="", help="JSON record; by default under $DDIR/logs/logreg, named by the "
-                                                    "arguments")
-    group.add_argument("--storemodel", default="", metavar="FILE",
+    group.add_argument("--record", type=file_name, metavar="FILE",
+                       help="JSON record; by default under $DDIR/logs/logreg, named by the arguments")
+    group.add_argument("--storemodel", type=file_name, metavar="FILE",
                        help=".npz with weight float32 (C, d), bias float32 (C), classes int64 (C): class numbers from "
                             "0; with several points the name gets _lr.._wd.. before its extension")
-    group.add_argument("--storeL", default="", metavar="FILE",
+    group.add_argument("--storeL", type=file_name, metavar="FILE",
                        help=".npy with the final scores (logits) float32 (test images, C): rows in the order of "
                             "val.hdf5 without classes outside the split, columns in increasing class number; "
                             "named as --storemodel with several points")

@@ -4,6 +4,7 @@ An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs
 run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
 """
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from lowshot.machine import cpus, end_with_parent
 from lowshot.script import clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
 
 SYSTEMS = ("logreg", "diffusion")
+SETTINGS = {"logreg.py": ("mom", "precision"), "diffusion.py": ("k", "dim")}    # that parameters are chosen for
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -148,7 +150,7 @@ class Job:
         have, wanted = ({**defaults(self), **a} for a in (record["arguments"], self.arguments))
         if not all(as_text(have.get(k)) == as_text(v) for k, v in wanted.items()):
             return None
-        if not has_figures(record):
+        if not has_figures(record, self):
             return None
         return None if self.other_input(record.get("files")) else record
 
@@ -168,19 +170,27 @@ def defaults(job):
         job.script, {})
 
 
-def has_figures(record):
-    """Whether a record holds figures of at least one iteration, of diffusion.py or of each point of logreg.py."""
-    runs = record.get("runs", [record])
-    if not isinstance(runs, list) or not runs or not all(isinstance(r, dict) for r in runs):
+def has_figures(record, job):
+    """Whether a record holds the accuracies that a job reports: after each number of iterations, by logreg.py at each point."""
+    points, iterations = reported(job)
+    runs = [record] if points is None else record.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(r, dict) and isinstance(r.get("results"), list) for r in runs):
         return False
-    if "runs" in record and not all(is_number(r.get(key)) for r in runs for key in ("lr", "wd")):
+    if points is not None and [(r.get("lr"), r.get("wd")) for r in runs] != points:
         return False
-    for results in (r.get("results") for r in runs):
-        if not isinstance(results, list) or not results or not all(
-                isinstance(r, dict) and all(is_number(r.get(key)) for key in ("iteration", "top5", "top5_novel"))
-                for r in results):
-            return False
-    return True
+    return all([r.get("iteration") if isinstance(r, dict) else None for r in run["results"]] == iterations
+               and all(is_number(r.get(key)) and 0 <= r[key] <= 1 for r in run["results"] for key in ("top5", "top5_novel"))
+               for run in runs)
+
+
+def reported(job):
+    """The points (lr, wd) that a job trains, None of diffusion.py, and the numbers of iterations after which it reports."""
+    a = {**defaults(job), **job.arguments}
+    if job.script != "logreg.py":
+        return None, list(range(a["niter"] + 1))
+    lr, wd = (value if isinstance(value, list) else [value] for value in (a["lr"], a["wd"]))
+    every = a["evalevery"] or a["maxiter"]
+    return list(itertools.product(lr, wd)), [*range(every, a["maxiter"], every), a["maxiter"]]
 
 
 def is_number(value):
@@ -279,14 +289,14 @@ def test_jobs(e, system, ddir, parameters, source):
 
 
 def check_chosen(e, parameters, jobs, path):
-    """ValueError where the parameters, of the file `path`, were not chosen for the data and k of these jobs; a line where it
+    """ValueError where the parameters, of the file `path`, were not chosen for the data and settings of these jobs; a line where it
     was by other seeds. Those written by hand, which do not say, are taken as they are."""
     for job in jobs:
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
         other = job.other_input(p["files"]) if "files" in p else None
         settings = {**defaults(job), **a}
-        other = other or next((f"{key} {p[key]}" for key in ("k", "dim") if key in p and p[key] != settings[key]), None)
+        other = other or next((f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != settings[key]), None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
     of_seeds = {tuple(p["seeds"]) for p in leaves(parameters) if isinstance(p.get("seeds"), list)}
@@ -474,9 +484,11 @@ def choose(e, system, ddir):
         setting = min((s for s in found if found[s][1] >= top - 1e-12), key=lambda s: found[s][0])
         iteration, top5, novel = found[setting]
         if system == "diffusion":
-            parameters = {"niter": iteration, **{key: {**defaults(job), **job.arguments}[key] for key in ("k", "dim")}}
+            parameters = {"niter": iteration}
         else:
             parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
+        settings = {**defaults(job), **job.arguments}
+        parameters.update((key, settings[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
         where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": files[nbg, n]}
     return chosen

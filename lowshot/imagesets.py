@@ -394,6 +394,8 @@ def folder_set(root, classes=None):
     if loose and own:
         raise ValueError(f"{root} holds both images ({loose[0]} ...) and subfolders ({own[0]} ...): either images only,"
                          " or a subfolder per class, was expected")
+    if loose and classes is not None:
+        raise ValueError(f"{root} holds images ({loose[0]} ...): a subfolder for each class of {classes} was expected")
     if loose:
         names, labels, class_names = loose, [0] * len(loose), None
     for name in own:

@@ -51,8 +51,18 @@ def number(kind, low=None, high=None):
     return parse
 
 
+def file_name(text):
+    """Argument type: a name of a file; not an empty one, as a variable that is not set gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file was expected")
+    return text
+
+
 def run(main):
     """Run a script's main(): bad input and files become one line on stderr and exit status 1, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # a test's
+            stream.reconfigure(errors="backslashreplace")       # names of files may be any bytes
     try:
         status = main()
     except KeyboardInterrupt:

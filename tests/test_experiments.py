@@ -56,10 +56,15 @@ def write_record(job, results=None, complete=True, **changes):
     if job.script == "logreg.py":
         content["runs"] = [{"lr": lr, "wd": wd, "results": listed(figures)} for (lr, wd), figures in results.items()]
     else:
-        content["results"] = listed({0: (.5, .5)} if results is None else results)
+        content["results"] = listed(results or {i: (.5, .5) for i in range(job.arguments["niter"] + 1)})
     os.makedirs(os.path.dirname(job.record), exist_ok=True)
     with open(job.record, "w") as f:
         json.dump(content, f)
+
+
+def all_points(figures):
+    """The same figures at each point of TINY."""
+    return {(lr, wd): figures for lr in (0.01, 0.001) for wd in (0.0, 0.1)}
 
 
 # ------------------------------------------------------------------------------------------------- experiment files
@@ -195,9 +200,10 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     assert diffusion.result() is not None
     os.utime(diffusion.record, (1, 1))          # clocks may differ
     assert diffusion.result() is not None
-    write_record(logreg, {(0.01, 0.0): {500: (0.5, 0.5)}})
+    figures = all_points({500: (0.5, 0.5), 1000: (0.5, 0.5)})
+    write_record(logreg, figures)
     assert logreg.result() is not None
-    write_record(logreg, {(0.01, 0.0): {500: (0.5, 0.5)}}, lr=[0.01])
+    write_record(logreg, figures, lr=[0.01])
     assert logreg.result() is None
 
 
@@ -222,15 +228,21 @@ def test_as_text():
 
 
 @pytest.mark.parametrize("system,change", [
-    ("logreg", {"runs": []}), ("logreg", {"runs": [{}]}), ("logreg", {"runs": 3}), ("diffusion", {"results": []}),
-    ("diffusion", {"results": [{"iteration": 1, "top5": "high", "top5_novel": 0}]}), ("diffusion", {"arguments": None}),
-    ("diffusion", {"results": [{"iteration": 1, "top5": float("nan"), "top5_novel": 0}]})])
+    ("logreg", lambda r: r.update(runs=[])), ("logreg", lambda r: r.update(runs=[{}] * 4)),
+    ("logreg", lambda r: r.update(runs=3)), ("logreg", lambda r: r["runs"].pop()), ("logreg", lambda r: r["runs"].reverse()),
+    ("logreg", lambda r: r["runs"][2]["results"].pop()), ("logreg", lambda r: r["runs"][2].update(results=None)),
+    ("diffusion", lambda r: r.update(results=[])), ("diffusion", lambda r: r.update(arguments=None)),
+    ("diffusion", lambda r: r["results"].pop()), ("diffusion", lambda r: r["results"].append(r["results"][-1])),
+    ("diffusion", lambda r: r["results"][1].update(top5="high")), ("diffusion", lambda r: r["results"][1].update(top5=2.5)),
+    ("diffusion", lambda r: r["results"][1].update(top5_novel=-1)), ("diffusion", lambda r: r["results"][1].pop("top5")),
+    ("diffusion", lambda r: r["results"][1].update(top5=float("nan")))])
 def test_records_without_figures_do_not_count(tmp_path, ddir, system, change):
     job = experiments.validation_jobs(experiment(tmp_path), system, ddir)[0]
-    write_record(job, {(0.1, 0.): {1: (.5, .5)}} if system == "logreg" else {1: (.5, .5)})
+    write_record(job, all_points({500: (.5, .5), 1000: (.5, .5)}) if system == "logreg" else None)
     assert job.result() is not None
     content = json.load(open(job.record))
-    json.dump({**content, **change}, open(job.record, "w"))
+    change(content)
+    json.dump(content, open(job.record, "w"))
     assert job.result() is None
 
 
@@ -262,7 +274,8 @@ if a.get("--fail") != "silently":
 def stand_in_jobs(tmp_path, *arguments):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return [Job(f"job{i}", str(script), a, str(tmp_path / "logs" / f"job{i}.json")) for i, a in enumerate(arguments)]
+    return [Job(f"job{i}", str(script), {**a, "niter": 0}, str(tmp_path / "logs" / f"job{i}.json"))
+            for i, a in enumerate(arguments)]
 
 
 def test_run_jobs(tmp_path, capsys):
@@ -272,7 +285,7 @@ def test_run_jobs(tmp_path, capsys):
     experiments.run_jobs(jobs[:1], 1, environment)
     record = jobs[0].result()
     assert (record["threads"], record["ddir"]) == ("", str(tmp_path))
-    assert record["arguments"] == {"a": "1", "record": jobs[0].record}
+    assert record["arguments"] == {"a": "1", "niter": "0", "record": jobs[0].record}
     before = os.stat(jobs[0].record).st_mtime_ns
     capsys.readouterr()
     experiments.run_jobs(jobs, 2, environment)
@@ -621,6 +634,14 @@ def test_parameters_of_other_data_or_settings_are_refused(finished, tmp_path, dd
     path = finished.parameters_path("diffusion", ddir)
     code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words)
     assert code == 1 and f"{path} was chosen for another k 10: phases 1 and 2" in out.err
+    for job in experiments.validation_jobs(finished, "logreg", ddir):
+        write_record(job, all_points({500: (.5, .5), 1000: (.5, .5)}))
+    assert call(monkeypatch, capsys, "logreg", "2", finished.path, **words)[0] == 0
+    assert call(monkeypatch, capsys, "logreg", "3", finished.path, **words)[0] == 0
+    for more, was in (("mom: 0.5", "mom 0.9"), ("precision: bfloat16", "precision float32")):
+        experiment(tmp_path, TINY.replace("maxiter: 1000", "maxiter: 1000, " + more))
+        code, out = call(monkeypatch, capsys, "logreg", "3", finished.path, **words)
+        assert code == 1 and f"was chosen for another {was}: phases 1 and 2" in out.err
     experiment(tmp_path)
     os.utime(ddir.train, (1, 1))
     for phase in "34":

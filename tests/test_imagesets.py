@@ -336,6 +336,15 @@ def test_flat_folder(tmp_path):
     assert images.read(2) == picture(1, format="PNG")
 
 
+def test_loose_images_where_classes_are_folders(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "val").mkdir()
+    for name in ("train/cat/1.jpg", "val/1.jpg"):
+        (tmp_path / name).write_bytes(picture(1))
+    with pytest.raises(ValueError, match="val holds images .1.jpg ....: a subfolder for each class of .*train was expected"):
+        folder_set(str(tmp_path / "val"), str(tmp_path / "train"))
+
+
 def test_folder_without_images(tmp_path):
     for message, path in (("not a directory", "none"), ("holds no images", ".")):
         with pytest.raises(ValueError, match=message):

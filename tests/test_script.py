@@ -197,6 +197,19 @@ def test_allocated_files_have_their_space(tmp_path, monkeypatch):
     assert os.path.getsize(tmp_path / "empty") == 0
 
 
+def test_names_of_any_bytes_can_be_told():
+    code = "import os\nfrom lowshot.script import *\ndef main(): log(os.fsdecode(b'caf\\xe9'))\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf\\udce9\n", b"")
+
+
+def test_names_of_files_are_not_empty():
+    assert script.file_name("a b") == "a b"
+    with pytest.raises(argparse.ArgumentTypeError, match="name of a file"):
+        script.file_name("")
+
+
 def test_run_can_show_the_traceback(monkeypatch):
     monkeypatch.setenv("LOWSHOT_TRACEBACK", "1")
     with pytest.raises(ValueError):
