@@ -191,8 +191,8 @@ def products_in_parts(vectors, candidates, D, I, progress, known=0, x_number=Non
     """exact_products() of all nodes with their candidates, themselves included, where the file of the vectors does not fit in
     memory: candidates are all over it, so it is read from end to end for as many nodes at a time as there is memory for.
 
-    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. x_number int32 (n,):
-    original numbers of these. D, I (n, k) change, of which the first `known` rows hold products already.
+    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. x_number
+    int32 (n,): original numbers of these. D, I (n, k) change, of which the first `known` rows hold products already.
     """
     n, K, free = vectors.n, candidates(np.arange(1, dtype=np.int32)).shape[1] + 1, available_memory()
     nodes = max(BLOCK, int(.4 * free / (4 * vectors.d + 8 * K)))

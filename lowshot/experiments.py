@@ -296,7 +296,8 @@ def check_chosen(e, parameters, jobs, path):
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
         other = job.other_input(p["files"]) if "files" in p else None
         settings = {**defaults(job), **a}
-        other = other or next((f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != settings[key]), None)
+        changed = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != settings[key])
+        other = other or next(changed, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
     of_seeds = {tuple(p["seeds"]) for p in leaves(parameters) if isinstance(p.get("seeds"), list)}
