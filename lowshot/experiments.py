@@ -289,8 +289,8 @@ def test_jobs(e, system, ddir, parameters, source):
 
 
 def check_chosen(e, parameters, jobs, path):
-    """ValueError where the parameters, of the file `path`, were not chosen for the data and settings of these jobs; a line where it
-    was by other seeds. Those written by hand, which do not say, are taken as they are."""
+    """ValueError where the parameters, of the file `path`, were not chosen for the data and settings of these jobs; a line
+    where it was by other seeds. Those written by hand, which do not say, are taken as they are."""
     for job in jobs:
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
