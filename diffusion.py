@@ -55,7 +55,7 @@ def arguments():
     g = p.add_argument_group("diffusion")
     g.add_argument("--niter", type=number(int, 0), default=3, help="iterations")
     g.add_argument("--lslice", type=slice_width, default="auto", metavar="COLUMNS",
-                   help="classes diffused at a time, rounded up to a multiple of 16, at most 64, on a GPU 128; 0: that many. "
+                   help="classes diffused at a time, rounded up to a multiple of 16, at most 64, with triton 128; 0: that many. "
                         "Memory is 8 bytes x nodes x this; the results do not depend on it, up to rounding. auto: what is "
                         "quickest, 32 with the library's kernel for CPUs, or as many as the free memory allows")
     g.add_argument("--noprune", action="store_true",
@@ -104,8 +104,8 @@ class Steps:
 
 
 def widest_panel(lslice, n, quickest, free=None):
-    """Columns of L diffused at a time, a multiple of 16, at most 64, or 128 on a GPU: what --lslice says, or the width that the
-    backend is quickest with, or what two panels in `free` bytes leave room for."""
+    """Columns of L diffused at a time, a multiple of 16, at most 64, or 128 with triton: what --lslice says, or the width that
+    the backend is quickest with, or what two panels in `free` bytes leave room for."""
     if lslice != "auto":
         most = max(64, quickest)
         return most if lslice <= 0 else min(most, -(-lslice // 16) * 16)
@@ -123,11 +123,12 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, files=True):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, files=True, examples=0):
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
     an exact search for novel images looks up. Without them if not `files`: what it cannot do without.
+    examples: bytes of what is kept of them.
     """
     from graph_utils.neighbours import words, words_of_bytes
     from lowshot import exact_search, sampling
@@ -147,7 +148,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),
              # the graph without the novel images, and with them
              "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
-             "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width)}
+             "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width) + examples}
     if not stored:
         listed = sampling.longest_list(k)
         steps["add novel images"] += 4 * edges + 24 * n
@@ -260,17 +261,15 @@ class Examples:
     def __init__(self, nt, C, k):
         self.scores = np.zeros((nt, C), np.float32)
         self.contribution = np.zeros((nt, k), np.float32)
-        self.top = np.full(nt, -1, np.int32)
 
     def update(self, scores, classes, top, W, L, scale, test_I):
         """Take a panel's scores; top: each test image's best class so far."""
         self.scores[:, classes] = scores[:, :len(classes)]
         for column, c in enumerate(classes):
-            of_class = np.flatnonzero((top == c) & (self.top != c))
+            of_class = np.flatnonzero(top == c)
             I = test_I[of_class]
             given = W.read(L, np.maximum(I, 0).ravel(), scale)[:, column].reshape(I.shape)
             self.contribution[of_class] = np.where(I < 0, 0, given)
-        self.top = top.copy()
 
     def store(self, path, **arrays):
         remove_left_behind(path)
@@ -311,7 +310,7 @@ def main():
     Backend = choose_backend(args.backend, args.device, n, k)
     use_gpu(search_device(Backend.device))
     memory = functools.partial(predict_memory, n, nt, nbase, nl - nbase, k, args.dim, fixed is not None, Backend=Backend,
-                               niter=args.niter)
+                               niter=args.niter, examples=4 * nt * (C + k) if args.storeexamples else 0)
     width = widest_panel(args.lslice, n, Backend.panel)
     predicted = memory(width=width)
     print_header(args, predicted_memory=size(predicted))
@@ -319,7 +318,7 @@ def main():
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes"
         f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
     if args.k > n:
-        log(f"note: --k is {args.k}, there are {n} nodes: k is taken as {n}")
+        log(f"note: --k is {args.k}, there are {n} nodes: all of them are neighbours")
     if any(unreadable):
         log(note_of_unreadable(*unreadable))
     for note in notes_of_test_images(test_labels, split):

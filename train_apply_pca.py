@@ -157,7 +157,7 @@ def write_all(args, blocks, counts, pca, path, origin):
         if state.get("made_from") == origin and os.path.getsize(partial) >= state["rows"] * width:
             done = state["rows"]
         elif not args.overwrite:
-            raise ValueError(f"{partial} was begun from another PCA or other blocks: delete it, or --overwrite")
+            raise ValueError(f"{partial} was begun from another PCA or other blocks, or it is cut off: delete it, or --overwrite")
     slab = min(SLAB_BYTES, 4 * max(counts) * pca.d_in)
     # two slabs, and what the PCA makes of one; training, of which nothing is kept, may have taken more
     memory = max(peak_memory(), memory_now() + min(2 * slab, 4 * n * pca.d_in) + slab * args.dim / pca.d_in)
@@ -167,6 +167,8 @@ def write_all(args, blocks, counts, pca, path, origin):
         raise OSError(f"{path} needs {size((n - done) * width)} more, the disk has {size(free)} free")
     if done:
         log(f"going on at row {done}")
+    else:
+        remove(progress_path)           # it tells of rows of another PCA, perhaps
 
     start = time.time()
     with open(partial, "r+b" if done else "wb") as out, Progress(n, "rows", done) as progress:

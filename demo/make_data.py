@@ -10,7 +10,7 @@ that are hard to tell apart by shape alone (C and c) are left out. Background: c
 
 reads   a folder of fonts: those inside the package trdg (pip install --no-deps -r requirements-demo.txt), or --fonts
 writes  $DDIR/yfcc100m/00/000.zip ...            background; 000.zip holds 000.jpg ... 999.jpg, images 0 to 999. In each
-                                                 zip one image is missing, but never its last, by which the images
+                                                 full zip one image is missing, but never its last, by which the images
                                                  are counted, and one cannot be decoded, as in YFCC100M
         $DDIR/imagenet/{train,val}/U0041/...     labelled images
         $DDIR/imagenet_meta_{train,val}.json     image_names, image_labels (0..299), label_names
@@ -178,18 +178,16 @@ def draw(rs, path, code):
 
 
 def _colours(u):
-    """Two colours, float (3,) in 0..255, from six numbers in 0..1: their brightness differs by 70 at the least."""
+    """Two colours, float (3,) in 0..255, from six numbers in 0..1: their brightness differs by about 70 at the least."""
     weights = np.array([0.299, 0.587, 0.114])
     a, b = 255 * u[:3], 255 * u[3:]
-    lack = 70 - abs(weights @ (a - b))
-    if lack > 0:
-        # push both apart; what a colour at the end of its range cannot give, the other does
-        sign = 1 if weights @ (a - b) > 0 or (weights @ (a - b) == 0 and a.sum() < 382) else -1
-        for _ in range(4):
-            lack = 70 - sign * (weights @ (a - b))
-            if lack <= 0:
-                break
-            a, b = np.clip(a + sign * lack * 0.6, 0, 255), np.clip(b - sign * lack * 0.6, 0, 255)
+    # push both apart; what a colour at the end of its range cannot give, the other does
+    sign = 1 if weights @ (a - b) > 0 or (weights @ (a - b) == 0 and a.sum() < 382) else -1
+    for _ in range(4):
+        lack = 70 - sign * (weights @ (a - b))
+        if lack <= 0:
+            break
+        a, b = np.clip(a + sign * lack * 0.6, 0, 255), np.clip(b - sign * lack * 0.6, 0, 255)
     return a, b
 
 
@@ -231,9 +229,9 @@ def make_labelled(ddir, args, glyphs, pool):
     with Progress(sum(n for _, _, n in jobs), "labelled images") as progress:
         for n in pool.imap_unordered(_draw_class, jobs):
             progress.advance(n)
+    if jobs:
+        os.sync()       # once, rather than for each of the small files: the JSON stands for their being there
     for part in missing:
-        if jobs:
-            os.sync()       # once, rather than for each of the small files: the JSON stands for their being there
         folders = [os.path.relpath(class_folder(ddir.root, part, c), ddir.root) for c in glyphs.classes]
         write_json(ddir.path(f"imagenet_meta_{part}.json"),
                    {"label_names": names,
@@ -287,7 +285,7 @@ def make_background(ddir, args, glyphs, pool):
         for n in pool.imap_unordered(_draw_zip, todo):
             progress.advance(n)
     chars = ddir.path("yfcc100m_chars.npy")
-    if args.nbg and (todo or not os.path.exists(chars)):
+    if args.nbg and (todo or not os.path.exists(chars) or len(np.load(chars, mmap_mode="r")) < args.nbg):
         codes = np.array(glyphs.background, np.uint32)
         drawn = [codes[zip_characters(glyphs, z)[0]] for z in range(-(-args.nbg // PER_ZIP))]
         with whole(chars) as temporary:

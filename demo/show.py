@@ -2,7 +2,7 @@
 
 The figure: accuracy against the number of iterations, one curve a background size, and accuracy against the size of the
 background, with logistic regression as a line; a row for all test images and one for those of the novel classes.
-The contact sheet: test images, their five best classes, and the nearest background images that carried the label.
+The contact sheet: test images, their five best classes, and the background images that gave the most to the best one.
 
 reads   $DDIR/logs/{diffusion,logreg}/EXPERIMENT/*.json
                                                records of diffusion.py and logreg.py; those of the validation split
@@ -24,9 +24,9 @@ import lowshot  # noqa: E402 F401     before numpy: it names the number of threa
 import numpy as np  # noqa: E402
 
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, check_outputs, log, number, read_json, run, whole  # noqa: E402
+from lowshot.script import Parser, check_outputs, file_identities, log, number, read_json, run, whole  # noqa: E402
 
-INK, MUTED, GRID, BLACK = "#24292f", "#6b7280", "#e5e7eb", "#111827"
+INK, MUTED, GRID = "#24292f", "#6b7280", "#e5e7eb"
 RIGHT, WRONG = "#15803d", "#b91c1c"
 BASELINE = "#c2410c"
 
@@ -56,8 +56,8 @@ def main():
     ddir = DataDir()
     if args.figure:
         folders = [ddir.log(system, args.experiment) for system in ("diffusion", "logreg")]
-        diffusion, logreg = read_records(folders, "test", args.k)
-        validation, _ = read_records(folders, "val", args.k)
+        diffusion, logreg = read_records(folders, "test", args.k, [ddir.train, ddir.val])
+        validation, _ = read_records(folders, "val", args.k, [ddir.train, ddir.val])
         have = sorted({r["arguments"]["nlabeled"] for r in diffusion})
         for n in args.nlabeled:
             if n not in have:
@@ -84,13 +84,17 @@ def save(fig, path):
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-def read_records(folders, mode, k):
-    """(records of diffusion.py with k neighbours, records of logreg.py) of one mode among the folders' JSON files."""
+def read_records(folders, mode, k, inputs):
+    """(records of diffusion.py with k neighbours, records of logreg.py) of one mode among the folders' JSON files: those made
+    from `inputs` as they are, by parameters that were chosen here."""
+    inputs = file_identities(inputs)
     diffusion, logreg = [], []
     for path in sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.json"))):
         record = read_json(path)
         arguments = record.get("arguments") if isinstance(record, dict) else None
-        if isinstance(arguments, dict) and arguments.get("mode") == mode:
+        if not isinstance(arguments, dict) or os.path.basename(path).startswith("test-published_"):
+            continue
+        if arguments.get("mode") == mode and all(i in record.get("files", []) for i in inputs):
             if record.get("results") and "nbg" in arguments:
                 if arguments.get("k") == k:
                     diffusion.append(record)
@@ -259,7 +263,7 @@ def background_image(root, n):
         return np.zeros((32, 32, 3), np.uint8)
 
 
-def contact_sheet(root, examples, count=18, seed=0, carried=4, columns=2):
+def contact_sheet(root, examples, count=18, seed=0):
     """Test images with their five best classes and the background images that carried the label: a Figure.
 
     root: data directory; examples: arrays of diffusion.py --storeexamples.
@@ -269,6 +273,7 @@ def contact_sheet(root, examples, count=18, seed=0, carried=4, columns=2):
     meta = read_json(os.path.join(root, "imagenet_meta_val.json"))
     names, classes = meta.get("label_names"), np.asarray(examples["classes"])
     chosen = choose_examples(examples, count, seed)
+    columns = 2
     rows = -(-len(chosen) // columns)
     # lengths in inches
     cell_w, cell_h, side, top = 6.4, 1.3, 1.0, 1.0
@@ -304,7 +309,7 @@ def contact_sheet(root, examples, count=18, seed=0, carried=4, columns=2):
         missed = label not in best
         fig.text(x / total_w, 1 - (y + side + 0.09) / total_h, ("missed: " if missed else "") +
                  _name(names, classes[label], 40), fontsize=7, color=WRONG if missed else RIGHT, va="center")
-        found = carriers(examples, i, carried)
+        found = carriers(examples, i, 4)
         for j, (n, share) in enumerate(found):
             small = 0.62
             ax = place(x + side + 2.47 + j * (small + 0.06), y + 0.1, small, small)

@@ -13,6 +13,7 @@ from lowshot.script import silent
 BLOCK = 1 << 14                     # vectors in hand at a time: memory that is freed and taken again stays mapped, and in cache
 TRAINING_PER_CELL = 48              # vectors per centroid in k-means: twice as many change recall by less than .005
 FEW_CELLS = 1024                    # of no more than these the nearest is found by comparing with all
+ROUNDS = 6                          # of k-means
 STAY_NEAR = 16                      # from one round of k-means to the next, vectors stay within the nearest 1/16 of the cells
 CHAINED = 64                        # centroids near each that the next in a chain is mostly among
 KEPT = 1 << 11                      # copies of a vector that others are compared with: more than anybody's candidates
@@ -134,7 +135,7 @@ def default_nlist(n):
     return max(1, min(int(4 * n ** 0.5), n))
 
 
-def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
+def train_centroids(vectors, nlist, seed=0, progress=None):
     """Spherical k-means on a sample. Returns centroids float32 (nlist, d), of norm 1 (0 where all vectors are zero), and the
     sample in bytes and its cells, int32."""
     rs = np.random.RandomState(seed)
@@ -144,7 +145,7 @@ def train_centroids(vectors, nlist, seed=0, iterations=6, progress=None):
     X = nb.to_bytes(x)
     centroids = np.ascontiguousarray(x[rs.choice(m, nlist, replace=m < nlist)])
     cell = order = None
-    for iteration in range(iterations):
+    for iteration in range(ROUNDS):
         C = nb.to_bytes(centroids)
         cell = nearest_cell(X, C) if cell is None or nlist <= FEW_CELLS else still_nearest(X, cell, C, order)
         order = np.argsort(cell, kind="stable").astype(np.int32)
@@ -276,12 +277,12 @@ class Codes:
         return self(np.empty((0, d), np.float32)).shape[1]
 
 
-def main_directions(vectors, m, seed=0):
+def main_directions(vectors, m):
     """Projection float32 (m, d) on the m directions with the most of the vectors' energy.
 
     Turned at random within these, so that elements are alike in size, which is what a common step of bytes suits.
     """
-    rs = np.random.RandomState(seed)
+    rs = np.random.RandomState(0)
     sample = np.sort(rs.choice(vectors.n, min(vectors.n, max(4 * vectors.d, (1 << 22) // vectors.d)), replace=False))
     x = vectors.scaled_rows(sample).astype(np.float64)
     V = np.linalg.eigh(x.T @ x)[1][:, ::-1]         # by falling eigenvalue
@@ -354,7 +355,7 @@ class Cells:
         """Cells found by k-means. progress: called with (stage, done, total)."""
         at = progress or silent
         centroids, sample = train_centroids(vectors, nlist or default_nlist(vectors.n), seed,
-                                            progress=lambda i: at("rounds of k-means", i, 6))
+                                            progress=lambda i: at("rounds of k-means", i, ROUNDS))
         ways = ways_to_cells(centroids, *sample, seed) if len(centroids) > FEW_CELLS else None
         del sample
         return cls(vectors, centroids, assign(vectors, centroids, ways,

@@ -129,7 +129,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
                             progress=progress, say=log, release=True, sample=new)
         test_D, test_I, info = search_done()
-        log(f"test images: recall@{k} {info['recall']:.4f} on a sample")
+        log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
         return Graph(I, D, test_I, test_D, locality_order(I), vectors.scale)
 
 

@@ -88,7 +88,7 @@ class Experiment:
             return value
         values = value if key in self.LISTS else [value]
         kinds = (int, float) if key in self.REALS else (int,)
-        if (not isinstance(values, list) or not values or len(set(map(str, values))) < len(values)
+        if (not isinstance(values, list) or not values or len(set(map(as_text, values))) < len(values)
                 or not all(type(v) in kinds and self.LEAST.get(key, 0) <= v <= self.MOST.get(key, sys.float_info.max)
                            for v in values)):
             what = "a list of different numbers" if key in self.LISTS else "a number"
@@ -228,6 +228,7 @@ def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
     if dim:
         arguments["dim"] = dim
     return make_job(e, "diffusion", ddir, name, arguments, lambda: [ddir.pca(dim or 256)],
+                    lambda: [ddir.raw(dim or 256)] if nbg else [],
                     lambda: ddir.find_graph(nbg, k, dim or 256)[:2] if nbg else [])
 
 
@@ -291,6 +292,7 @@ def test_jobs(e, system, ddir, parameters, source):
 def check_chosen(e, parameters, jobs, path):
     """ValueError where the parameters, of the file `path`, were not chosen for the data and settings of these jobs; a line
     where it was by other seeds. Those written by hand, which do not say, are taken as they are."""
+    of_seeds = set()
     for job in jobs:
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
@@ -300,7 +302,8 @@ def check_chosen(e, parameters, jobs, path):
         other = other or next(changed, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
-    of_seeds = {tuple(p["seeds"]) for p in leaves(parameters) if isinstance(p.get("seeds"), list)}
+        if isinstance(p.get("seeds"), list):
+            of_seeds.add(tuple(p["seeds"]))
     for seeds in of_seeds - {tuple(e.seeds)}:
         log(f"note: {path} has parameters that were chosen by the seeds {as_text(seeds)}, not {as_text(e.seeds)}")
 
@@ -450,16 +453,13 @@ def records_of(jobs, phase):
 def best_iteration(curves):
     """Best number of iterations: highest mean top-5 over all classes; of equal ones the lowest.
 
-    curves: one list of results per seed, [{"iteration", "top5", "top5_novel"}]. Returns (iteration, mean top-5, mean
-    top-5 on novel), means over seeds.
+    curves: one list of results per seed, [{"iteration", "top5", "top5_novel"}], after the same numbers of iterations.
+    Returns (iteration, mean top-5, mean top-5 on novel), means over seeds.
     """
-    iterations = [r["iteration"] for r in curves[0]]
-    if any([r["iteration"] for r in c] != iterations for c in curves):
-        raise ValueError("the records of one setting were evaluated after different numbers of iterations")
     top5, novel = (np.mean([[r[key] for r in c] for c in curves], axis=0) for key in ("top5", "top5_novel"))
     # means of equal accuracies may differ in their last bit
     best = int(np.argmax(top5 >= top5.max() - 1e-12))
-    return iterations[best], float(top5[best]), float(novel[best])
+    return curves[0][best]["iteration"], float(top5[best]), float(novel[best])
 
 
 def choose(e, system, ddir):
@@ -468,11 +468,11 @@ def choose(e, system, ddir):
     Of settings that are equally good the one with fewer iterations is taken, then the first of the grid.
     """
     jobs = validation_jobs(e, system, ddir)
-    groups, files = {}, {}      # (nbg or None, n) -> {setting: [curve per seed]}, what they are made from
+    groups, jobs_of = {}, {}    # (nbg or None, n) -> {setting: [curve per seed]}, one of the jobs
     for job, record in zip(jobs, records_of(jobs, 1)):
         a = job.arguments
         settings = groups.setdefault((a.get("nbg"), a["nlabeled"]), {})
-        files[a.get("nbg"), a["nlabeled"]] = job.files()
+        jobs_of[a.get("nbg"), a["nlabeled"]] = job
         if system == "diffusion":
             settings.setdefault((), []).append(record["results"])
         else:
@@ -488,10 +488,11 @@ def choose(e, system, ddir):
             parameters = {"niter": iteration}
         else:
             parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
+        job = jobs_of[nbg, n]
         settings = {**defaults(job), **job.arguments}
         parameters.update((key, settings[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
-        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": files[nbg, n]}
+        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": job.files()}
     return chosen
 
 
@@ -508,7 +509,7 @@ def read_parameters(e, system, ddir, source):
     """Parameters of phase 2 (source "chosen") or of the paper ("published"), as test_jobs takes them."""
     if source == "published":
         parameters = e.published.get("parameters", {}).get(system)
-        if not parameters:
+        if not parameters or not are_parameters(parameters, system):
             raise ValueError(f"{e.path} names no published parameters of {system}")
         return parameters
     path = e.parameters_path(system, ddir)
@@ -521,13 +522,6 @@ def read_parameters(e, system, ddir, source):
     return parameters
 
 
-def leaves(tree):
-    """The parameters in a tree of choose(): dicts that hold no dicts."""
-    if not any(isinstance(v, dict) for v in tree.values()):
-        return [tree]
-    return [leaf for v in tree.values() for leaf in leaves(v)]
-
-
 def are_parameters(tree, system):
     """Whether a tree is what choose() returns."""
     def are(tree, depth):
@@ -535,6 +529,6 @@ def are_parameters(tree, system):
             return False
         if depth:
             return all(are(v, depth - 1) for v in tree.values())
-        return all(is_number(tree.get(key)) for key in (("niter",) if system == "diffusion" else
-                                                        ("lr", "wd", "batchsize", "maxiter")))
+        whole, real = (("niter",), ()) if system == "diffusion" else (("batchsize", "maxiter"), ("lr", "wd"))
+        return all(type(tree.get(key)) is int for key in whole) and all(is_number(tree.get(key)) for key in real)
     return are(tree, 2 if system == "diffusion" else 1)

@@ -25,8 +25,9 @@ class FeatureWriter:
             out.finish()
 
     labels: int32 (n,). made_from: JSON-ready dict; a partial file made from something else is refused, or begun anew if
-    `overwrite`. class_names: list or None; kept for people, readers ignore them. notes: JSON-ready dict kept with the
-    progress, for the caller. Only what was saved counts as done: at most `period` seconds are lost.
+    `overwrite`. class_names: list or None; kept for people, readers ignore them. The attribute `notes`, a JSON-ready dict that
+    write() takes, is kept with the progress, for the caller. Only what was saved counts as done: at most `period` seconds are
+    lost.
     """
 
     def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20, class_names=None):

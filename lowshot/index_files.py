@@ -63,17 +63,15 @@ def cells_of_index(index, path, remedy):
     return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
 
 
-def write_ivf_flat(path, cells, nprobe=256, progress=None):
-    """Write the vectors of `cells` as a Faiss IVF,Flat index: what faiss.write_index would, without a copy in memory.
-
-    nprobe: what the index searches if nobody says otherwise (paper, section 3.2: 256).
-    """
+def write_ivf_flat(path, cells, progress=None):
+    """Write the vectors of `cells` as a Faiss IVF,Flat index: what faiss.write_index would, without a copy in memory. It
+    searches 256 cells if nobody says otherwise (paper, section 3.2)."""
     v = cells.vectors
     nlist, sizes = len(cells.centroids), (cells.end - cells.begin).astype("<u8")
     quantizer = faiss.IndexFlatIP(v.d)
     quantizer.add(cells.centroids)
     empty = faiss.IndexIVFFlat(quantizer, v.d, nlist, faiss.METRIC_INNER_PRODUCT)
-    empty.is_trained, empty.ntotal, empty.nprobe = True, v.n, min(nprobe, nlist)
+    empty.is_trained, empty.ntotal, empty.nprobe = True, v.n, min(256, nlist)
     # an index ends with its lists: "ilar", their number, bytes per vector, how sizes are stored, sizes, contents
     header = faiss.serialize_index(empty).tobytes()
     lists = b"ilar" + struct.pack("<QQ", nlist, 4 * v.d)

@@ -32,10 +32,10 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
                     checkpoint=None, release=False, sample=None, exact=False):
     """The graph of each vector's k nearest, itself included.
 
-    Sets below exact_search.EXACT_BELOW are compared whole, and others if `exact`, for GPUs. Of larger ones, the vectors of each
-    node's nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where that is quicker,
-    until recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known lists stay as they
-    are. Deterministic for a seed, and whatever the number of threads but for rounding in projections by BLAS.
+    Sets below exact_search.EXACT_BELOW are compared whole where no cells are given, and others if `exact`, for GPUs. Otherwise
+    the vectors of each node's nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where
+    that is quicker, until recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known
+    lists stay as they are. Deterministic for a seed, and whatever the number of threads but for rounding in projections by BLAS.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
     is that of the other nodes.
@@ -43,7 +43,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     release: give up the vectors in cells before the similarities are computed, to save memory.
     sample: Sample of the nodes, of those that are new if lists are given; made here if None.
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
-    Returns D, I, info (recall, nprobe, rounds, exact).
+    Returns D, I, info (recall, exact, and nprobe and rounds where it is not).
     """
     progress, say = progress or silent, say or (lambda line: None)
     vectors = cells.vectors if cells is not None else as_vectors(x)
@@ -165,14 +165,11 @@ class Lists:
     def search(self, nprobe, progress, near=None):
         """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells()."""
         c, n = self.cells, self.cells.n
-        if self.searched and self.nprobe != nprobe:
-            self.restart()
         self.nprobe = nprobe
         if self.n0:
             self._search_new(nprobe, progress, near)
         for i in range(self.searched, n, sampling.SEARCH_BLOCK):
             block = slice(i, min(i + sampling.SEARCH_BLOCK, n))
-            self.keys[block] = 0        # of a run that was killed in this block
             nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.stop, c.X, self.keys[block],
                             near=self._near(near, np.arange(i, block.stop)))
             self.searched = block.stop
@@ -237,11 +234,11 @@ class Lists:
         return sample.recall_of_keys(self.best(self.position[sample.number], most), self.cells)
 
 
-def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say=lambda line: None):
+def search_begun(cells, xq, k, recall=0.95, nprobe=0, progress=None, say=lambda line: None):
     """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
 
     In two parts: this one needs the codes in cells; the function that it returns, which needs them no more, returns
-    D, I, info (recall, nprobe).
+    D, I, info (recall, exact, and nprobe where it is not).
     nprobe: number of cells to search, found by measurement if 0.
     say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
@@ -250,7 +247,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, seed=0, progress=None, say
     if Q.n <= 2 * sampling.SAMPLE or X.n < exact_search.EXACT_BELOW or all_on_gpu(Q.n, X.n, X.d):
         found = *exact_search.exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
-    sample = Sample(Q, X, k, seed, progress, size=sampling.COMPLETION_SAMPLE, cells=cells)
+    sample = Sample(Q, X, k, 0, progress, size=sampling.COMPLETION_SAMPLE, cells=cells)
     K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = nprobe or cells_reaching(curve, with_margin(recall))

@@ -40,10 +40,10 @@ def phase_choose(e, system, ddir):
     log(f"wrote {path}")
 
 
-def whole_number(name, default, environment=os.environ):
-    text = environment.get(name) or str(default)
+def jobs_at_a_time():
+    text = os.environ.get("JOBS") or "1"
     if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{name}={text!r} is not a whole number")
+        raise ValueError(f"JOBS={text!r} is not a whole number")
     return int(text)
 
 
@@ -70,7 +70,7 @@ def main():
     if phase is None:
         print_comparison(e, ddir)
     elif phase == "1":
-        run_jobs(validation_jobs(e, args.what, ddir), whole_number("JOBS", 1))
+        run_jobs(validation_jobs(e, args.what, ddir), jobs_at_a_time())
     elif phase == "2":
         phase_choose(e, args.what, ddir)
     else:
@@ -79,9 +79,9 @@ def main():
         if source == "chosen":
             check_chosen(e, parameters, jobs, e.parameters_path(args.what, ddir))
         if phase == "3":
-            run_jobs(jobs, whole_number("JOBS", 1))
+            run_jobs(jobs, jobs_at_a_time())
         else:
-            print_report(e, args.what, ddir, jobs, source)
+            print_report(e, args.what, ddir, jobs, parameters, source)
     return 0
 
 

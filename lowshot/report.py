@@ -8,13 +8,12 @@ from lowshot.experiments import SYSTEMS, as_text, read_parameters, records_of, t
 from lowshot.script import log, write_json, write_text
 
 
-def final_accuracies(e, system, ddir, jobs, source):
+def final_accuracies(system, jobs, parameters):
     """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..]}} of the jobs that have run.
 
     The accuracies are percentages, one per seed, at the parameters' number of iterations. Also returns the names of
     the jobs without a record.
     """
-    parameters = read_parameters(e, system, ddir, source)
     rows, missing = {}, []
     for job in jobs:
         record, a = job.result(), job.arguments
@@ -25,13 +24,11 @@ def final_accuracies(e, system, ddir, jobs, source):
         p = (parameters if nbg is None else parameters[str(nbg)])[str(n)]
         results = record["results"] if system == "diffusion" else record["runs"][0]["results"]
         iteration = p["niter" if system == "diffusion" else "maxiter"]
-        at = [r for r in results if r["iteration"] == iteration]
-        if not at:
-            raise ValueError(f"{job.record} has no figures after {iteration} iterations")
+        [at] = [r for r in results if r["iteration"] == iteration]
         row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": []})
         row["seeds"].append(a["seed"])
         for key in ("top5", "top5_novel"):
-            row[key].append(100 * at[0][key])
+            row[key].append(100 * at[key])
     return rows, missing
 
 
@@ -74,9 +71,9 @@ def report_table(e, system, rows):
     return markdown(header, table)
 
 
-def print_report(e, system, ddir, jobs, source):
+def print_report(e, system, ddir, jobs, parameters, source):
     """Phase 4: one line per number of labels, a Markdown table, and report.md and report.json beside the records."""
-    rows, missing = final_accuracies(e, system, ddir, jobs, source)
+    rows, missing = final_accuracies(system, jobs, parameters)
     if not rows:
         raise ValueError(f"none of the {len(jobs)} jobs has a record: bash run_{system}.bash 3 runs them")
     log(f"top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), {source} parameters")
@@ -106,7 +103,7 @@ def comparison(e, ddir):
         parameters = read_parameters(e, system, ddir, "chosen")
         jobs = test_jobs(e, system, ddir, parameters, "chosen")
         records_of(jobs, 3)
-        rows, _ = final_accuracies(e, system, ddir, jobs, "chosen")
+        rows, _ = final_accuracies(system, jobs, parameters)
         for (nbg, n), row in rows.items():
             systems.setdefault((system, nbg), {})[n] = row
     return systems

@@ -22,6 +22,7 @@ sys.path.insert(0, HERE)
 from demo import show  # noqa: E402
 from demo.glyphs import choose_distinct, coverage, find_fonts, glyph  # noqa: E402
 from demo.make_data import damaged, draw  # noqa: E402
+from lowshot.script import file_identities  # noqa: E402
 from lowshot.split import labelled_images, load_split  # noqa: E402
 
 NCLASS, NTRAIN, NVAL, NBG = 16, 8, 3, 1040
@@ -210,7 +211,11 @@ def test_what_is_complete_is_kept_and_the_rest_made(data, options, tmp_path):
     first_was = first.stat().st_mtime_ns
     script("make_data.py", ddir, *options, "--nbg", NBG + 30)
     assert first.stat().st_mtime_ns == first_was
-    assert np.array_equal(np.load(ddir / "yfcc100m_chars.npy")[:NBG], np.load(data / "yfcc100m_chars.npy"))
+    chars = np.load(ddir / "yfcc100m_chars.npy")
+    assert np.array_equal(chars[:NBG], np.load(data / "yfcc100m_chars.npy"))
+    np.save(ddir / "yfcc100m_chars.npy", chars[:NBG])       # as a run leaves it that was cut off before its end
+    script("make_data.py", ddir, *options, "--nbg", NBG + 30)
+    assert np.array_equal(np.load(ddir / "yfcc100m_chars.npy"), chars)
     with zipfile.ZipFile(second) as new, zipfile.ZipFile(data / "yfcc100m" / "00" / "001.zip") as old:
         assert all(new.read(name) == old.read(name) for name in old.namelist())
         assert len(new.namelist()) == len(old.namelist()) + 30 - (40 <= damaged(0, 1)[0] < 70)
@@ -400,8 +405,14 @@ def test_figure(tmp_path):
         for i, r in enumerate(records):
             (folder / f"{i}.json").write_text(json.dumps(r))
     (folders[0] / "parameters.json").write_text(json.dumps({"0": {"1": {"niter": 3}}}))
-    assert [len(x) for x in show.read_records(map(str, folders), "test", 30)] == [len(diffusion), 2]
-    assert [len(x) for x in show.read_records(map(str, folders), "val", 30)] == [1, 0]
+    (folders[1] / "test-published_nl1_seed1.json").write_text(json.dumps(logreg[0]))
+    assert [len(x) for x in show.read_records(map(str, folders), "test", 30, [])] == [len(diffusion), 2]
+    assert [len(x) for x in show.read_records(map(str, folders), "val", 30, [])] == [1, 0]
+    features = tmp_path / "train.hdf5"      # records of other features are not drawn
+    features.write_text("")
+    assert show.read_records(map(str, folders), "test", 30, [features]) == ([], [])
+    (folders[1] / "0.json").write_text(json.dumps({**logreg[0], "files": file_identities([features])}))
+    assert [len(x) for x in show.read_records(map(str, folders), "test", 30, [features])] == [0, 1]
     script("show.py", tmp_path, "--figure", tmp_path / "figure.png", "--nlabeled", 1)
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and min(image.size) > 500

@@ -148,7 +148,7 @@ def test_figures_depend_on_neither_slices_cache_nor_order_of_runs(ddir):
 def test_more_neighbours_than_nodes_are_all_nodes(ddir):
     texts = [diffusion(ddir, "--mode", "test", "--nbg", 0, "--niter", 2, "--k", k) for k in (2000, 10 ** 9)]
     assert printed(texts[0]) == printed(texts[1])
-    assert re.search(r"^note: --k is 2000, there are (\d+) nodes: k is taken as \1$", texts[0], re.M)
+    assert re.search(r"^note: --k is 2000, there are (\d+) nodes: all of them are neighbours$", texts[0], re.M)
 
 
 @pytest.mark.parametrize("script", ["diffusion.py", "logreg.py"])

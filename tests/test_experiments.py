@@ -93,6 +93,7 @@ def test_lists_from_the_environment(tmp_path):
     (("seeds: [1, 2]", "seeds: [4294967296]"), "seeds must be a list of different numbers >= 0 and <= 4294967295"),
     (("maxiter: 1000", "maxiter: 1000, mom: 7"), "logreg: mom must be a number >= 0 and <= 1, found 7"),
     (("[0.01, 0.001]", "[0.01, 0.01]"), r"logreg: lr must be a list of different numbers"),
+    (("[0, 0.1]", "[0, 0.0]"), r"logreg: wd must be a list of different numbers"),
     (("k: 10", "k: ten"), "diffusion: k must be a number >= 1, found 'ten'"),
     (("niter: 4", "niter: 4.5"), "diffusion: niter must be a number"),
     (("maxiter: 1000", "maxiter: 1000, precision: half"), "logreg: precision must be float32 or bfloat16, found 'half'"),
@@ -200,6 +201,9 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     assert diffusion.result() is not None
     os.utime(diffusion.record, (1, 1))          # clocks may differ
     assert diffusion.result() is not None
+    # vectors of the background count as well
+    of_background = experiments.validation_jobs(e, "diffusion", ddir)[-1]
+    assert of_background.arguments["nbg"] == 500 and f"{ddir.raw()} does not exist" in of_background.lacks
     figures = all_points({500: (0.5, 0.5), 1000: (0.5, 0.5)})
     write_record(logreg, figures)
     assert logreg.result() is not None
@@ -246,7 +250,8 @@ def test_records_without_figures_do_not_count(tmp_path, ddir, system, change):
     assert job.result() is None
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "{\"500\": 5}", "{\"500\": {\"1\": {\"top5\": 1}}}"])
+@pytest.mark.parametrize("content", ["[]", "null", "{\"500\": 5}", "{\"500\": {\"1\": {\"top5\": 1}}}",
+                                     "{\"500\": {\"1\": {\"niter\": 3.0}}}"])
 def test_parameters_that_are_none_are_refused_and_written_anew(tmp_path, ddir, content):
     e = experiment(tmp_path)
     path = e.parameters_path("diffusion", ddir)
@@ -337,7 +342,7 @@ def test_jobs_that_all_lack_an_input_are_not_started(tmp_path, capsys):
     (tmp_path / "label_idx.json").touch()
     jobs = experiments.validation_jobs(e, "diffusion", DataDir(str(tmp_path)))
     assert {job.arguments["nbg"] for job in jobs if job.lacks} == {6000}       # and the others would be started
-    assert jobs[-1].lacks[0].startswith("no graph of 6000 background images")
+    assert jobs[-1].lacks[-1].startswith("no graph of 6000 background images")
     experiments.run_jobs(jobs, 0, environment)
     assert not (tmp_path / "logs").exists()
 
@@ -458,8 +463,6 @@ def test_best_iteration():
     # equal means that differ in their last bit: .1 + .2 and .3 + 0
     assert experiments.best_iteration([curve(0.3, 0.1), curve(0.0, 0.2)])[0] == 0
     assert experiments.best_iteration([curve(0.1, 0.3), curve(0.2, 0.0)])[0] == 0
-    with pytest.raises(ValueError, match="different numbers of iterations"):
-        experiments.best_iteration([curve(0.1), curve(0.1, 0.2)])
 
 
 def test_choose_diffusion(tmp_path, ddir):
@@ -536,7 +539,7 @@ def test_report(finished, ddir, capsys):
     for system in ("logreg", "diffusion"):
         parameters = experiments.read_parameters(e, system, ddir, "chosen")
         jobs = experiments.test_jobs(e, system, ddir, parameters, "chosen")
-        report.print_report(e, system, ddir, jobs, "chosen")
+        report.print_report(e, system, ddir, jobs, parameters, "chosen")
     out = capsys.readouterr().out
     # seeds 1, 2: population standard deviation of .61, .62 is .005
     assert "nl=1: 61.00 +/- 0.500, novel 51.50 +/- 0.500" in out
@@ -553,15 +556,16 @@ def test_report(finished, ddir, capsys):
 
 def test_report_tells_what_is_missing(finished, ddir, capsys):
     e = finished
-    jobs = experiments.test_jobs(e, "logreg", ddir, experiments.read_parameters(e, "logreg", ddir, "chosen"), "chosen")
+    parameters = experiments.read_parameters(e, "logreg", ddir, "chosen")
+    jobs = experiments.test_jobs(e, "logreg", ddir, parameters, "chosen")
     os.unlink(jobs[1].record)
     with pytest.raises(ValueError, match=f"1 of 4 jobs have no record, {jobs[1].name} for one"):
-        report.print_report(e, "logreg", ddir, jobs, "chosen")
+        report.print_report(e, "logreg", ddir, jobs, parameters, "chosen")
     assert "nl=1: 60.50 +/- 0.000" in capsys.readouterr().out
     for job in jobs[:1] + jobs[2:]:
         os.unlink(job.record)
     with pytest.raises(ValueError, match="none of the 4 jobs has a record"):
-        report.print_report(e, "logreg", ddir, jobs, "chosen")
+        report.print_report(e, "logreg", ddir, jobs, parameters, "chosen")
 
 
 def test_comparison(finished, ddir, capsys):
@@ -630,6 +634,13 @@ def test_parameters_of_other_data_or_settings_are_refused(finished, tmp_path, dd
     assert call(monkeypatch, capsys, "diffusion", "3", finished.path, **words)[0] == 0
     code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words, SEEDS="5 6")
     assert code == 0 and "has parameters that were chosen by the seeds 1,2, not 5,6" in out.out
+    path = finished.parameters_path("diffusion", ddir)
+    parameters = json.load(open(path))
+    for of_labels in parameters.values():       # these jobs have no use for
+        of_labels["1"]["seeds"] = [7]
+    json.dump(parameters, open(path, "w"))
+    code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words, NLABELED="2")
+    assert code == 0 and "chosen by the seeds" not in out.out
     experiment(tmp_path, TINY.replace("k: 10", "k: 5"))
     path = finished.parameters_path("diffusion", ddir)
     code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words)

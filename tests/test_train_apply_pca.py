@@ -194,6 +194,28 @@ def test_going_on_after_a_kill(root, monkeypatch):
     np.testing.assert_allclose(raw(root), expected, atol=1e-5)      # slabs are smaller here, rounding differs
 
 
+def test_a_note_of_another_pca_does_not_outlive_its_rows(root, monkeypatch):
+    run(root, "train", "apply")
+    os.unlink(path(root))
+    partial = path(root) + ".partial"
+    with open(partial, "wb") as f:
+        f.write(bytes(4 * DIM * 400))
+    write_json(partial + ".json", {"rows": 400, "made_from": "another PCA"})
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args):
+        raise Killed
+
+    monkeypatch.setenv("DDIR", str(root))
+    monkeypatch.setattr(sys, "argv", ["train_apply_pca.py", "apply", "--overwrite", "--dim", str(DIM)])
+    monkeypatch.setattr(train_apply_pca.Progress, "update", die)
+    with pytest.raises(Killed):
+        train_apply_pca.main()
+    assert os.path.exists(partial) and not os.path.exists(partial + ".json")
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", ["train", "apply"])
 def test_killed_beside_the_rename(root, monkeypatch, step, after):
