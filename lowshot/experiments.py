@@ -529,6 +529,7 @@ def are_parameters(tree, system):
             return False
         if depth:
             return all(are(v, depth - 1) for v in tree.values())
-        whole, real = (("niter",), ()) if system == "diffusion" else (("batchsize", "maxiter"), ("lr", "wd"))
-        return all(type(tree.get(key)) is int for key in whole) and all(is_number(tree.get(key)) for key in real)
+        least, real = ({"niter": 0}, ()) if system == "diffusion" else ({"batchsize": 1, "maxiter": 1}, ("lr", "wd"))
+        return (all(type(tree.get(key)) is int and tree[key] >= low for key, low in least.items())
+                and all(is_number(tree.get(key)) for key in real))
     return are(tree, 2 if system == "diffusion" else 1)

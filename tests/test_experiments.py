@@ -251,7 +251,7 @@ def test_records_without_figures_do_not_count(tmp_path, ddir, system, change):
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{\"500\": 5}", "{\"500\": {\"1\": {\"top5\": 1}}}",
-                                     "{\"500\": {\"1\": {\"niter\": 3.0}}}"])
+                                     "{\"500\": {\"1\": {\"niter\": 3.0}}}", "{\"500\": {\"1\": {\"niter\": -1}}}"])
 def test_parameters_that_are_none_are_refused_and_written_anew(tmp_path, ddir, content):
     e = experiment(tmp_path)
     path = e.parameters_path("diffusion", ddir)
