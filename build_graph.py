@@ -20,7 +20,7 @@ minutes (not where a GPU compares all images with all, which takes no longer tha
 import os
 import time
 
-from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
+from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
 from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
@@ -69,7 +69,7 @@ def main():
     record, start = provenance(args), time.time()
     n, d = args.nbg, args.dim
     raw = ddir.raw(d)
-    matrix_rows(raw, "<f4", d, n, pca_command("apply", d))
+    rows = NormalisedRows(MatrixFile(raw, "<f4", d, n, pca_command("apply", d)))
     # after the checks: these load Faiss and the compiled library
     from graph_utils import neighbours as nb
     from lowshot import exact_search, knn
@@ -91,7 +91,6 @@ def main():
     predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
     print_header(args, predicted_memory=size(predicted), products=nb.products())
     warn_of_memory(predicted_memory(n, d, k, all_on_gpu, device is not None, files=False))
-    rows = NormalisedRows(MatrixFile(raw, "<f4", d, n))
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
@@ -113,7 +112,7 @@ def main():
             return
         if not complete:
             vectors = Vectors(rows)
-        index, cells = stored_index(ddir.index(n), vectors, args, progress, log)
+        index, cells = stored_index(ddir.index(n), vectors, args, progress)
         if args.overwrite:
             remove(path_I)
             remove(path_D)
@@ -126,7 +125,7 @@ def main():
         all_on_gpu = own_search and all_on_gpu
         if args.device == "gpu" and not gpus and not all_on_gpu:
             raise ValueError(NO_GPU)
-        if args.nprobe and isinstance(index, faiss.IndexFlat):
+        if args.nprobe and isinstance(index, faiss.IndexFlat) and (gpus or n < exact_search.EXACT_BELOW):
             log(f"note: --nprobe {args.nprobe} is of no use, as the index has no cells: all images are compared with all")
         gpu_index = on_gpus(index, args.device) if gpus and not all_on_gpu else None
         search_with_faiss = gpu_index is not None or not own_search
@@ -191,7 +190,7 @@ def checked_index(path, vectors):
     return index
 
 
-def stored_index(path, vectors, args, progress, log):
+def stored_index(path, vectors, args, progress):
     """The Faiss index on disk, made if it is not there: (index, Cells of an IVF,Flat index or None)."""
     from lowshot.cells import Cells, default_nlist
     from lowshot.exact_search import EXACT_BELOW

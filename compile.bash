@@ -10,6 +10,9 @@
 # CXXFLAGS_ARCH=-march=x86-64-v3 for a cluster where all machines have AVX2.
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
+# relative to the caller's folder
+case "${PYTHON:-}" in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
+[ ! -d "${1:-}" ] || set -- "$(cd "$1" && pwd)"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { echo "compile.bash: error: $*" >&2; exit 1; }

@@ -23,8 +23,8 @@ DDIR=$(cd "$DDIR" && pwd)
 export DDIR
 EXPERIMENT=$(realpath "${EXPERIMENT:-$(dirname "${BASH_SOURCE[0]}")/configs/demo.yaml}")
 EPOCHS=${EPOCHS:-14}
+source "$(dirname "${BASH_SOURCE[0]}")/setup.bash"
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source ./setup.bash
 
 cores=$("$PYTHON" -c 'from lowshot.machine import cpus; print(cpus())')
 export JOBS=${JOBS:-$(( (cores + 1) / 2 ))}

@@ -32,7 +32,7 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.machine import cpus, peak_memory
-from lowshot.script import Parser, Progress, check_outputs, clock, log, number, print_header, run, size
+from lowshot.script import Parser, Progress, check_outputs, clock, file_name, log, number, print_header, run, size
 
 FOR_GPU = 4             # times the configuration's images at a time are quicker there
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
@@ -51,7 +51,7 @@ def main():
     from lowshot.networks import NETWORKS, for_inference, load_checkpoint, make_network, usual_transforms
 
     config = load_config(args.cfg)
-    check_outputs(args.outfile or os.curdir, inputs=[args.modelfile])
+    check_outputs(args.outfile, inputs=[args.modelfile])
     loader, transforms = config["loader"], config["transforms"]
     device = choose_device(args.device)
     workers = choose_workers(args.workers if args.workers is not None else loader["workers"], device)
@@ -148,13 +148,13 @@ def arguments():
     group.add_argument("--i1", type=number(int, -1), default=-1, help="image after the last one; -1: all")
     group.add_argument("--model", default="ResNet50", help="ResNet10, 18, 34, 50 or 101, or the lower-case name of a "
                        "torchvision model")
-    group.add_argument("--modelfile", help="checkpoint with the network's weights; torchvision's models can do without, "
-                       "torchvision then downloads their weights")
+    group.add_argument("--modelfile", type=file_name, help="checkpoint with the network's weights; torchvision's models can do "
+                       "without, torchvision then downloads their weights")
     group = parser.add_argument_group("output")
-    group.add_argument("--outfile", required=True, help="HDF5 file to write")
+    group.add_argument("--outfile", type=file_name, required=True, help="HDF5 file to write")
     group.add_argument("--overwrite", action="store_true", help="replace OUTFILE where it exists and was made with "
-                       "other arguments or other images. One that was not is complete: images are told apart by their names, "
-                       "labels and sizes in bytes, not by what is in them")
+                       "other arguments or other images. One that was not is complete: images in files are told apart by "
+                       "their names, labels and sizes in bytes, zips by their sizes, not by what is in them")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cpu, cuda (all GPUs), cuda:0, ...; auto: all GPUs if there are "
                        "any")
@@ -336,17 +336,20 @@ def features_of(batch, extract):
 
 def save_all(stream, black, out, i0):
     """Write the features of all batches: a thread does, one batch behind the network. black: those of a black image, (d,)."""
+    from lowshot.imagesets import DAMAGED, MISSING, READABLE
+
     def write(features, state, faults):
         x = np.empty((len(state), out.d), np.float32) if features is None else features().copy()
-        x[state != 0] = black
+        x[state != READABLE] = black
         bad = ~np.isfinite(x).all(axis=1)
         if bad.any():
             raise ValueError(f"the features of image {i0 + out.done + np.argmax(bad)} are NaN or infinite: are the "
                              "network's weights damaged?")
-        notes = {what: out.notes.get(what, 0) + int((state == code).sum()) for what, code in (("missing", 1), ("damaged", 2))}
+        notes = {what: out.notes.get(what, 0) + int((state == code).sum())
+                 for what, code in (("missing", MISSING), ("damaged", DAMAGED))}
         if faults and "fault" not in out.notes:
             notes["fault"] = faults[0]
-        out.write(x, state == 0, notes)
+        out.write(x, state == READABLE, notes)
 
     waiting = written = None
     with Progress(out.n, "images", out.done) as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:

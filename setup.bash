@@ -15,7 +15,7 @@ set -euo pipefail
 
 setup_fail() { echo "setup.bash: error: $*" >&2; exit 1; }
 
-# the newest interpreter that will do: python3 if it is >= 3.10, else a versioned one
+# an interpreter that will do: python3 if it is >= 3.10, else a versioned one
 find_python() {
     local candidate
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
@@ -139,7 +139,7 @@ make_environment() {
 venv_works() { new_enough .venv/bin/python && .venv/bin/python -m pip --version > /dev/null 2>&1; }
 make_venv() { echo "setup: making .venv with $("$1" -V)"; "$1" -m venv --clear .venv; }
 
-# all that the compiled library depends on, this machine's CPU included: -march=native code need not run on another
+# what the compiled library depends on, this machine's CPU included: -march=native code need not run on another
 compiled_for() {
     cat compile.bash graph_utils/*.cpp graph_utils/*.h graph_utils/*.swig
     "${CXX:-g++}" --version
@@ -153,7 +153,7 @@ compile_library() {
     local stamp=graph_utils/.compiled_for hash
     hash=$(compiled_for | sha256sum)
     if [ ! -f graph_utils/core.py ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$hash" ] \
-            || ! compgen -G 'graph_utils/_core*.so' > /dev/null; then
+            || ! compgen -G 'graph_utils/_core*.so' > /dev/null || ! "$PYTHON" -c 'import graph_utils' 2> /dev/null; then
         rm -f "$stamp"
         echo "setup: compiling graph_utils"
         bash compile.bash || setup_fail "graph_utils did not compile"

@@ -7,8 +7,9 @@ Start to finish: diffusion.py without and with the completed graph that a first 
 searches the background's index (nprobe 256) for the neighbours of the labelled and test images, all else (background and
 test images against the labelled ones, the labelled ones among themselves) is compared exactly; scipy symmetrises; MKL
 multiplies all rows of L with nodes in the order of the files, numpy divides the columns by their sums, and the test
-images' scores are gathered after every iteration. Its searches and scores are timed on some random queries, and the time
-is multiplied by the number of queries over theirs; one of the iterations is timed; reading, PCA and merging are left out.
+images' scores are gathered after every iteration. Its searches and scores are timed on some queries (of the background, a
+stretch), and the time is multiplied by the number of queries over theirs; one of the iterations is timed; reading, PCA and
+merging are left out.
 
 The diffusion alone, on the same completed graph (the test images are further nodes for the peers): scikit-learn's
 LabelSpreading for as many iterations, and graphlearning's randomwalk, which solves for the limit by conjugate gradients.

@@ -76,6 +76,8 @@ def main():
     parser.add_argument("--batchsizes", type=number(int, 1), nargs="+", default=[16, 64, 128], help="mini-batches")
     parser.add_argument("--out", default="", help="also write the table to this file")
     args = parser.parse_args()
+    if args.nimages < args.nclass:
+        parser.error("--nimages is less than --nclass")
     print_header(args, threads=torch.get_num_threads())
     rs = np.random.RandomState(0)
     X = rs.random_sample((args.nimages, args.dim)).astype(np.float32)

@@ -70,7 +70,7 @@ def main():
     with Progress(args.epochs * len(images), "training images", len(history) * len(images)) as progress:
         for epoch in range(len(history), args.epochs):
             t0 = time.time()
-            loss = train_epoch(network, optimizer, scheduler, images, labels, args, epoch, progress)
+            loss = train_epoch(network, optimizer, scheduler, images, labels, args, steps, epoch, progress)
             correct = accuracy(network, val_images, val_labels)
             history.append({"epoch": epoch, "loss": loss, "accuracy": correct, "seconds": round(time.time() - t0, 3)})
             log(f"[{clock(sum(h['seconds'] for h in history))}] epoch {epoch + 1}/{args.epochs} loss {loss:.3f} "
@@ -145,13 +145,13 @@ def weight_groups(network, wd):
             {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0}]
 
 
-def train_epoch(network, optimizer, scheduler, images, labels, args, epoch, progress):
+def train_epoch(network, optimizer, scheduler, images, labels, args, batches, epoch, progress):
     """One pass in random order; the order depends on seed and epoch only. Returns the mean loss."""
     import torch
     generator = torch.Generator().manual_seed(args.seed * 100003 + epoch)
     order = torch.randperm(len(images), generator=generator)
     network.train()
-    total, batches = 0.0, max(1, len(images) // args.batchsize)
+    total = 0.0
     for i in range(batches):
         batch = order[i * args.batchsize:(i + 1) * args.batchsize]
         x = normalise(images[batch].float() / 255)

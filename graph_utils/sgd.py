@@ -94,7 +94,8 @@ class FusedSGD:
         Bpad = padded_images(batchsize)
         images = max(T * Bpad, FusedSGD.SCORED)
         scratch = max(core.sgd_scratch(G, C, dpad, 1, FusedSGD.SCORED), core.sgd_scratch(G, C, dpad, T, Bpad))
-        return 8 * rows * (dpad + 1) + 2 * 4 * images * (rows + dpad) + scratch
+        rounded = 2 * rows * dpad if core.sgd_has_bfloat16() else 0        # of W, for rounding_norms()
+        return 8 * rows * (dpad + 1) + 2 * 4 * images * (rows + dpad) + scratch + rounded
 
     def _space(self, name, size, dtype=np.float32):
         """`size` items of memory that is kept between calls, zeros at first."""

@@ -307,7 +307,6 @@ class NormalisedRows:
         self.matrices = [m for m in matrices if len(m)]
         self.first = np.cumsum([0] + [len(m) for m in self.matrices])
         self.shape = (int(self.first[-1]), matrices[0].shape[1])
-        self.dtype = np.dtype(np.float32)
 
     def __len__(self):
         return self.shape[0]

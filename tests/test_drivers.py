@@ -174,6 +174,19 @@ def test_setup_compiles_only_what_changed(checkout, environment):
     (checkout / "graph_utils" / "_core.so").unlink()
     assert setup(CXXFLAGS_ARCH="-march=x86-64-v3").returncode == 0 and calls(checkout) == 5
     assert setup(CXXFLAGS_ARCH="-march=x86-64-v3").returncode == 0 and calls(checkout) == 5
+    # a library that does not load, as after another MKL was installed
+    (checkout / "graph_utils" / "__init__.py").write_text("raise ImportError('libmkl_rt.so.2')")
+    assert setup(CXXFLAGS_ARCH="-march=x86-64-v3").returncode == 0 and calls(checkout) == 6
+
+
+def test_a_relative_interpreter_is_the_callers(checkout, environment):
+    shutil.copy(os.path.join(CHECKOUT, "run_tests.bash"), checkout)
+    relative = os.path.relpath(environment, checkout.parent)
+    out = bash("check out/run_tests.bash", "--version", cwd=checkout.parent, PYTHON=relative)
+    assert out.returncode == 0 and out.stdout.rstrip().splitlines()[-1].startswith("pytest "), out.stderr
+    out = subprocess.run(["bash", os.path.join(CHECKOUT, "compile.bash"), "none"], cwd=checkout.parent, text=True,
+                         capture_output=True, env={**os.environ, "PYTHON": "nowhere/python", "CXX": "true"})
+    assert f"no Python interpreter '{checkout.parent}/nowhere/python'" in out.stderr
 
 
 def test_setup_is_sourced(checkout, environment):
