@@ -128,7 +128,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
     an exact search for novel images looks up. Without them if not `files`: what it cannot do without.
-    examples: bytes of what is kept of them.
+    examples: bytes of the scores and contributions that are kept for --storeexamples.
     """
     from graph_utils.neighbours import words, words_of_bytes
     from lowshot import exact_search, sampling
@@ -284,8 +284,6 @@ def main():
     name = f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_k{args.k}_ni{args.niter}"
     record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
     store_at = stored_iterations(args)
-    check_outputs(record_path, args.storeexamples, *(f"{args.storeLname}_iter{i}.npy" for i in store_at),
-                  inputs=ddir.inputs() + ddir.graph_inputs(args.nbg, args.k, args.dim))
     record = provenance(args)
     steps = Steps()
     # after the arguments: these load faiss and the compiled library
@@ -305,6 +303,8 @@ def main():
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
+    check_outputs(record_path, args.storeexamples, *(f"{args.storeLname}_iter{i}.npy" for i in store_at),
+                  inputs=[ddir.label_idx(), *key.sources])
     record["files"] = key.made_from["files"] + file_identities([ddir.label_idx()])
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, k)

@@ -246,7 +246,9 @@ def main():
     ddir = DataDir()
     record = provenance(args)
     args.record = args.record or default_record(ddir, args)
-    check_outputs(args.record, args.storemodel, args.storeL, inputs=ddir.inputs())
+    inputs = [ddir.train, ddir.val, ddir.label_idx()]
+    check_outputs(args.record, args.storemodel, args.storeL, inputs=inputs)
+    record["files"] = file_identities(inputs)
     with exclusive(args.record):        # and the state beside it
         experiment(args, ddir, record)
 
@@ -255,7 +257,6 @@ def experiment(args, ddir, record):
     """Train and evaluate what the arguments say, and complete and write the record."""
     from graph_utils import FusedSGD, get_num_threads
     split = load_split(ddir.label_idx(), args.mode)
-    record["files"] = file_identities([ddir.train, ddir.val, ddir.label_idx()])
     C = len(split.classes)
     points = [(lr, wd) for lr in args.lr for wd in args.wd]
     for path in filter(None, (args.storemodel, args.storeL)):

@@ -24,7 +24,7 @@ import lowshot  # noqa: E402 F401     before numpy: it names the number of threa
 import numpy as np  # noqa: E402
 
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, check_outputs, file_identities, log, number, read_json, run, whole  # noqa: E402
+from lowshot.script import Parser, changed_file, check_outputs, log, number, read_json, run, whole  # noqa: E402
 
 INK, MUTED, GRID = "#24292f", "#6b7280", "#e5e7eb"
 RIGHT, WRONG = "#15803d", "#b91c1c"
@@ -87,14 +87,13 @@ def save(fig, path):
 def read_records(folders, mode, k, inputs):
     """(records of diffusion.py with k neighbours, records of logreg.py) of one mode among the folders' JSON files: those made
     from `inputs` as they are, by parameters that were chosen here."""
-    inputs = file_identities(inputs)
     diffusion, logreg = [], []
     for path in sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.json"))):
         record = read_json(path)
         arguments = record.get("arguments") if isinstance(record, dict) else None
         if not isinstance(arguments, dict) or os.path.basename(path).startswith("test-published_"):
             continue
-        if arguments.get("mode") == mode and all(i in record.get("files", []) for i in inputs):
+        if arguments.get("mode") == mode and not changed_file(inputs, record.get("files")):
             if record.get("results") and "nbg" in arguments:
                 if arguments.get("k") == k:
                     diffusion.append(record)

@@ -10,8 +10,8 @@ PANEL = 32      # columns of the quickest: twice as many rows fit in the caches,
 
 
 def aligned_zeros(shape, dtype=np.float32):
-    """Zeros, C-contiguous, aligned to 64 bytes; large arrays to huge pages, which they ask for, as random access to rows of L misses
-    the TLB otherwise. Pages that are never touched take no memory."""
+    """Zeros, C-contiguous, aligned to 64 bytes; large arrays to huge pages, which they ask for, as random access to rows
+    of L misses the TLB otherwise. Pages that are never touched take no memory."""
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     huge = 2 << 20

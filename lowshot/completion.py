@@ -273,7 +273,7 @@ def npy_header(path):
 
 
 class FixedKey:
-    """What the fixed part of a run is made from, and where it is kept.
+    """What the fixed part of a run is made from, and where it is kept. sources: paths of the files.
 
     base_rows: rows of train.hdf5; test_rows: rows of val.hdf5.
     """
@@ -281,18 +281,18 @@ class FixedKey:
     def __init__(self, ddir, mode, nbg, k, dim, base_rows, test_rows):
         self.ddir, self.nbg, self.k, self.dim = ddir, nbg, k, dim
         self.base_rows, self.test_rows = base_rows, test_rows
-        sources = [ddir.train, ddir.val, ddir.pca(dim)]
+        self.sources = [ddir.train, ddir.val, ddir.pca(dim)]
         if nbg:
-            sources += [ddir.raw(dim), *ddir.find_graph(nbg, k, dim)[:2]]
+            self.sources += [ddir.raw(dim), *ddir.find_graph(nbg, k, dim)[:2]]
             if os.path.exists(ddir.index(nbg)):
-                sources.append(ddir.index(nbg))
-        for path in sources:
+                self.sources.append(ddir.index(nbg))
+        for path in self.sources:
             check_readable(path, "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim))
         load_pca(ddir.pca(dim))         # tells whether it is damaged: then its digest is another, too
         if nbg:
             check_made_by(ddir.pca(dim), ddir.raw(dim), dim)
         self.made_from = {
-            "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": file_identities(sources),
+            "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": file_identities(self.sources),
             "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}
         self.folder = ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}")
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
-from lowshot.machine import cpus, end_with_parent
-from lowshot.script import clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
+from lowshot.machine import cpus, end_with_parent, named_threads
+from lowshot.script import changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
 
 SYSTEMS = ("logreg", "diffusion")
 SETTINGS = {"logreg.py": ("mom", "precision"), "diffusion.py": ("k", "dim")}    # that parameters are chosen for
@@ -147,20 +147,21 @@ class Job:
             return None
         if not isinstance(record, dict) or not record.get("complete") or not isinstance(record.get("arguments"), dict):
             return None
-        have, wanted = ({**defaults(self), **a} for a in (record["arguments"], self.arguments))
-        if not all(as_text(have.get(k)) == as_text(v) for k, v in wanted.items()):
+        have = {**defaults(self), **record["arguments"]}
+        if not all(as_text(have.get(k)) == as_text(v) for k, v in self.settings.items()):
             return None
         if not has_figures(record, self):
             return None
-        return None if self.other_input(record.get("files")) else record
+        return None if changed_file(self.inputs, record.get("files")) else record
 
     def files(self):
         """Identities of the inputs that are there."""
         return file_identities(self.inputs)
 
-    def other_input(self, files):
-        """The name of an input that is not as one of `files` says; None if there is none."""
-        return next((f[0] for f in self.files() if not isinstance(files, list) or f not in files), None)
+    @property
+    def settings(self):
+        """The arguments, with what the script takes for those that an experiment need not name."""
+        return {**defaults(self), **self.arguments}
 
 
 def defaults(job):
@@ -185,7 +186,7 @@ def has_figures(record, job):
 
 def reported(job):
     """The points (lr, wd) that a job trains, None of diffusion.py, and the numbers of iterations after which it reports."""
-    a = {**defaults(job), **job.arguments}
+    a = job.settings
     if job.script != "logreg.py":
         return None, list(range(a["niter"] + 1))
     lr, wd = (value if isinstance(value, list) else [value] for value in (a["lr"], a["wd"]))
@@ -296,10 +297,9 @@ def check_chosen(e, parameters, jobs, path):
     for job in jobs:
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
-        other = job.other_input(p["files"]) if "files" in p else None
-        settings = {**defaults(job), **a}
-        changed = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != settings[key])
-        other = other or next(changed, None)
+        other = changed_file(job.inputs, p["files"]) if "files" in p else None
+        settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != job.settings[key])
+        other = other or next(settings, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
         if isinstance(p.get("seeds"), list):
@@ -322,7 +322,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
     if not todo:
         return
     added = {"DDIR": environment["DDIR"]}
-    if parallel > 1 and (KEPT_TO_QUOTA or not environment.get("OMP_NUM_THREADS", "").strip()):
+    if parallel > 1 and (KEPT_TO_QUOTA or not named_threads(environment)):
         added["OMP_NUM_THREADS"] = str(max(1, cpus() // parallel))
     prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
     if parallel == 0:
@@ -489,8 +489,7 @@ def choose(e, system, ddir):
         else:
             parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
         job = jobs_of[nbg, n]
-        settings = {**defaults(job), **job.arguments}
-        parameters.update((key, settings[key]) for key in SETTINGS[job.script])
+        parameters.update((key, job.settings[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
         where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": job.files()}
     return chosen

@@ -103,14 +103,6 @@ class DataDir:
         raise ValueError(f"no graph of {nbg} background images with k >= {k} in {folder} ({have}): "
                          f"{graph_command(nbg, k, dim)} makes it")
 
-    def inputs(self):
-        """Paths that all experiments read."""
-        return [self.label_idx(), self.train, self.val]
-
-    def graph_inputs(self, nbg, k, dim=256):
-        """Paths that a diffusion over background images reads besides."""
-        return [self.pca(dim), self.raw(dim), self.index(nbg), *self.graph(nbg, padded_to_power_of_two(k))]
-
     def label_idx(self):
         """label_idx.json of the data directory, or the copy in the current folder."""
         for path in (self.path("label_idx.json"), "label_idx.json"):

@@ -50,13 +50,18 @@ def cpus():
     return max(count, 1)
 
 
+def named_threads(environment=os.environ):
+    """OMP_NUM_THREADS; "" if that names no number."""
+    return environment.get("OMP_NUM_THREADS", "").strip()
+
+
 def keep_to_quota(environment=os.environ):
     """Name as many threads as the cgroups' quotas are good for, where these are less than the CPUs and the user named none.
 
     Libraries that are loaded later would take one for each CPU that they see: most of these would be kept waiting, together
     with those that wait for them. Returns whether a number was named.
     """
-    kept = not environment.get("OMP_NUM_THREADS", "").strip() and cpus() < len(os.sched_getaffinity(0))
+    kept = not named_threads(environment) and cpus() < len(os.sched_getaffinity(0))
     if kept:
         environment["OMP_NUM_THREADS"] = str(cpus())
     return kept
@@ -64,9 +69,9 @@ def keep_to_quota(environment=os.environ):
 
 def check_threads(environment=os.environ):
     """ValueError for an OMP_NUM_THREADS that OpenMP takes for none, or that no system gives."""
-    given = environment.get("OMP_NUM_THREADS", "")
+    given = named_threads(environment)
     numbers = [int(text) if re.fullmatch(r"\s*\+?[0-9]{1,9}\s*", text) else 0 for text in given.split(",")]
-    if given.strip() and not all(1 <= number <= MOST_THREADS for number in numbers):
+    if given and not all(1 <= number <= MOST_THREADS for number in numbers):
         raise ValueError(f"OMP_NUM_THREADS is {given!r}, a number from 1 to {MOST_THREADS} was expected")
 
 

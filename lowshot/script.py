@@ -236,6 +236,11 @@ def file_identities(paths):
     return [[os.path.basename(path), s.st_size, s.st_mtime_ns] for path, s in found]
 
 
+def changed_file(paths, identities):
+    """The name of one of the files that is not as the file_identities() of a record say; None if there is none."""
+    return next((f[0] for f in file_identities(paths) if not isinstance(identities, list) or f not in identities), None)
+
+
 def remove_left_behind(path):
     """Remove what processes that were killed while they wrote `path` left of it."""
     for temporary in glob.glob(_temporary(glob.escape(os.path.realpath(path)), "*")):
