@@ -81,7 +81,7 @@ failed=0
 for job in $(jobs -p); do wait "$job" || failed=1; done
 [ $failed = 0 ] || fail "a source file did not compile"
 "$CXX" "${flags[@]}" "${objects[@]}" "${libraries[@]}" -o "$build/_core$suffix"
+PYTHONPATH=$build "$PYTHON" -c 'import core' || fail "the library was built but does not load"
 mv "$build/_core$suffix" "graph_utils/_core$suffix"
 mv "$build/core.py" graph_utils/core.py
-"$PYTHON" -c 'import graph_utils' || fail "the library was built but does not load"
 echo "graph_utils built for $("$PYTHON" -V) with ${ARCH[*]}; sparse-dense products: own kernel$([ -n "$mkl" ] && echo ", and MKL from $library" || echo " only (no MKL found)")"

@@ -22,6 +22,7 @@ import contextlib
 import gc
 import hashlib
 import itertools
+import math
 import mmap
 import os
 import signal
@@ -41,6 +42,8 @@ AHEAD = 2               # batches that each loading process is ahead
 CLASSES_TOLD = 20       # names of classes that are printed; of more, the first two and the last one
 UNREADABLE_TOLD = 10    # unreadable images that are named, at most
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
+PARTS = 4               # of a run on a CPU, before and after each of which the network is fed from memory
+SPELL = .5              # seconds of that, at the least
 
 
 def main():
@@ -109,21 +112,26 @@ def main():
                 return from_memory_speed(by_threads if device == "cpu" else from_memory, extract, workers, shape)
 
             black = extract(torch.zeros(shape, dtype=torch.uint8))()[0].copy()
-            # before and after, as machines do not go at one speed all the time
+            # before, after and between, as machines do not go at one speed all the time
             memory = [fed_from_memory()] if todo else []
             # the network has worked on as many batches at a time as it will; images are decoded besides
             predicted = peak_memory() + workers * DECODED + (
                 0 if device == "cpu" else slots(workers, batches) * int(np.prod(shape)))
             log(f"predicted memory {size(predicted)}")
             gc.freeze()         # what the libraries made is not looked at again and again while images come and go
-            start = time.time()
-            with contextlib.closing(results(batches, extract, workers)) as stream:
-                save_all(stream, black, out, i0)
-            seconds = time.time() - start
+            seconds = 0
+            with Progress(n, "images", out.done) as progress:
+                # processes are not started anew for that
+                for part in in_parts(batches, PARTS if device == "cpu" else 1, workers):
+                    start = time.time()
+                    with contextlib.closing(results(part, extract, workers)) as stream:
+                        save_all(stream, black, out, i0, progress)
+                    seconds += time.time() - start
+                    memory.append(fed_from_memory())
             report_unreadable(out, i0, images)
             out.finish()
             if todo:
-                report_speed(todo, seconds, [*memory, fed_from_memory()])
+                report_speed(todo, seconds, memory)
     if images.class_names:
         names = images.class_names
         told = range(len(names)) if len(names) <= CLASSES_TOLD else (0, 1, len(names) - 1)
@@ -210,6 +218,14 @@ def digest(path):
         while data := f.read(1 << 20):
             h.update(data)
         return h.hexdigest()
+
+
+def in_parts(batches, n, workers):
+    """The batches in n parts of the same length, or fewer; each, but for the last one, of as many for each of the workers."""
+    step = batches.batchsize * workers
+    rounds = -(-(batches.i1 - batches.i0) // step)
+    edges = [min(batches.i0 + rounds * p // n * step, batches.i1) for p in range(n + 1)]
+    return [batches.part(first, last) for first, last in zip(edges, edges[1:]) if first < last]
 
 
 def by_threads(batches, extract, workers):
@@ -306,7 +322,7 @@ class InSharedMemory:
 def from_memory(batches, extract, workers):
     """The same without processes."""
     for b in range(len(batches)):
-        yield features_of(batches[b], extract)
+        yield features_of(batches.decode(b, batches.read(b)), extract)
 
 
 def as_it_is(batch):
@@ -334,7 +350,7 @@ def features_of(batch, extract):
     return (lambda: wait()[:m]), state, faults
 
 
-def save_all(stream, black, out, i0):
+def save_all(stream, black, out, i0, progress):
     """Write the features of all batches: a thread does, one batch behind the network. black: those of a black image, (d,)."""
     from lowshot.imagesets import DAMAGED, MISSING, READABLE
 
@@ -352,7 +368,7 @@ def save_all(stream, black, out, i0):
         out.write(x, state == READABLE, notes)
 
     waiting = written = None
-    with Progress(out.n, "images", out.done) as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
         for batch in itertools.chain(stream, [None, None]):
             if written is not None:
                 written.result()
@@ -379,11 +395,11 @@ def report_unreadable(out, i0, images):
 
 
 def from_memory_speed(results, extract, workers, shape):
-    """(images, seconds) of the network fed with images in memory, for a second or more."""
+    """(images, seconds) of the network fed with images in memory, as many batches for each of the workers."""
     reps, elapsed = 2 * workers, 0
-    while elapsed < 1:
+    while elapsed < SPELL:
         if elapsed:
-            reps = int(reps * min(64, max(2, 1.3 / elapsed)))
+            reps *= math.ceil(min(64, max(2, 1.2 * SPELL / elapsed)))
         start, waiting = time.time(), None
         for features, _, _ in results(InMemory(shape, reps), extract, workers):
             if waiting is not None:
@@ -411,9 +427,6 @@ class InMemory:
 
     def __len__(self):
         return self.n
-
-    def __getitem__(self, b):
-        return self.batch
 
     def read(self, b):
         return None

@@ -54,15 +54,10 @@ def ours(data, ddir, float32=False):
     link = os.path.join(folder, os.path.basename(data.path))
     if not os.path.exists(link):
         os.symlink(data.path, link)
-    for name in ("I_11.int32", "D_11.float32"):
-        path = os.path.join(ddir, "knngraph", f"ndis{data.n}_k32_{name}")
-        for stale in (path, os.path.join(ddir, "knngraph", f"ndis{data.n}.index")):
-            if os.path.exists(stale):
-                os.unlink(stale)
     env = {**os.environ, "DDIR": ddir, **({"GRAPH_UTILS_PRODUCTS": "float32"} if float32 else {})}
     start = time.time()
     subprocess.run([sys.executable, os.path.join(ROOT, "build_graph.py"), str(data.n), "--device", "cpu", "--dim",
-                    str(data.x.shape[1])], env=env, check=True, stdout=subprocess.DEVNULL)
+                    str(data.x.shape[1]), "--overwrite"], env=env, check=True, stdout=subprocess.DEVNULL)
     seconds = time.time() - start
     I = np.memmap(os.path.join(ddir, "knngraph", f"ndis{data.n}_k32_I_11.int32"), np.int32, "r", shape=(data.n, 32))
     record = json.load(open(os.path.join(ddir, "logs", "build_graph", f"ndis{data.n}_k32.json")))

@@ -876,6 +876,7 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
     check_numbers(first + nb);
     if (K < 1 || (x_keys && x_K < 1)) throw std::invalid_argument("search_all: K is less than 1");
     if (x_keys && !x_worst) throw std::invalid_argument("search_all: x_worst is missing");
+    if (first < 0) throw std::invalid_argument("search_all: the first number is less than 0");
     DISPATCH(search_all_with, bits, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, keys, x_K,
              (uint64_t*)x_keys, x_worst);
 }
@@ -959,6 +960,7 @@ void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_
 
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {
     check_numbers(n);
+    if (K < 1) throw std::invalid_argument("start_round: K is less than 1");
     parallel_blocks(n, 4096, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             uint64_t* list = (uint64_t*)keys + i * K;
@@ -967,7 +969,7 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
                 lists[i * K + j] = names_none(list[j]) ? -1 : (int32_t)(number_of(list[j]) | (list[j] & kNewKey ? kNew : 0));
                 list[j] &= ~kNewKey;
             }
-            worst[i] = product_of(*std::min_element(list, list + K));
+            worst[i] = product_of(list[K - 1]);
         }
     });
 }
@@ -1007,7 +1009,7 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
                    const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
                    float* worst) {
     check_width(np);
-    if (first < 0 || last > n) throw std::invalid_argument("join_range: nodes out of range");
+    if (first < 0 || last > n || R < 0) throw std::invalid_argument("join_range: nodes out of range, or R is less than 0");
     return DISPATCH(join_range_with, bits, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
                     (uint64_t*)keys, worst);
 }
@@ -1061,6 +1063,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
                     const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
                     int64_t known, float* D, int32_t* I) {
+    if (k < 1) throw std::invalid_argument("exact_products: k is less than 1");
     const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
     struct Scratch {
         List list;
@@ -1113,6 +1116,7 @@ void products_in_part(int64_t nq, int64_t K, const int32_t* numbers, int64_t d, 
 
 void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float* products, int64_t first, int64_t known,
                       int64_t k, float* D, int32_t* I) {
+    if (k < 1) throw std::invalid_argument("best_by_products: k is less than 1");
     struct Scratch {
         List list;
     };

@@ -9,7 +9,7 @@ turns them into float32 similarities and numbers.
 import numpy as np
 
 from graph_utils import core
-from graph_utils.product import _check, _check_range, aligned_zeros
+from graph_utils.product import _check, _check_range, aligned_zeros, check_permutation
 
 products = core.products
 use_products = core.use_products
@@ -55,7 +55,7 @@ def _check_factors(n, scale, residual):
 
 
 def to_bytes(x, scale=None, residual=None):
-    """x float32 (n, d), each row times scale (n,) if given, as int32 (n, words_of_bytes(d)).
+    """x float32 (n, d), finite, each row times scale (n,) if given, as int32 (n, words_of_bytes(d)).
 
     A row has 255 levels, evenly spaced from its largest element to the opposite of it. Products err by about .0006 of the
     norms where elements are alike in size. residual: as of to_bfloat16.
@@ -77,6 +77,8 @@ def _words(X, name, like=None):
 def _format(X):
     """(words without the scale, bits of an element) of vectors (n, words)."""
     width = X.shape[1]
+    if width % 16 > (X.dtype != np.float32):
+        raise ValueError(f"vectors of {width} words: a multiple of 16 expected, and one more in bytes")
     return width - width % 16, 32 if X.dtype == np.float32 else 8 if width % 16 else 16
 
 
@@ -130,7 +132,7 @@ def search_self(X, K, progress=None, block=1 << 14):
     """The K best of X (n, words) for each of X itself: search_all(X, X, K), with half the products.
 
     progress: called with the number of rows that have been compared with all before them. Memory: 20 K bytes per row
-    besides the keys. Returns keys, int64 (n, K).
+    besides the keys, or 8 K + 128 where K is small. Returns keys, int64 (n, K).
     """
     n, words = len(X), _words(X, "X")
     keys = np.zeros((n, K), np.int64)
@@ -164,7 +166,7 @@ def search_near(Q, group, listed, X, K, order=None):
     nq = len(Q)
     keys = np.zeros((nq, K), np.int64)
     if order is not None:
-        _check(order, np.int32, (nq,), "order")
+        check_permutation(_check(order, np.int32, (nq,), "order"), "order")
     core.search_near(nq, _words(Q, "Q"), order, *_format(Q), *_listed(group, listed, nq), len(X), _words(X, "X", Q), K, keys)
     return keys
 
@@ -195,7 +197,7 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
     for rows, name in ((begin, "begin"), (end, "end"), *([(middle, "middle")] if insert else [])):
         _check_range(_check(rows, np.int64, (nlist,), name), 0, len(X) + 1, name)
     if insert:
-        _check(numbers, np.int32, (nq,), "numbers")
+        _check_range(_check(numbers, np.int32, (nq,), "numbers"), 0, NONE, "numbers")
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
     if near:
@@ -270,12 +272,13 @@ def read_rows(path, rows, nrow, out):
             raise ValueError(f"{path} is truncated: {e}")
 
 
-def _two_parts(parts, name):
-    """Vectors as one or two float32 arrays, the second's rows numbered after the first's."""
+def _two_parts(parts, name, d=None):
+    """Vectors of d elements as one or two float32 arrays, the second's rows numbered after the first's."""
     parts = [parts] if isinstance(parts, np.ndarray) else list(parts)
-    d = parts[0].shape[1]
+    if len(parts) not in (1, 2):
+        raise ValueError(f"{name}: one or two arrays expected, found {len(parts)}")
     for part in parts:
-        _check(part, np.float32, (None, d), name)
+        _check(part, np.float32, (None, d or parts[0].shape[1]), name)
     return parts[0], parts[1] if len(parts) > 1 else None, sum(map(len, parts))
 
 
@@ -287,11 +290,14 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
     rows. q_number int32 (m,): the query and the row of D, I of each list (default: in order). x_number int32: original
     numbers of the numbers in the keys. self: queries and base are the same; each is in its own list, and first in it
     where none is nearer by more than rounding. known: rows of D, I before this one hold exact products already, which are
-    looked up there, not computed again. Returns D float32, I int32, with as many rows as there are queries.
+    looked up there, not computed again. Returns D float32, I int32, with as many rows as there are queries; those of no list
+    are as they were.
     """
     m, K = keys.shape
     Q0, Q1, nq = _two_parts(queries, "queries")
-    X0, X1, nb = _two_parts(base, "base")
+    X0, X1, nb = _two_parts(base, "base", Q0.shape[1])
+    if self and nq != nb:
+        raise ValueError(f"{nq} queries and {nb} base vectors are not the same")
     if D is None:
         D, I = np.empty((nq, k), np.float32), np.empty((nq, k), np.int32)
     _check(D, np.float32, (nq, k), "D")

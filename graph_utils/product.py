@@ -1,4 +1,5 @@
 """The product W L of label diffusion (paper, section 3.2), on panels of L of 16 to 64 columns."""
+import contextlib
 import mmap
 
 import numpy as np
@@ -21,7 +22,7 @@ def aligned_zeros(shape, dtype=np.float32):
     else:
         # private: huge pages of shared memory are another setting of the kernel, mostly off
         m = mmap.mmap(-1, nbytes + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(AttributeError, OSError):      # systems without
             m.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(m, np.uint8)
         start = -raw.ctypes.data % huge
@@ -39,7 +40,7 @@ def _rows(a, dtype, name, writeable=False):
     """(flat view, row stride in items) of a matrix whose rows are contiguous but may be strided, as slices of columns
     are. The C++ side gets all from the first item to the last."""
     n, m = a.shape
-    if a.dtype != dtype or (a.size and m > 1 and a.strides[1] != a.itemsize):
+    if a.dtype != dtype or a.size and (m > 1 and a.strides[1] != a.itemsize or a.strides[0] % a.itemsize):
         raise ValueError(f"{name} is {a.dtype} with strides {a.strides}, {np.dtype(dtype)} with contiguous rows expected")
     if not a.size:
         return np.empty(0, dtype), m
@@ -62,13 +63,22 @@ def _check_range(numbers, first, stop, name):
         raise ValueError(f"{name}: numbers from {first} to {stop - 1} expected, found {numbers.min()} to {numbers.max()}")
 
 
-def check_permutation(rank):
+def _int32(array, name):
+    """The array as contiguous int32; ValueError if its numbers are others then."""
+    array = np.asarray(array)
+    found = array.astype(np.int32, order="C", copy=False)
+    if array.dtype != np.int32 and (found != array).any():
+        raise ValueError(f"{name}: whole numbers of 32 bits expected, found {array.dtype}")
+    return found
+
+
+def check_permutation(rank, name="rank"):
     """ValueError where rank int (n,) does not hold the numbers 0 .. n - 1."""
     met = np.zeros(len(rank), bool)
     if len(rank) and rank.min() >= 0 and rank.max() < len(rank):
         met[rank] = True
     if not met.all():
-        raise ValueError("rank is not a permutation of the nodes")
+        raise ValueError(f"{name} is not a permutation of 0 .. {len(rank) - 1}")
 
 
 class SymmetricGraph:
@@ -89,9 +99,7 @@ class SymmetricGraph:
             raise ValueError(f"{n} nodes: node numbers have 32 bits")
         rows, stride = _rows(I, np.int32, "I")
         if rank is not None:
-            rank = np.ascontiguousarray(rank, np.int32)
-            if len(rank) != n:
-                raise ValueError(f"rank has {len(rank)} entries for {n} nodes")
+            rank = _check(_int32(rank, "rank"), np.int32, (n,), "rank")
             check_permutation(rank)
         indptr, mutual = np.empty(n + 1, np.int64), np.empty((n, -(-k // 8)), np.uint8)
         nnz = core.symmetrise_count(n, k, stride, rows, rank, indptr, mutual)
@@ -153,16 +161,13 @@ class SymmetricGraph:
         return out
 
     def reach(self, rows, reached, most):
-        """Neighbours of `rows` not yet marked in `reached` (uint8 (n,), updated), int32; None if more than `most`."""
-        self._check_rows(rows)
+        """Neighbours of `rows` not yet marked in `reached` (uint8 (n,), updated), int32; None if more than `most`, of which
+        some are marked then."""
+        _check_range(rows, 0, self.n, "rows")
         _check(reached, np.uint8, (self.n,), "reached")
         found = np.empty(most, np.int32)
         count = core.reach(self.indptr, self.indices, len(rows), rows, reached, most, found)
         return None if count < 0 else found[:count]
-
-    def _check_rows(self, rows):
-        if len(rows) and not (0 <= rows.min() and rows.max() < self.n):
-            raise ValueError("a row number is out of range")
 
     def product(self, L, out, scale=None, rows=None, weights=None):
         """out = diag(1 / row sums) W L diag(scale); returns the column sums of out, float64 (ncol,).
@@ -174,11 +179,13 @@ class SymmetricGraph:
         for name, a in (("L", L), ("out", out)):
             if a.shape != (self.n, L.shape[1]) or a.dtype != np.float32:
                 raise ValueError(f"{name} is {a.dtype} {a.shape}, float32 ({self.n}, {L.shape[1]}) expected")
+        if np.may_share_memory(L, out):
+            raise ValueError("out must not be L, nor have a part of it")
         if scale is not None:
             _check(scale, np.float32, (L.shape[1],), "scale")
         if rows is not None:
-            rows = np.ascontiguousarray(rows, np.int32)
-            self._check_rows(rows)
+            rows = _int32(rows, "rows")
+            _check_range(rows, 0, self.n, "rows")
         if weights is not None:
             _check(weights, np.float32, (self.n,), "weights")
         colsum = np.empty(L.shape[1], np.float64)
@@ -193,7 +200,7 @@ def neighbour_sums(I, L, scale=None, scores=None):
     I: int32 (nq, k), negative = none. L: float32 (n, ncol). Returns float32 (nq, ncol), `scores` if given: rows may be
     strided, so that it can be a slice of columns of a larger matrix.
     """
-    I = np.ascontiguousarray(I, np.int32)
+    I = _int32(I, "I")
     if scores is None:
         scores = np.empty((len(I), L.shape[1]), np.float32)
     if scores.shape != (len(I), L.shape[1]):
@@ -212,7 +219,7 @@ class BestClasses:
     """
 
     def __init__(self, labels, nbest=5):
-        self.labels = np.ascontiguousarray(labels, np.int32)
+        self.labels = _int32(labels, "labels")
         nq = len(self.labels)
         self.best = np.zeros((nq, nbest), np.float32)
         self.classes = np.full((nq, nbest), -1, np.int32)
@@ -224,7 +231,7 @@ class BestClasses:
         if nq != len(self.labels) or len(classes) != m:
             raise ValueError(f"scores {scores.shape} do not fit {len(self.labels)} queries and {len(classes)} classes")
         flat, stride = _rows(scores, np.float32, "scores")
-        core.update_best(nq, m, stride, flat, np.ascontiguousarray(classes, np.int32), self.best.shape[1], self.best,
+        core.update_best(nq, m, stride, flat, _int32(classes, "classes"), self.best.shape[1], self.best,
                          self.classes, self.nnz)
 
     def right(self):
@@ -240,6 +247,7 @@ def mkl_product(indptr, indices, values, L, out=None):
     for name, a, its_shape in (("values", values, indices.shape), ("out", out, shape)):
         _check(a, np.float32, its_shape, name)
     _check_range(indptr, 0, len(indices) + 1, "indptr")
+    _check_range(np.diff(indptr), 0, len(indices) + 1, "differences of indptr")
     _check_range(indices, 0, len(L), "indices")
     core.mkl_product(len(indptr) - 1, len(L), indptr, indices, values, L.shape[1], L, out)
     return out

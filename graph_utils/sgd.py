@@ -152,6 +152,13 @@ class FusedSGD:
         self.pending = T, Bpad, x, Z
         return losses.mean(2) if loss else None
 
+    @staticmethod
+    def _labels(X, labels):
+        labels = np.ascontiguousarray(labels, np.int64)
+        if labels.shape != (len(X),):
+            raise ValueError(f"labels {labels.shape} for {len(X)} images")
+        return labels
+
     def _scores(self, X, arithmetic):
         """Yield (a slice of X, its rows padded to (Bpad, dpad), their logits Z (rows Bpad)) until all of X had its turn."""
         for i in range(0, len(X), self.SCORED):
@@ -167,7 +174,7 @@ class FusedSGD:
         (m, C) that receive the scores, or None.
         """
         self.flush()
-        G, labels = len(self.points), np.ascontiguousarray(labels, np.int64)
+        G, labels = len(self.points), self._labels(X, labels)
         out = np.empty((G, len(X)), np.int32)
         for part, x, Z in self._scores(X, self.exact):
             n, Bpad = len(labels[part]), len(x)
@@ -187,7 +194,7 @@ class FusedSGD:
         if not self.screens:
             return self.ranks(X, labels) < most
         self.flush()
-        G, labels = len(self.points), np.ascontiguousarray(labels, np.int64)
+        G, labels = len(self.points), self._labels(X, labels)
         w_norms, out = rounding_norms(self.W), np.empty((G, len(X)), np.uint8)
         for part, x, Z in self._scores(X, "bfloat16"):
             n, Bpad = len(labels[part]), len(x)

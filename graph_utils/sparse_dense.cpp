@@ -324,6 +324,18 @@ void change_count(int64_t n0, const int64_t* indptr, int64_t nnz, const int32_t*
     for (int64_t i = 0; i < n; i++) new_indptr[i + 1] += new_indptr[i];
 }
 
+namespace {
+
+// Whether these numbers are in increasing order, from 0 to n - 1.
+bool valid(const int32_t* begin, const int32_t* end, int64_t n) {
+    if (begin == end) return true;
+    bool rises = true;
+    for (const int32_t* at = begin + 1; at < end; at++) rises &= at[-1] < at[0];
+    return rises && *begin >= 0 && end[-1] < n;
+}
+
+}  // namespace
+
 void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t n, int64_t nchange,
                  const int32_t* row, const int32_t* column, const int8_t* by, const int64_t* new_indptr,
                  const int32_t* new_nsingle, int32_t* new_indices) {
@@ -340,12 +352,9 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
             } else if (i < n0) {
                 std::copy(indices + indptr[i], indices + indptr[i + 1], out);
             }
-            int32_t least = 0, most = -1;
-            for (int64_t e = new_indptr[i]; e < new_indptr[i + 1]; e++) {
-                least = std::min(least, new_indices[e]);
-                most = std::max(most, new_indices[e]);
-            }
-            if (least < 0 || most >= n) throw std::invalid_argument("a neighbour in the graph is out of range");
+            const int32_t *middle = out + new_nsingle[i], *end = new_indices + new_indptr[i + 1];
+            if (!valid(out, middle, n) || !valid(middle, end, n))
+                throw std::invalid_argument("neighbours in the graph are out of range or not in increasing order");
         }
     });
 }
@@ -354,9 +363,8 @@ void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int
              const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,
              double* colsum) {
     if (ncol < 16 || ncol > 64 || ncol % 16) throw std::invalid_argument("ncol must be 16, 32, 48 or 64");
-    if ((reinterpret_cast<uintptr_t>(L) | reinterpret_cast<uintptr_t>(out)) % 64)
+    if (n && (reinterpret_cast<uintptr_t>(L) | reinterpret_cast<uintptr_t>(out)) % 64)
         throw std::invalid_argument("L and out must be aligned to 64 bytes");
-    if (L == out) throw std::invalid_argument("out must not be L");
     const int64_t NV = ncol / 16, nnz = indptr[n];
     alignas(64) float factors[64];
     for (int64_t c = 0; c < ncol; c++) factors[c] = scale ? scale[c] : 1.0f;
@@ -413,6 +421,7 @@ int64_t reach(const int64_t* indptr, const int32_t* indices, int64_t nrow, const
 
 void update_best(int64_t nq, int64_t ncol, int64_t stride, const float* scores, const int32_t* classes,
                  int64_t nbest, float* best, int32_t* best_class, int32_t* nnz) {
+    if (nbest < 1) throw std::invalid_argument("the number of best classes is less than 1");
     parallel_blocks(nq, 256, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             const float* s = scores + i * stride;

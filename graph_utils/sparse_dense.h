@@ -10,7 +10,7 @@
 // Whether the library was built with MKL.
 bool has_mkl();
 
-// Threads that the parallel loops of this library use (OMP_NUM_THREADS, or all CPUs); set: n >= 1.
+// Threads that the parallel loops of this library use (OMP_NUM_THREADS, or all CPUs); set: n >= 1, for calls by this thread.
 int get_num_threads();
 void set_num_threads(int n);
 
@@ -58,7 +58,7 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
 // scale    in   ncol factors, or null for ones
 // rows     in   nrow row numbers to compute, or null for all n; other rows of out are left as they are
 // weights  in   n factors of the rows in the column sums, or null for ones
-// out      out  n x ncol, not L
+// out      out  n x ncol, no part of it in L
 // colsum   out  ncol sums of out over the rows computed
 void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t ncol,
              const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,

@@ -443,11 +443,15 @@ def last_line(path):
 def records_of(jobs, phase):
     """Records of all jobs, or ValueError naming the first one that is missing."""
     records = [job.result() for job in jobs]
-    missing = [job.name for job, record in zip(jobs, records) if record is None]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(jobs)} jobs have no complete record of this data and these "
-                         f"arguments, {missing[0]} for one ({jobs[0].script}): run phase {phase} first")
+    check_none_lacks([job for job, record in zip(jobs, records) if record is None], jobs, phase)
     return records
+
+
+def check_none_lacks(without, jobs, phase):
+    """ValueError where some of the jobs, `without`, have no record."""
+    if without:
+        raise ValueError(f"{len(without)} of {len(jobs)} jobs have no complete record of this data and these "
+                         f"arguments, {without[0].name} for one ({without[0].script}): run phase {phase} first")
 
 
 def best_iteration(curves):

@@ -175,7 +175,7 @@ class FeatureFile:
         """Read rows, given in increasing order, into out (len(rows), d). Returns out."""
         if self._fd is not None:
             # plain reads, not a memory map: mapped pages count as this process's memory
-            starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]]) if len(rows) else [0]
+            starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]])
             width = 4 * self.d
 
             def read(stretches):

@@ -516,7 +516,7 @@ class Preprocess:
         if self.resize is not None and min(h, w) != self.resize:
             new_h = self.resize if h <= w else int(self.resize * h / w)
             new_w = self.resize if w <= h else int(self.resize * w / h)
-            if min(new_h, new_w) >= self.crop and new_h * new_w > STRIP:
+            if new_h * new_w > STRIP:
                 return self._part_of_strip(x, new_h, new_w)
             x = np.asarray(Image.fromarray(x).resize((new_w, new_h), Image.BILINEAR))
             h, w = new_h, new_w
@@ -557,8 +557,8 @@ READABLE, MISSING, DAMAGED = range(3)
 class Batches:
     """Batch b of images i0..i1-1 -> (pixels uint8 (m, crop, crop, 3), state uint8 (m,), what is wrong with them).
 
-    Images that are MISSING or DAMAGED are black. The last batch has fewer images. batches[b] is
-    batches.decode(b, batches.read(b)): what waits for disks and what computes, for those who do them at the same time.
+    That is decode(b, read(b)): what computes and what waits for disks, for those who do them at the same time. Images that are
+    MISSING or DAMAGED are black. The last batch has fewer images.
     """
 
     def __init__(self, images, preprocess, i0, i1, batchsize):
@@ -568,8 +568,9 @@ class Batches:
     def __len__(self):
         return -(-(self.i1 - self.i0) // self.batchsize)
 
-    def __getitem__(self, b):
-        return self.decode(b, self.read(b))
+    def part(self, i0, i1):
+        """Batches of images i0..i1-1 alone."""
+        return Batches(self.images, self.preprocess, i0, i1, self.batchsize)
 
     def read(self, b):
         """What the set has of each image of batch b, or the exception that says why it has nothing."""

@@ -4,21 +4,21 @@ import sys
 
 import numpy as np
 
-from lowshot.experiments import SYSTEMS, as_text, read_parameters, records_of, test_jobs
+from lowshot.experiments import SYSTEMS, as_text, check_none_lacks, read_parameters, test_jobs
 from lowshot.script import log, write_json, write_text
 
 
 def final_accuracies(system, jobs, parameters):
     """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..]}} of the jobs that have run.
 
-    The accuracies are percentages, one per seed, at the parameters' number of iterations. Also returns the names of
-    the jobs without a record.
+    The accuracies are percentages, one per seed, at the parameters' number of iterations. Also returns the jobs
+    without a record.
     """
-    rows, missing = {}, []
+    rows, without = {}, []
     for job in jobs:
         record, a = job.result(), job.arguments
         if record is None:
-            missing.append(job.name)
+            without.append(job)
             continue
         nbg, n = a.get("nbg"), a["nlabeled"]
         p = (parameters if nbg is None else parameters[str(nbg)])[str(n)]
@@ -29,7 +29,7 @@ def final_accuracies(system, jobs, parameters):
         row["seeds"].append(a["seed"])
         for key in ("top5", "top5_novel"):
             row[key].append(100 * at[key])
-    return rows, missing
+    return rows, without
 
 
 def mean_std(values):
@@ -73,9 +73,9 @@ def report_table(e, system, rows):
 
 def print_report(e, system, ddir, jobs, parameters, source):
     """Phase 4: one line per number of labels, a Markdown table, and report.md and report.json beside the records."""
-    rows, missing = final_accuracies(system, jobs, parameters)
+    rows, without = final_accuracies(system, jobs, parameters)
     if not rows:
-        raise ValueError(f"none of the {len(jobs)} jobs has a record: bash run_{system}.bash 3 runs them")
+        check_none_lacks(without, jobs, 3)
     log(f"top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), {source} parameters")
     previous = None
     for (nbg, n), row in rows.items():
@@ -89,9 +89,7 @@ def print_report(e, system, ddir, jobs, parameters, source):
     write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
     write_text(stem + ".md", table + "\n")
     log(f"wrote {stem}.md and {stem}.json")
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(jobs)} jobs have no record, {missing[0]} for one: "
-                         f"bash run_{system}.bash 3 runs them")
+    check_none_lacks(without, jobs, 3)
 
 
 # ------------------------------------------------------------------------------------------------ all systems together
@@ -102,8 +100,8 @@ def comparison(e, ddir):
     for system in SYSTEMS:
         parameters = read_parameters(e, system, ddir, "chosen")
         jobs = test_jobs(e, system, ddir, parameters, "chosen")
-        records_of(jobs, 3)
-        rows, _ = final_accuracies(system, jobs, parameters)
+        rows, without = final_accuracies(system, jobs, parameters)
+        check_none_lacks(without, jobs, 3)
         for (nbg, n), row in rows.items():
             systems.setdefault((system, nbg), {})[n] = row
     return systems

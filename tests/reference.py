@@ -2,6 +2,16 @@
 import numpy as np
 
 
+def random_graph(rs, n, k):
+    """(n, k) distinct neighbours per row, some rows cut short or empty."""
+    I = np.full((n, k), -1, np.int32)
+    for i in range(n):
+        row = rs.choice(n, min(k, n), replace=False)
+        I[i, :len(row)] = row
+        I[i, rs.choice([0, k // 2, k, k]):] = -1
+    return I
+
+
 def neighbours(xq, xb, k):
     """I (nq, k): the k nearest rows of xb by inner product, best first; -1 where there are fewer."""
     I = np.full((len(xq), k), -1, np.int64)

@@ -10,8 +10,7 @@ from graph_utils import neighbours as nb  # noqa: E402
 from lowshot import exact_search, gpu_search, knn  # noqa: E402
 from lowshot.cells import Vectors  # noqa: E402
 from lowshot.backends import TritonGraph  # noqa: E402
-from reference import neighbours, transition_matrix  # noqa: E402
-from test_product import random_graph  # noqa: E402
+from reference import neighbours, random_graph, transition_matrix  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Graph = type("Graph", (TritonGraph,), {"device": DEVICE})

@@ -217,7 +217,7 @@ def test_grave_errors_are_raised(tmp_path, monkeypatch):
     batches = Batches(images, lambda data: data, 0, 5, 5)
     batches.preprocess.crop = 8
     with pytest.raises(OSError, match="Too many"):
-        batches[0]
+        batches.read(0)
 
     def no_memory(*args):
         raise MemoryError
@@ -456,7 +456,7 @@ def test_batches(tmp_path, batchsize):
     members["008.jpg"] = b""
     write_zip(str(tmp_path / "00/000.zip"), members)
     batches = Batches(ZipSet(str(tmp_path)), preprocess(None, 32), 2, 10, batchsize)
-    found = [batches[b] for b in range(len(batches))]
+    found = [batches.decode(b, batches.read(b)) for b in range(len(batches))]
     assert len(found) == -(-8 // batchsize)
     pixels, state = np.concatenate([x for x, _, _ in found]), np.concatenate([s for _, s, _ in found])
     assert state.tolist() == [0, 0, MISSING, 0, 0, DAMAGED, DAMAGED, 0]

@@ -589,7 +589,15 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.full((1, 3), 8, "i4"), x, 1), "listed vector is out of range"),
     (lambda x: nb.search_near(x, np.ones(8, "i4"), np.zeros((1, 3), "i4"), x, 1), "group is out of range"),
     (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.zeros((1, 3), "i4"), x, 1, np.arange(1, 9, dtype="i4")),
-     "query is out of range"),
+     "order is not a permutation"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.zeros((1, 3), "i4"), x, 1, np.zeros(8, "i4")), "order is not a permutation"),
+    (lambda x: nb.search_all(x, x, 3, first=-5), "first number is less than 0"),
+    (lambda x: nb.search_all(np.zeros((2, 19), "i4"), np.zeros((2, 19), "i4"), 1), "vectors of 19 words"),
+    (lambda x: nb.search_all(np.zeros((2, 17), "f4"), np.zeros((2, 17), "f4"), 1), "vectors of 17 words"),
+    (lambda x: nb.descent_round(x, np.zeros((8, 0), "i8")), "K is less than 1"),
+    (lambda x: nb.descent_round(x, np.zeros((8, 2), "i8"), R=-3), "R is less than 0"),
+    (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"), insert=(
+        np.zeros(8, "i8"), np.full(8, -7, "i4"), np.zeros((8, 2), "i8"), np.zeros(8, "f4"))), "found -7 to -7"),
     (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"),
                                near=(np.zeros(8, "i4"), np.zeros((7, 2), "i4"))), "listed: contiguous int32 8xany"),
     (lambda x: nb.search_cells(x, x, 3, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"),
@@ -611,6 +619,8 @@ def test_no_queries_and_no_vectors():
                                    np.zeros((8, 2), "f4"), x_scale=np.ones(8, "f4")), "x_scale: contiguous float32 3 expected"),
     (lambda x: nb.best_by_products(np.zeros((2, 2), "i4"), np.zeros((2, 2), "f4"), 0, np.zeros((2, 1), "f4"),
                                    np.zeros((2, 1), "i4")), "without the node itself"),
+    (lambda x: nb.best_by_products(np.zeros((2, 2), "i4"), np.zeros((2, 2), "f4"), 0, np.zeros((2, 0), "f4"),
+                                   np.zeros((2, 0), "i4")), "k is less than 1"),
     (lambda x: nb.merge_lists(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((3, 3)), np.zeros((3, 3)), 2), "lists of 2 and 3"),
 ])
 def test_bad_arguments(call, message):
@@ -638,6 +648,11 @@ def test_numbers_out_of_range_are_refused():
     for arguments in ({"keys": damaged}, {"q_number": one_off}, {"x_number": one_off[:2]}, {"x_number": -all_rows},
                       {"x_scale": np.ones(1, np.float32)}, {"q_scale": np.ones(19, np.float32)}):
         with pytest.raises(ValueError, match="no query 20|no vector is|expected"):
+            nb.exact_products(**{"keys": keys, "queries": x, "base": x, "k": 2, **arguments})
+    for arguments, message in (({"base": x[:, :5].copy()}, "anyx8 expected, found float32 20x5"),
+                               ({"base": [x, x, x]}, "base: one or two arrays expected, found 3"), ({"k": 0}, "k is less than 1"),
+                               ({"base": x[:7].copy(), "self": True}, "20 queries and 7 base vectors are not the same")):
+        with pytest.raises(ValueError, match=message):
             nb.exact_products(**{"keys": keys, "queries": x, "base": x, "k": 2, **arguments})
     rows = [np.array([0]), np.array([20])]
     for begin, end in ((rows[0] - 1, rows[1]), (rows[0], rows[1] + 1)):

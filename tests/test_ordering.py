@@ -7,17 +7,9 @@ import pytest
 
 import graph_utils
 from graph_utils import SymmetricGraph, locality_order
+from reference import random_graph
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def random_graph(rs, n, k):
-    I = np.full((n, k), -1, np.int32)
-    for i in range(n):
-        row = rs.choice(n, min(k, n), replace=False)
-        I[i, :len(row)] = row
-        I[i, rs.choice([0, k // 2, k, k]):] = -1
-    return I
 
 
 def ring(n, k, names):

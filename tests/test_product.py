@@ -1,20 +1,12 @@
+import mmap
+
 import numpy as np
 import pytest
 
 import graph_utils
 from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums, panel_widths
-from reference import transition_matrix
+from reference import random_graph, transition_matrix
 from reference import top5 as slow_top5
-
-
-def random_graph(rs, n, k):
-    """(n, k) distinct neighbours per row, some rows cut short or empty."""
-    I = np.full((n, k), -1, np.int32)
-    for i in range(n):
-        row = rs.choice(n, min(k, n), replace=False)
-        I[i, :len(row)] = row
-        I[i, rs.choice([0, k // 2, k, k]):] = -1
-    return I
 
 
 def panel(rs, n, ncol):
@@ -207,15 +199,16 @@ def test_reach_is_breadth_first():
 
 def test_arrays_of_other_sizes_are_refused():
     graph = SymmetricGraph(random_graph(np.random.RandomState(1), 20, 3))
-    L, I = aligned_zeros((20, 16)), np.zeros((2, 3), np.int32)
-    for call, name in ((lambda: graph.product(L, L[:19]), "out"), (lambda: graph.product(L, L, np.ones(15, np.float32)), "scale"),
-                       (lambda: graph.product(L, L, weights=np.ones(19, np.float32)), "weights"),
+    L, out, I = aligned_zeros((20, 16)), aligned_zeros((20, 16)), np.zeros((2, 3), np.int32)
+    for call, name in ((lambda: graph.product(L, L[:19]), "out"), (lambda: graph.product(L, out, np.ones(15, np.float32)), "scale"),
+                       (lambda: graph.product(L, out, weights=np.ones(19, np.float32)), "weights"),
                        (lambda: graph.reach(I[0], np.zeros(19, np.uint8), 5), "reached"),
                        (lambda: neighbour_sums(I, L, np.ones(15, np.float32)), "scale"),
                        (lambda: neighbour_sums(I, L, scores=np.ones((2, 15), np.float32)), "scores"),
                        (lambda: mkl_product(graph.indptr, graph.indices, graph.values()[1:], L), "values"),
+                       (lambda: mkl_product(graph.indptr[::-1].copy(), graph.indices, graph.values(), L), "differences of indptr"),
                        (lambda: mkl_product(graph.indptr, graph.indices, graph.values(), L, L[:19]), "out")):
-        with pytest.raises(ValueError, match=f"{name}( is| has shape|: contiguous) .* expected"):
+        with pytest.raises(ValueError, match=f"{name}( is| has shape|: contiguous|: numbers) .* expected"):
             call()
 
 
@@ -255,8 +248,32 @@ def test_bad_graphs():
         SymmetricGraph(np.array([[0], [1]], np.int32), np.array([0, 0]))
     with pytest.raises(ValueError, match="permutation"):
         SymmetricGraph(np.array([[0], [1]], np.int32), np.array([0, -1]))
-    with pytest.raises(ValueError, match="3 entries for 2 nodes"):
+    with pytest.raises(ValueError, match="rank: contiguous int32 2 expected, found int32 3"):
         SymmetricGraph(np.array([[0], [1]], np.int32), np.arange(3))
+    with pytest.raises(ValueError, match="rank: contiguous int32 2 expected, found int32 2x2"):
+        SymmetricGraph(np.array([[0], [1]], np.int32), np.array([[0, 1], [1, 0]]))
+    for rank in (np.array([0.2, 1.2]), np.array([0, 1 + 2 ** 32])):
+        with pytest.raises(ValueError, match="rank: whole numbers of 32 bits expected"):
+            SymmetricGraph(np.array([[0], [1]], np.int32), rank)
+    packed = np.zeros(4, np.dtype([("I", "i4", 3), ("more", "i1")]))
+    with pytest.raises(ValueError, match="contiguous rows expected"):
+        SymmetricGraph(packed["I"])
+
+
+def test_no_nodes_at_all():
+    graph = SymmetricGraph(np.empty((0, 3), np.int32))
+    assert graph.nnz == 0 and graph.values().shape == graph.mass().shape == (0,)
+    assert not graph.product(aligned_zeros((0, 16)), aligned_zeros((0, 16))).any()
+    assert neighbour_sums(np.full((2, 3), -1), np.empty((0, 5), np.float32)).tolist() == np.zeros((2, 5)).tolist()
+
+
+def test_aligned_where_the_system_has_no_huge_pages(monkeypatch):
+    class NoHugePages(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError(22, "Invalid argument")
+    monkeypatch.setattr(mmap, "mmap", NoHugePages)
+    x = aligned_zeros((1 << 20, 4))
+    assert x.shape == (1 << 20, 4) and not x.any() and x.ctypes.data % 64 == 0
 
 
 def changes(before, after):
@@ -312,8 +329,8 @@ def test_bad_changes():
         changed("offsets are damaged", indptr=np.array(bad))
     for bad in ([-1, 2, 2], [2, 2, 4]):
         changed("offsets are damaged", nsingle=np.array(bad, np.int32))
-    for bad in (3, -1):
-        changed("a neighbour in the graph is out of range", indices=np.where(indices == 1, bad, indices).astype(np.int32))
+    for bad in (3, -1, 0):
+        changed("out of range or not in increasing order", indices=np.where(indices == 1, bad, indices).astype(np.int32))
 
 
 def test_bad_panels():
@@ -329,12 +346,20 @@ def test_bad_panels():
     for pair in ((L, beside), (beside, L)):
         with pytest.raises(ValueError, match="aligned to 64 bytes"):
             graph.product(*pair)
-    with pytest.raises(ValueError, match="out of range"):
+    with pytest.raises(ValueError, match="rows: numbers from 0 to 1 expected, found 2 to 2"):
         graph.product(L, aligned_zeros((2, 16)), rows=np.array([2]))
-    with pytest.raises(ValueError, match="out of range"):
+    with pytest.raises(ValueError, match="rows: numbers from 0 to 1 expected"):
         graph.reach(np.array([-5], np.int32), np.zeros(2, np.uint8), 2)
     with pytest.raises(ValueError, match="query 0 has neighbour 2"):
         neighbour_sums(np.array([[2]]), L)
+    for I in (np.array([[2 ** 32 + 1]]), np.array([[1.9]])):
+        with pytest.raises(ValueError, match="I: whole numbers of 32 bits expected"):
+            neighbour_sums(I, L)
+    both = aligned_zeros((3, 16))
+    with pytest.raises(ValueError, match="nor have a part of it"):
+        graph.product(both[:2], both[1:])
+    with pytest.raises(ValueError, match="best classes is less than 1"):
+        BestClasses([0, 0], nbest=0).update(L, np.arange(16))
     with pytest.raises(TypeError):
         graph_utils.core.mass(2, graph.indptr, graph.indices.astype(np.int64), graph.nsingle, np.empty(2, np.float32))
 

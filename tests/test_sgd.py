@@ -247,3 +247,6 @@ def test_bad_batches(images, classes, message):
         model.steps(np.zeros((9, 2), np.float32), np.array(images), np.array(classes))
     with pytest.raises(ValueError, match=r"float32 \(n, 2\) expected"):
         model.steps(np.zeros((9, 3), np.float32), np.array([[0]]), np.array([[0]]))
+    for evaluate in (model.ranks, model.top):
+        with pytest.raises(ValueError, match=r"labels \(1,\) for 9 images"):
+            evaluate(np.zeros((9, 2), np.float32), [0])
