@@ -74,7 +74,8 @@ for source in graph_utils/*.cpp "$build/core_wrap.cpp"; do
     object=$build/$(basename "$source" .cpp).o
     optimise=("${flags[@]}")
     [ "$source" = "$build/core_wrap.cpp" ] && optimise+=(-O1 -w)
-    "$CXX" "${optimise[@]}" -c "$source" -o "$object" &
+    # what is in the background does not hear Ctrl-C otherwise
+    (trap - INT; exec "$CXX" "${optimise[@]}" -c "$source" -o "$object") &
     objects+=("$object")
 done
 failed=0

@@ -30,15 +30,17 @@ cores=$("$PYTHON" -c 'from lowshot.machine import cpus; print(cpus())')
 export JOBS=${JOBS:-$(( (cores + 1) / 2 ))}
 # what the steps below have to know of the experiment
 settings=$("$PYTHON" - "$EXPERIMENT" << 'END'
+import shlex
 import sys
 from lowshot.experiments import Experiment
-from lowshot.layout import padded_to_power_of_two
+from lowshot.layout import DataDir, padded_to_power_of_two
 from lowshot.script import run
 def main():
     e = Experiment(sys.argv[1])
     nbg = e.diffusion["nbg"]
     k = e.diffusion["k"]
     print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={k} columns={padded_to_power_of_two(k)}")
+    print(f"folder={shlex.quote(e.folder('diffusion', DataDir()))} table={shlex.quote(DataDir().log(e.name + '.md'))}")
     print(f"dim={e.diffusion.get('dim', 256)} seed={e.seeds[0]} nlabeled=({' '.join(map(str, e.nlabeled))})")
 run(main)
 END
@@ -47,8 +49,11 @@ eval "$settings"
 export NBG
 
 step() { now=$SECONDS; number=$((${number:-0} + 1)); printf '\n== %d/9 %s   [%d:%02d]\n' "$number" "$1" $((now / 60)) $((now % 60)); }
+# before what is to end when this script ends, however it ends
+with_this=()
+if command -v setpriv > /dev/null; then with_this=(setpriv --pdeathsig TERM); fi
 # run a command, printed so that it can be pasted into a shell in this folder
-show() { local words; words=$(printf ' %q' "$@"); echo "\$${words//"$PWD/"/}"; "$@"; }
+show() { local words; words=$(printf ' %q' "$@"); echo "\$${words//"$PWD/"/}"; "${with_this[@]}" "$@"; }
 SECONDS=0
 printf 'data directory:  export DDIR=%q\n' "$DDIR"
 
@@ -97,7 +102,7 @@ echo
 # the contact sheet: what a single label per class finds with the largest background
 niter=$("$PYTHON" -c 'import sys; from lowshot.script import read_json
 print(read_json(sys.argv[1])[sys.argv[2]][sys.argv[3]]["niter"])' \
-        "$DDIR/logs/diffusion/$(basename "${EXPERIMENT%.*}")/parameters.json" "$most" "${nlabeled[0]}")
+        "$folder/parameters.json" "$most" "${nlabeled[0]}")
 examples=$DDIR/demo_examples.npz
 sheet=()
 if [ "$most" -gt 0 ]; then
@@ -105,7 +110,7 @@ if [ "$most" -gt 0 ]; then
         --dim "$dim" --niter "$niter" --storeexamples "$examples" --record "$DDIR/demo_examples.json"
     sheet=(--sheet "$DDIR/demo_examples.png" --examples "$examples")
 fi
-show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --experiment "$(basename "${EXPERIMENT%.*}")" --k "$k" --nlabeled "${nlabeled[@]:0:2}" "${sheet[@]}"
-printf '\nall of it: %d:%02d. Table: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$DDIR/logs/$(basename "${EXPERIMENT%.*}").md"
+show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --experiment "$EXPERIMENT" "${sheet[@]}"
+printf '\nall of it: %d:%02d. Table: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$table"
 echo "figure:   $DDIR/demo_figure.png"
 if [ "$most" -gt 0 ]; then echo "examples: $DDIR/demo_examples.png"; fi

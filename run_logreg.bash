@@ -28,4 +28,4 @@ esac
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$here/.venv/bin/python" ]; then PYTHON=$here/.venv/bin/python; else PYTHON=python3; fi
 fi
-PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m lowshot.phases logreg "$@"
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" "$here/lowshot/phases.py" logreg "$@"

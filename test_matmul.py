@@ -48,6 +48,7 @@ def errors(seed):
         scale = rs.rand(ncol).astype(np.float32)
         expected = W @ L.astype(np.float64) * scale
         rank = rs.permutation(n).astype(np.int32)
+        what = f"{n} nodes, k = {k}, {ncol} columns"
         inverse = np.argsort(rank)
         for renumbered in (False, True):
             graph = SymmetricGraph(I, rank if renumbered else None)
@@ -55,9 +56,9 @@ def errors(seed):
             x, out = aligned_zeros((n, ncol)), aligned_zeros((n, ncol))
             x[:] = L[order]
             colsum = graph.product(x, out, scale)
-            what = f"{n} nodes, k = {k}, {ncol} columns{', renumbered' if renumbered else ''}"
-            yield f"product, {what}", relative_error(out, expected[order])
-            yield f"column sums, {what}", relative_error(colsum, expected.sum(axis=0))
+            how = f"{what}{', renumbered' if renumbered else ''}"
+            yield f"product, {how}", relative_error(out, expected[order])
+            yield f"column sums, {how}", relative_error(colsum, expected.sum(axis=0))
         graph = SymmetricGraph(I)
         if has_mkl():
             found = mkl_product(graph.indptr, graph.indices, graph.values(), np.ascontiguousarray(L))

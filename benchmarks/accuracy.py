@@ -44,8 +44,10 @@ def exact_directory(path, ddir, nbg, k):
     os.makedirs(path, exist_ok=True)
     for source, name in ((ddir.path("features"), "features"), (ddir.label_idx(), "label_idx.json")):
         link = os.path.join(path, name)
-        if not os.path.exists(link):
+        if not os.path.lexists(link):
             os.symlink(os.path.abspath(source), link)
+        if os.path.realpath(link) != os.path.realpath(source):
+            raise ValueError(f"{link} is of other data ({os.path.realpath(link)}): name another --exact")
     exact, columns = DataDir(path), padded_to_power_of_two(k)
     if not os.path.exists(exact.graph(nbg, columns)[0]):
         log(f"exact graph of {nbg} images")

@@ -28,7 +28,7 @@ import lowshot  # noqa: E402 F401     before numpy: it names the number of threa
 import numpy as np  # noqa: E402
 from lowshot.machine import available_memory  # noqa: E402
 from lowshot.script import Parser, log, number, print_header, run, size  # noqa: E402
-from runs import diffusion, show  # noqa: E402
+from runs import diffusion, show, threads  # noqa: E402
 
 
 def arguments():
@@ -224,13 +224,14 @@ def main():
     args = arguments()
     print_header(args)
     cold = ours(args, "--nocache") if "paper" in args.parts else None
-    log(f"diffusion.py, first run: {cold['wall']:.1f} s" if cold else "")
+    if cold:
+        log(f"diffusion.py, first run, which keeps nothing: {cold['wall']:.1f} s")
     ours(args)
     warm = min((ours(args) for _ in range(2)), key=lambda record: record["wall"])
     log(f"diffusion.py, further runs: {warm['wall']:.1f} s")
     problem = Problem(args)
     lines = [f"{args.nbg:,} background, {problem.nl:,} labelled, {problem.nt:,} test images, {problem.C} classes, k = {args.k}, "
-             f"{args.niter} iterations, {len(os.sched_getaffinity(0))} CPUs.", ""]
+             f"{args.niter} iterations, {threads()} threads.", ""]
     if cold:
         lines += paper_table(args, problem, cold, warm)
     if "peers" in args.parts:

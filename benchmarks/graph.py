@@ -11,23 +11,20 @@ without training and adding. Where a peer takes queries one by one, it is timed 
 multiplied by n over their number: the table says so. pynndescent runs whole (numba's compilation excluded), and so does
 the building of hnswlib's index.
 """
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
 import numpy as np  # noqa: E402
 from lowshot.features import matrix_rows  # noqa: E402
 from lowshot.script import Parser, number, run  # noqa: E402
-from runs import show  # noqa: E402
+from runs import show, threads, timed  # noqa: E402
 
 K = 30
-PEERS = ("ours", "float32", "faiss", "batch", "pynndescent30", "pynndescent60", "hnswlib")
+PEERS = ("float32", "faiss", "batch", "pynndescent30", "pynndescent60", "hnswlib")
 
 
 class Data:
@@ -54,15 +51,12 @@ def ours(data, ddir, float32=False):
     link = os.path.join(folder, os.path.basename(data.path))
     if not os.path.exists(link):
         os.symlink(data.path, link)
-    env = {**os.environ, "DDIR": ddir, **({"GRAPH_UTILS_PRODUCTS": "float32"} if float32 else {})}
-    start = time.time()
-    subprocess.run([sys.executable, os.path.join(ROOT, "build_graph.py"), str(data.n), "--device", "cpu", "--dim",
-                    str(data.x.shape[1]), "--overwrite"], env=env, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.time() - start
+    record = timed(os.path.join(ddir, "logs", "build_graph", f"ndis{data.n}_k32.json"), "build_graph.py", data.n, "--device",
+                   "cpu", "--dim", data.x.shape[1], "--overwrite", ddir=ddir,
+                   **({"GRAPH_UTILS_PRODUCTS": "float32"} if float32 else {}))
     I = np.memmap(os.path.join(ddir, "knngraph", f"ndis{data.n}_k32_I_11.int32"), np.int32, "r", shape=(data.n, 32))
-    record = json.load(open(os.path.join(ddir, "logs", "build_graph", f"ndis{data.n}_k32.json")))
     how = "exact" if record["exact"] else f"{record['nprobe']} cells, {record['rounds']} rounds"
-    return (seconds, data.recall(I[data.sample]),
+    return (record["wall"], data.recall(I[data.sample]),
             f"{how}; {record['products']} products; peak memory {record['peak_memory'] / 1e9:.2f} GB")
 
 
@@ -111,7 +105,7 @@ def pynndescent_row(data, n_neighbors):
     import pynndescent
     pynndescent.NNDescent(data.x[:5000], metric="dot", n_neighbors=n_neighbors)        # compiles
     start = time.time()
-    I = pynndescent.NNDescent(data.x, metric="dot", n_neighbors=n_neighbors, random_state=1, n_jobs=-1).neighbor_graph[0]
+    I = pynndescent.NNDescent(data.x, metric="dot", n_neighbors=n_neighbors, random_state=1, n_jobs=threads()).neighbor_graph[0]
     seconds = time.time() - start
     return (f"pynndescent {pynndescent.__version__}, n_neighbors {n_neighbors}", seconds, data.recall(I[data.sample]),
             "whole")
@@ -122,6 +116,7 @@ def hnswlib_row(data, wanted):
     index = hnswlib.Index(space="ip", dim=data.x.shape[1])
     start = time.time()
     index.init_index(max_elements=data.n, M=16, ef_construction=100, random_seed=1)
+    index.set_num_threads(threads())
     index.add_items(data.x)
     building = time.time() - start
     ef, rows = K, np.random.RandomState(5).choice(data.n, min(10000, data.n), replace=False)
@@ -160,13 +155,14 @@ def main():
     p.add_argument("data", nargs="+", metavar="NAME=DDIR")
     p.add_argument("-n", type=number(int, K), default=1000000, help="vectors")
     p.add_argument("--dim", type=number(int, 1), default=256, help="dimensions of the vectors")
-    p.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)} (default: all)")
+    p.add_argument("--peers", default=",".join(PEERS), help=f"what to time beside build_graph.py, some of {','.join(PEERS)} "
+                   "(default: all)")
     p.add_argument("--out", metavar="FILE", help="write the table there as well")
     args = p.parse_args()
     peers = args.peers.split(",")
     if set(peers) - set(PEERS):
         p.error(f"--peers: {', '.join(set(peers) - set(PEERS))} unknown")
-    lines = [f"k = {K}, {args.n:,} x {args.dim}, {len(os.sched_getaffinity(0))} CPUs", "",
+    lines = [f"k = {K}, {args.n:,} x {args.dim}, {threads()} threads", "",
              "| data | builder | seconds | recall@30 | times ours | measured |", "|---|---|---|---|---|---|"]
     for name_and_path in args.data:
         name, equals, path = name_and_path.partition("=")

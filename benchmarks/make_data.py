@@ -107,6 +107,9 @@ def main():
     args = arguments()
     if args.raw and (args.dim < 256 or args.nbg < 256):
         raise ValueError(f"--raw needs at least 256 columns and background images, found --dim {args.dim} --nbg {args.nbg}")
+    more = os.path.join(args.out, "features", "f100m", f"block{-(-args.nbg // args.block)}.hdf5")
+    if os.path.exists(more) and not args.raw:
+        raise ValueError(f"{more} is of more background images: remove it, and those after it, or name another folder")
     split = read_json(args.label_idx) if args.label_idx else None
     print_header(args)
     rs = np.random.RandomState(args.seed)

@@ -30,7 +30,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
 import numpy as np  # noqa: E402
 from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
-from runs import show  # noqa: E402
+from runs import show, threads  # noqa: E402
 
 SAMPLE = 500        # rows that are compared with float64, and nodes that recall is measured on
 
@@ -47,12 +47,11 @@ def arguments():
     p = Parser(__doc__)
     graph_arguments(p)
     p.add_argument("--columns", type=number(int, 1), nargs="+", default=[64, 512], help="columns of L, a table each")
-    p.add_argument("--panel", type=number(int, 16, 64), help="columns of our panels: 16, 32, 48 or 64 "
-                                                                   "(default: as diffusion.py, 32)")
+    p.add_argument("--panel", type=int, choices=(16, 32, 48, 64), help="columns of our panels (default: as diffusion.py, 32)")
     p.add_argument("--rounds", type=number(int, 1), default=4, help="rounds, the first of which does not count")
     p.add_argument("--patience", type=number(float, 0), default=10,
                    help="seconds: a product that takes longer is not repeated")
-    p.add_argument("--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), help="threads of all")
+    p.add_argument("--threads", type=number(int, 1), default=threads(), help="threads of all")
     p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose name contains one of these")
     p.add_argument("--out", help="file for the table")
     return p.parse_args()

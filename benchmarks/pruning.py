@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lowshot.script import Parser, log, number, run  # noqa: E402
-from runs import diffusion, show  # noqa: E402
+from runs import diffusion, show, threads  # noqa: E402
 
 
 def arguments():
@@ -25,8 +25,9 @@ def arguments():
 
 
 def diffused(args, niter, *more):
-    """(seconds of the diffusion, results) of one run."""
-    record = diffusion("--nbg", args.nbg, "--nlabeled", args.nlabeled, "--k", args.k, "--niter", niter, *more)
+    """(seconds of the diffusion, results) of the better of two runs."""
+    options = ["--nbg", args.nbg, "--nlabeled", args.nlabeled, "--k", args.k, "--niter", niter, *more]
+    record = min((diffusion(*options) for _ in range(2)), key=lambda record: record["steps"][-1]["seconds"])
     return record["steps"][-1]["seconds"], record["results"]
 
 
@@ -40,7 +41,7 @@ def main():
             raise ValueError(f"the results differ after {niter} iterations: {a} {b}")
         lines.append(f"| {niter} | {full:.2f} | {pruned:.2f} | {1 - pruned / full:.0%} |")
         log(lines[-1])
-    table = "\n".join([f"{args.nbg:,} background images, {args.nlabeled} labels per novel class, {os.cpu_count()} CPUs", "",
+    table = "\n".join([f"{args.nbg:,} background images, {args.nlabeled} labels per novel class, {threads()} threads", "",
                        *lines, ""])
     show(table, args.out)
 

@@ -6,21 +6,29 @@ import sys
 import tempfile
 import time
 
+from lowshot.machine import cpus, named_threads
 from lowshot.script import log, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def timed(record, script, *args, program=(), ddir=None):
+def threads():
+    """How many threads all that is compared may use: OMP_NUM_THREADS, or one for each CPU."""
+    return int(named_threads().split(",")[0] or cpus())
+
+
+def timed(record, script, *args, program=(), ddir=None, **variables):
     """Run a script; the record that it leaves at `record`, with `wall`: seconds from start to finish. ValueError with the
-    script's last line where it fails. program: arguments of Python before the script's; ddir: in place of $DDIR."""
+    script's last line where it fails. program: arguments of Python before the script's; ddir: in place of $DDIR; variables:
+    of the environment."""
     command = [sys.executable, *program, os.path.join(ROOT, script), *map(str, args)]
-    environment = {**os.environ, **({"DDIR": os.path.abspath(ddir)} if ddir else {})}
+    environment = {**os.environ, **({"DDIR": os.path.abspath(ddir)} if ddir else {}), **variables}
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     wall = time.perf_counter() - start
     if done.returncode:
-        raise ValueError(done.stderr.strip().splitlines()[-1])
+        # one that was killed says nothing
+        raise ValueError((done.stderr.strip().splitlines() or [f"{script} ended with status {done.returncode}"])[-1])
     with open(record) as f:
         return {**json.load(f), "wall": wall}
 

@@ -3,21 +3,20 @@
 
 Reads $DDIR as they do, with as many background images as the largest of --nbg. Prints a Markdown table, and writes it to
 --out. For each size: the graph of the background, the first run of diffusion.py, which completes it, and one further run.
-Seconds are from start to finish, memory is the scripts' own peak, and beside it what they predicted. What is complete in
-$DDIR/knngraph is removed first, unless --keep is given: then the figures of what was made are read from the records.
+Seconds are from start to finish, memory is the scripts' own peak, and beside it what they predicted. Of a graph that is there
+the figures are read from its record; --anew removes these graphs from $DDIR/knngraph first.
 
-    DDIR=/path/to/data python benchmarks/scale.py --nbg 100000 1000000 10000000 --niter 4 --out scale.md
+    DDIR=/path/to/data python benchmarks/scale.py --nbg 100000 1000000 10000000 --niter 4 --anew --out scale.md
 """
 import glob
-import json
 import os
 import shutil
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, size  # noqa: E402
-from runs import diffusion, show, timed  # noqa: E402
+from lowshot.layout import DataDir, padded_to_power_of_two  # noqa: E402
+from lowshot.script import Parser, log, number, print_header, read_json, run, size  # noqa: E402
+from runs import diffusion, show, threads, timed  # noqa: E402
 
 
 def arguments():
@@ -26,26 +25,27 @@ def arguments():
     p.add_argument("--nlabeled", type=number(int, 1), default=2, help="labelled images per novel class")
     p.add_argument("--niter", type=number(int, 0), default=4, help="iterations")
     p.add_argument("--k", type=number(int, 1), default=30, help="neighbours")
-    p.add_argument("--keep", action="store_true", help="keep the graphs that are there")
+    p.add_argument("--anew", action="store_true", help="remove the graphs that are there first")
     p.add_argument("--out", help="file for the table")
     return p.parse_args()
 
 
 def rows(args, ddir, nbg):
     """Yield (what, record)."""
-    graph = ddir.log("build_graph", f"ndis{nbg}_k32.json")
+    columns = padded_to_power_of_two(args.k)
+    path, record = ddir.log("build_graph", f"ndis{nbg}_k{columns}.json"), None
     completed = ddir.path("knngraph", f"completed_test_ndis{nbg}_k{args.k}_d256")
-    if not args.keep:
-        for path in glob.glob(ddir.path("knngraph", f"ndis{nbg}[._]*")):
-            os.unlink(path)
+    if args.anew:
+        for name in glob.glob(glob.escape(ddir.path("knngraph", f"ndis{nbg}")) + "[._]*"):
+            os.unlink(name)
         shutil.rmtree(completed, ignore_errors=True)
-    if args.keep and os.path.exists(graph):
-        with open(graph) as f:
-            record = json.load(f)
-        yield f"build_graph.py, recall@32 {record['recall']:.3f}", {**record, "wall": record["seconds"]}
-    else:
-        record = timed(graph, "build_graph.py", nbg)
-        yield f"build_graph.py, recall@32 {record['recall']:.3f}", record
+    if not os.path.exists(ddir.graph(nbg, columns)[0]):
+        record = timed(path, "build_graph.py", nbg, "--k", args.k)
+    elif os.path.exists(path):
+        record = read_json(path)
+        record["wall"] = record["seconds"]
+    if record:
+        yield f"build_graph.py, recall@{columns} {record['recall']:.3f}", record
     options = ["--nlabeled", args.nlabeled, "--nbg", nbg, "--k", args.k, "--niter", args.niter]
     if not os.path.exists(completed):
         yield "diffusion.py, first run", diffusion(*options)
@@ -64,7 +64,7 @@ def main():
                          f"{size(record['peak_memory'])} | {size(record['predicted_memory'])} |")
             log(lines[-1])
     text = "\n".join([f"{args.niter} iterations, {args.nlabeled} labels per novel class, k = {args.k}, "
-                      f"{len(os.sched_getaffinity(0))} CPUs.", "", *lines, ""])
+                      f"{threads()} threads.", "", *lines, ""])
     show(text, args.out)
 
 

@@ -28,6 +28,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import unicodedata
 import zipfile
@@ -40,8 +41,8 @@ from PIL import Image, ImageFilter  # noqa: E402
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.machine import cpus, end_with_parent  # noqa: E402
-from lowshot.script import (Parser, Progress, full_disk_named, log, number, print_header, read_json, run,  # noqa: E402
-                            whole, write_json)
+from lowshot.script import (Parser, Progress, exclusive, full_disk_named, log, number, print_header,  # noqa: E402
+                            read_json, run, whole, write_json)
 
 SIZE = 32               # pixels
 PER_ZIP = 1000
@@ -77,12 +78,13 @@ def main():
     args = arguments()
     ddir = DataDir()
     print_header(args)
-    with multiprocessing.get_context("fork").Pool(args.nproc, end_with_parent) as pool:     # children import nothing anew
-        glyphs = load_glyphs(ddir, args, pool)
-    # the glyphs are drawn in processes made after they are known, and inherited by them
-    with multiprocessing.get_context("fork").Pool(args.nproc, _inherit, (glyphs, ddir.root)) as pool:
-        make_labelled(ddir, args, glyphs, pool)
-        make_background(ddir, args, glyphs, pool)
+    with exclusive(ddir.path("glyphs.json")):
+        with multiprocessing.get_context("fork").Pool(args.nproc, _begin) as pool:     # children import nothing anew
+            glyphs = load_glyphs(ddir, args, pool)
+        # the glyphs are drawn in processes made after they are known, and inherited by them
+        with multiprocessing.get_context("fork").Pool(args.nproc, _begin, (glyphs, ddir.root)) as pool:
+            make_labelled(ddir, args, glyphs, pool)
+            make_background(ddir, args, glyphs, pool)
 
 
 # ---------------------------------------------------------------------------------------------- characters and fonts
@@ -211,9 +213,11 @@ def jpeg(pixels):
 _glyphs = _root = None
 
 
-def _inherit(glyphs, root):
+def _begin(glyphs=None, root=None):
+    """In a new process, which inherits the glyphs."""
     global _glyphs, _root
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # one that Ctrl-C ends may hold a lock, for which the pool would wait
     _glyphs, _root = glyphs, root
 
 

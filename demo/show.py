@@ -5,14 +5,13 @@ background, with logistic regression as a line; a row for all test images and on
 The contact sheet: test images, their five best classes, and the background images that gave the most to the best one.
 
 reads   $DDIR/logs/{diffusion,logreg}/EXPERIMENT/*.json
-                                               records of diffusion.py and logreg.py; those of the validation split
-                                               choose the number of iterations, those of the test split are drawn
+                                               parameters and records of the experiment's phases 2 and 3, those that
+                                               its table is made of
         FILE.npz of diffusion.py --storeexamples, and the images, for the contact sheet
 writes  --figure and --sheet, PNG
 
     python demo/show.py --figure figure.png --sheet examples.png --examples "$DDIR/demo_examples.npz"
 """
-import glob
 import io
 import os
 import sys
@@ -23,8 +22,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
 import numpy as np  # noqa: E402
 
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, read_parameters, records_of,  # noqa: E402
+                                 test_jobs)
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, changed_file, check_outputs, log, number, read_json, run, whole  # noqa: E402
+from lowshot.script import Parser, check_outputs, log, number, read_json, run, whole  # noqa: E402
 
 INK, MUTED, GRID = "#24292f", "#6b7280", "#e5e7eb"
 RIGHT, WRONG = "#15803d", "#b91c1c"
@@ -36,10 +37,10 @@ def arguments():
     parser.add_argument("--figure", default="", metavar="PNG", help="draw the figure into this file")
     parser.add_argument("--sheet", default="", metavar="PNG", help="draw the contact sheet into this file")
     parser.add_argument("--examples", default="", metavar="NPZ", help="what diffusion.py --storeexamples wrote")
-    parser.add_argument("--experiment", default="demo", help="whose records are drawn")
-    parser.add_argument("--k", type=number(int, 1), default=30, help="draw the diffusions of so many neighbours")
-    parser.add_argument("--nlabeled", type=number(int, 1), nargs="+", default=[1, 2],
-                        help="numbers of labels of the figure's columns")
+    parser.add_argument("--experiment", default=os.path.join(CHECKOUT, "configs", "demo.yaml"), metavar="YAML",
+                        help="experiment file, as of run_diffusion.bash; NBG, NLABELED and SEEDS replace its lists")
+    parser.add_argument("--nlabeled", type=number(int, 1), nargs="+",
+                        help="numbers of labels of the figure's columns (default: the experiment's first two)")
     parser.add_argument("--nexamples", type=number(int, 1), default=18, help="images on the contact sheet")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the choice of examples")
     args = parser.parse_args()
@@ -55,15 +56,11 @@ def main():
     check_outputs(args.figure, args.sheet)
     ddir = DataDir()
     if args.figure:
-        folders = [ddir.log(system, args.experiment) for system in ("diffusion", "logreg")]
-        diffusion, logreg = read_records(folders, "test", args.k, [ddir.train, ddir.val])
-        validation, _ = read_records(folders, "val", args.k, [ddir.train, ddir.val])
-        have = sorted({r["arguments"]["nlabeled"] for r in diffusion})
-        for n in args.nlabeled:
-            if n not in have:
-                raise ValueError(f"{folders[0]} has no record of diffusion.py --mode test --k {args.k} --nlabeled {n} (of "
-                                 f"--nlabeled there are: {have}): --experiment names the folder below logs/diffusion")
-        save(figure(diffusion, logreg, args.nlabeled, chosen_iterations(validation, args.nlabeled)), args.figure)
+        e = Experiment(args.experiment)
+        nlabeled = args.nlabeled or e.nlabeled[:2]
+        if set(nlabeled) - set(e.nlabeled):
+            raise ValueError(f"--nlabeled {min(set(nlabeled) - set(e.nlabeled))}: {e.path} has {as_text(e.nlabeled)}")
+        save(figure(*records(e, ddir), nlabeled), args.figure)
     if args.sheet:
         if not os.path.exists(args.examples):
             raise ValueError(f"{args.examples} does not exist: diffusion.py --storeexamples makes it")
@@ -84,62 +81,39 @@ def save(fig, path):
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-def read_records(folders, mode, k, inputs):
-    """(records of diffusion.py with k neighbours, records of logreg.py) of one mode among the folders' JSON files: those made
-    from `inputs` as they are, by parameters that were chosen here."""
-    diffusion, logreg = [], []
-    for path in sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.json"))):
-        record = read_json(path)
-        arguments = record.get("arguments") if isinstance(record, dict) else None
-        if not isinstance(arguments, dict) or os.path.basename(path).startswith("test-published_"):
-            continue
-        if arguments.get("mode") == mode and not changed_file(inputs, record.get("files")):
-            if record.get("results") and "nbg" in arguments:
-                if arguments.get("k") == k:
-                    diffusion.append(record)
-            elif record.get("runs"):
-                logreg.append(record)
-    return diffusion, logreg
+def records(e, ddir):
+    """What the table of an experiment is made of: (records of diffusion.py, records of logreg.py, {(nlabeled, nbg): chosen number
+    of iterations}), all of the test split."""
+    found, parameters = {}, {}
+    for system in SYSTEMS:
+        parameters[system] = read_parameters(e, system, ddir, "chosen")
+        found[system] = records_of(test_jobs(e, system, ddir, parameters[system], "chosen"), 3)
+    chosen = {(n, nbg): parameters["diffusion"][str(nbg)][str(n)]["niter"] for n in e.nlabeled for nbg in e.diffusion["nbg"]}
+    return found["diffusion"], found["logreg"], chosen
 
 
 def diffusion_curves(records, nlabeled):
-    """{nbg: {"top5" or "top5_novel": (runs, iterations) accuracy}} of the records with so many labels.
-
-    Runs of one background size may differ in their number of iterations: what all of them have is taken.
-    """
+    """{nbg: {"top5" or "top5_novel": (runs, iterations) accuracy}} of the records with so many labels."""
     runs = {}
     for record in records:
         if record["arguments"]["nlabeled"] == nlabeled:
-            results = sorted(record["results"], key=lambda r: r["iteration"])
-            runs.setdefault(record["arguments"]["nbg"], {})[record["arguments"].get("seed", 0)] = results
-    curves = {}
-    for nbg, of_seed in sorted(runs.items()):
-        length = min(map(len, of_seed.values()))
-        curves[nbg] = {key: np.array([[r[key] for r in results[:length]] for results in of_seed.values()])
-                       for key in ("top5", "top5_novel")}
-    return curves
-
-
-def chosen_iterations(validation, nlabeled):
-    """{(nlabeled, nbg): number of iterations with the best mean accuracy over all classes} of validation records."""
-    return {(n, nbg): int(np.argmax(curve["top5"].mean(axis=0)))
-            for n in nlabeled for nbg, curve in diffusion_curves(validation, n).items()}
+            runs.setdefault(record["arguments"]["nbg"], []).append(record["results"])
+    return {nbg: {key: np.array([[r[key] for r in results] for results in of_size]) for key in ("top5", "top5_novel")}
+            for nbg, of_size in sorted(runs.items())}
 
 
 def baseline(records, nlabeled):
     """{"top5": (runs,), "top5_novel": (runs,)} of logistic regression, at the end of each run."""
-    runs = [run for record in records if record["arguments"]["nlabeled"] == nlabeled for run in record["runs"]]
-    return {key: np.array([run["results"][-1][key] for run in runs if run["results"]])
-            for key in ("top5", "top5_novel")}
+    last = [record["runs"][0]["results"][-1] for record in records if record["arguments"]["nlabeled"] == nlabeled]
+    return {key: np.array([r[key] for r in last]) for key in ("top5", "top5_novel")}
 
 
-def figure(diffusion, logreg, nlabeled=(1, 2), chosen=None):
+def figure(diffusion, logreg, chosen, nlabeled=(1, 2)):
     """Accuracy against iterations and against the background's size, as a matplotlib Figure.
 
     diffusion, logreg: lists of records as the scripts write them, of the test split. Bands are one standard deviation
     over seeds. chosen: {(nlabeled, nbg): iterations} of the validation split, for the plots against the background's
-    size; where it lacks, the last iteration is shown.
-    There must be a diffusion record for each of the numbers of labels.
+    size. There must be a diffusion record for each of the numbers of labels.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -157,7 +131,7 @@ def figure(diffusion, logreg, nlabeled=(1, 2), chosen=None):
                 labels = f"{n} label{'s' if n > 1 else ''} per novel class"
                 _iterations(left, curves, key, shades)
                 _backgrounds(right, {nbg: curve[key] for nbg, curve in curves.items()},
-                             {nbg: (chosen or {}).get((n, nbg), -1) for nbg in curves}, shades)
+                             {nbg: chosen[n, nbg] for nbg in curves}, shades)
                 for ax in (left, right):
                     _line(ax, base[key])
                     _style(ax)
@@ -165,8 +139,7 @@ def figure(diffusion, logreg, nlabeled=(1, 2), chosen=None):
                     left.set_title(labels, loc="left", fontweight="bold", fontsize=10)
                 else:
                     left.set_xlabel("iterations of diffusion")
-                    right.set_xlabel("background (iterations by validation)" if chosen else
-                                     "background images (last iteration)")
+                    right.set_xlabel("background (iterations by validation)")
             axes[row, 0].set_ylabel(f"top-5 accuracy (%), {words}")
         handles, names = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False)
@@ -186,7 +159,7 @@ def _iterations(ax, curves, key, shades):
 
 def _backgrounds(ax, curves, chosen, shades):
     """Each size at its chosen number of iterations; sizes evenly spaced, as 0 has no logarithm."""
-    values = {nbg: 100 * curve[:, min(chosen[nbg], curve.shape[1] - 1)] for nbg, curve in curves.items()}
+    values = {nbg: 100 * curve[:, chosen[nbg]] for nbg, curve in curves.items()}
     x = np.arange(len(curves))
     ax.plot(x, [v.mean() for v in values.values()], color=MUTED, lw=1.2, zorder=1)
     for at, (nbg, v) in zip(x, values.items()):

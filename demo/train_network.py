@@ -23,8 +23,8 @@ import numpy as np  # noqa: E402
 
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.machine import peak_memory  # noqa: E402
-from lowshot.script import (Parser, Progress, clock, log, number, print_header, provenance, read_json,  # noqa: E402
-                            run, whole, write_json)
+from lowshot.script import (Parser, Progress, clock, exclusive, log, number, print_header, provenance,  # noqa: E402
+                            read_json, run, whole, write_json)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # as save_features.py has them
 
@@ -47,8 +47,14 @@ def main():
     folder = ddir.path("models", "checkpoints", args.model)
     checkpoint = os.path.join(folder, f"{args.epochs - 1}.tar")
     record_path = ddir.log(f"train_network_{args.model}_{args.epochs - 1}.json")
-    state_path = os.path.join(folder, "training.pt")
     print_header(args)
+    state_path = os.path.join(folder, "training.pt")
+    with exclusive(state_path):
+        train(args, ddir, record, checkpoint, record_path, state_path)
+
+
+def train(args, ddir, record, checkpoint, record_path, state_path):
+    """Train, and write checkpoint and record, where they are not there; state_path: what is kept after each epoch."""
     if os.path.exists(checkpoint) and os.path.exists(record_path):
         made_with = read_json(record_path).get("arguments")
         if made_with == vars(args):

@@ -323,7 +323,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
         return
     added = {"DDIR": environment["DDIR"]}
     if parallel > 1 and (KEPT_TO_QUOTA or not named_threads(environment)):
-        added["OMP_NUM_THREADS"] = str(max(1, cpus() // parallel))
+        added["OMP_NUM_THREADS"] = str(max(1, cpus() // min(parallel, len(todo))))
     prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
     if parallel == 0:
         for job in todo:

@@ -5,6 +5,7 @@ library's code for CPUs, as those of other searches are, while the GPU goes on w
 """
 import glob
 import importlib.util
+import os
 
 import numpy as np
 
@@ -20,7 +21,7 @@ LONGEST = 100.0             # norms beyond this are left to the CPU: float16 end
 
 def gpu_available():
     """Whether torch sees a GPU. It is imported only where there may be one: that takes longer than a small run."""
-    if not glob.glob("/dev/nvidia[0-9]*"):
+    if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):       # the latter in Windows' Linux
         return False
     import torch
     return torch.cuda.is_available()

@@ -171,8 +171,8 @@ class Checkpoint:
         """
         self.fresh = {"identity": self.identity, "shape": [n, K], "words": words}
         self.saved, state = time.monotonic(), {}
-        with contextlib.suppress(OSError, ValueError):
-            state = read_json(self.state_path)
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            state = dict(read_json(self.state_path))
         keys = aligned_zeros((n, K), np.int64)
         remove_left_behind(self.path)
         if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
@@ -252,8 +252,8 @@ class GraphFiles:
         self.state = {"identity": identity, "shape": [n, k]}
         self.done = 0
         os.makedirs(os.path.dirname(path_I), exist_ok=True)
-        with contextlib.suppress(OSError, ValueError):
-            state = read_json(self.state_path)
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            state = dict(read_json(self.state_path))
             if (identity is not None and all(state.get(key) == value for key, value in self.state.items())
                     and all(os.path.getsize(p) == 4 * n * k for p in self.temporary)):
                 self.done = int(state["done"])

@@ -50,10 +50,12 @@ def jobs_at_a_time():
 def main():
     p = Parser(__doc__)
     p.add_argument("what", choices=(*SYSTEMS, "compare"), help="one system, or a table of all of them")
-    p.add_argument("phase", nargs="?", help="1 validate, 2 choose, 3 test, 4 report (not with compare)")
+    p.add_argument("phase", nargs="?", help="1 validate, 2 choose, 3 test, 4 report; with compare there is none")
     p.add_argument("experiment", nargs="?", help="experiment file (default: configs/paper.yaml)")
     args = p.parse_args()
     if args.what == "compare":
+        if args.experiment:
+            p.error(f"compare takes one experiment file, found {args.experiment} as well")
         phase, path = None, args.phase
     else:
         phase, path = args.phase, args.experiment

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(CHECKOUT, "benchmarks"))
+import runs  # noqa: E402
+
 NBG = 3000
 
 
@@ -33,14 +36,22 @@ def data(tmp_path_factory):
 def test_scale(data, tmp_path):
     larger = data / "knngraph" / "ndis10000.index"
     larger.touch()                      # the name of another size begins with that of one of these
-    benchmark("scale.py", "--nbg", 1000, NBG, "--niter", 2, "--out", tmp_path / "scale.md", ddir=data)
+    benchmark("scale.py", "--nbg", 1000, NBG, "--niter", 2, "--anew", "--out", tmp_path / "scale.md", ddir=data)
     assert larger.exists()
     larger.unlink()
     lines = (tmp_path / "scale.md").read_text().splitlines()
     assert sum(line.startswith("| 1,000 |") for line in lines) == sum(line.startswith("| 3,000 |") for line in lines) == 3
     assert os.path.exists(data / "knngraph" / f"ndis{NBG}_k32_I_11.int32")
-    kept = benchmark("scale.py", "--nbg", NBG, "--niter", 1, "--keep", ddir=data)
-    assert "further runs" in kept and "first run" not in kept
+    kept = benchmark("scale.py", "--nbg", NBG, "--niter", 1, ddir=data)
+    assert "recall@32 1.000" in kept and "further runs" in kept and "first run" not in kept
+    odd = tmp_path / "data[1]"          # which a pattern of file names would not find
+    (odd / "knngraph").mkdir(parents=True)
+    for name in ("features", "label_idx.json"):
+        (odd / name).symlink_to(data / name)
+    (odd / "knngraph/ndis1000.index").write_text("of another graph")
+    assert "recall@64 1.000" in benchmark("scale.py", "--nbg", 1000, "--niter", 0, "--k", 40, "--anew", ddir=odd)
+    (odd / "logs/build_graph/ndis1000_k64.json").unlink()       # as of a published graph
+    assert "build_graph.py" not in benchmark("scale.py", "--nbg", 1000, "--niter", 0, "--k", 40, ddir=odd).split("niter=0")[1]
 
 
 def test_accuracy_beside_exact_graphs(data, tmp_path):
@@ -58,6 +69,22 @@ def test_accuracy_beside_exact_graphs(data, tmp_path):
         graph[:, 3:] = none
         graph.tofile(worse / "knngraph" / f"ndis{NBG}_k32_{name}")
     assert "single run is 0.0000" not in benchmark("accuracy.py", *options, ddir=worse)
+    other = tmp_path / "other"
+    (other / "features").mkdir(parents=True)
+    (other / "label_idx.json").touch()
+    assert "is of other data" in benchmark("accuracy.py", *options, ddir=other, returncode=1)
+
+
+def test_data_of_fewer_images_leave_none_of_more(tmp_path):
+    few = ["--nclass", 8, "--per-class", 3, "--val-per-class", 2, "--dim", 20, "--block", 10]
+    benchmark("make_data.py", tmp_path, *few, "--nbg", 30)
+    message = benchmark("make_data.py", tmp_path, *few, "--nbg", 15, returncode=1)
+    assert f"{tmp_path}/features/f100m/block2.hdf5 is of more background images" in message
+
+
+def test_a_script_that_is_killed():
+    with pytest.raises(ValueError, match="test_matmul.py ended with status -9"):
+        runs.timed("none.json", "test_matmul.py", program=["-c", "import os; os.kill(os.getpid(), 9)"])
 
 
 def test_product(data, tmp_path):

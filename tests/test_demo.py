@@ -1,6 +1,7 @@
 """The demo: its images, the training of its network, its figure and contact sheet, on tiny data."""
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -19,10 +20,10 @@ from PIL import Image
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 
-from demo import show  # noqa: E402
+from demo import make_data, show  # noqa: E402
 from demo.glyphs import choose_distinct, coverage, find_fonts, glyph  # noqa: E402
 from demo.make_data import damaged, draw  # noqa: E402
-from lowshot.script import file_identities  # noqa: E402
+from lowshot.script import exclusive  # noqa: E402
 from lowshot.split import labelled_images, load_split  # noqa: E402
 
 NCLASS, NTRAIN, NVAL, NBG = 16, 8, 3, 1040
@@ -45,12 +46,12 @@ def start(name, ddir, *options):
 
 
 def contents(root):
-    """{relative path: bytes} of all files but temporary ones."""
+    """{relative path: bytes} of all files but temporary ones and locks."""
     out = {}
     for folder, _, names in os.walk(root):
         if not folder.endswith(".tmp"):
             for name in names:
-                if ".tmp" not in name:
+                if ".tmp" not in name and not name.endswith(".lock"):
                     path = os.path.join(folder, name)
                     with open(path, "rb") as f:
                         out[os.path.relpath(path, root)] = f.read()
@@ -361,65 +362,50 @@ def test_training_killed_and_resumed(data, tmp_path):
     assert done.returncode == 1 and "was trained with other arguments" in done.stderr
 
 
+@pytest.mark.parametrize("name,locked", [("make_data.py", "glyphs.json"),
+                                         ("train_network.py", "models/checkpoints/ResNet10/training.pt")])
+def test_two_at_once_are_one_too_many(tmp_path, name, locked):
+    with exclusive(str(tmp_path / locked)):
+        done = script(name, tmp_path, check=False)
+    assert done.returncode == 1 and f"error: another process is writing {tmp_path / locked}\n" in done.stderr
+
+
+def test_processes_that_draw_leave_interruptions_to_the_first():
+    with multiprocessing.get_context("fork").Pool(1, make_data._begin) as pool:
+        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
+
+
 def test_training_without_data(tmp_path):
     done = script("train_network.py", tmp_path, check=False)
     assert done.returncode == 1 and "no label_idx.json" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def record(mode, n, seed, nbg, accuracies, k=30):
-    return {"arguments": {"mode": mode, "nlabeled": n, "seed": seed, "nbg": nbg, "k": k, "niter": len(accuracies) - 1},
+def record(n, seed, nbg, accuracies):
+    return {"arguments": {"nlabeled": n, "seed": seed, "nbg": nbg},
             "results": [{"iteration": i, "nnz": 1.0, "top5": a, "top5_novel": a / 2} for i, a in enumerate(accuracies)]}
 
 
-def logreg_record(mode, n, seed, accuracy):
-    return {"arguments": {"mode": mode, "nlabeled": n, "seed": seed},
+def logreg_record(n, seed, accuracy):
+    return {"arguments": {"nlabeled": n, "seed": seed},
             "runs": [{"lr": 0.1, "wd": 0.01, "results": [{"iteration": 5, "top5": 0, "top5_novel": 0},
                                                          {"iteration": 9, "top5": accuracy, "top5_novel": accuracy}]}]}
 
 
-def test_figure(tmp_path):
-    diffusion = [record("test", 1, s, nbg, [0.1, 0.4 + nbg / 1e4, 0.3 + s / 100]) for s in (1, 2) for nbg in (0, 1000)]
-    diffusion.append(record("test", 1, 3, 0, [0.2, 0.6]))               # fewer iterations than the others
+def test_figure():
+    diffusion = [record(1, s, nbg, [0.1, 0.4 + nbg / 1e4, 0.3 + s / 100]) for s in (1, 2) for nbg in (1000, 0)]
+    diffusion.append(record(2, 1, 0, [0.7]))
     curves = show.diffusion_curves(diffusion, 1)
-    assert list(curves) == [0, 1000] and curves[0]["top5"].tolist() == [[0.1, 0.4], [0.1, 0.4], [0.2, 0.6]]
+    assert list(curves) == [0, 1000] and curves[0]["top5"].tolist() == [[0.1, 0.4, 0.31], [0.1, 0.4, 0.32]]
     assert curves[1000]["top5_novel"][1].tolist() == pytest.approx([0.05, 0.25, 0.16])
-    chosen = show.chosen_iterations([record("val", 1, 1, 0, [0.1, 0.3, 0.2]), record("val", 2, 1, 0, [0.1])], [1])
-    assert chosen == {(1, 0): 1}
-    logreg = [logreg_record("test", 1, s, 0.5 + s / 10) for s in (1, 2)]
+    logreg = [*(logreg_record(1, s, 0.5 + s / 10) for s in (1, 2)), logreg_record(2, 1, 0.9)]
     assert show.baseline(logreg, 1)["top5"].tolist() == pytest.approx([0.6, 0.7])
-    fig = show.figure(diffusion, logreg, [1], chosen)
+    fig = show.figure(diffusion, logreg, {(1, 0): 1, (1, 1000): 2}, [1])
     left, right = fig.axes[:2]
     assert [list(line.get_ydata()) for line in left.lines if line.get_label() == "logistic regression"] == [
         pytest.approx([65, 65])]
     drawn = {line.get_label(): line.get_ydata() for line in left.lines}
     assert drawn["diffusion, 1,000 background images"] == pytest.approx([10, 50, 31.5])
-    # size 0 at the chosen iteration 1, size 1000, of which nothing was chosen, at its last
-    assert right.lines[0].get_ydata() == pytest.approx([100 * 1.4 / 3, 31.5])
-
-    folders = [tmp_path / "logs" / system / "demo" for system in ("diffusion", "logreg")]
-    by_hand = tmp_path / "logs" / "diffusion"
-    for folder, records in (
-            (folders[0], diffusion + [record("val", 1, 1, 0, [0.1, 0.9]), record("test", 1, 9, 0, [0], k=5)]),
-            (folders[1], logreg), (by_hand, [record("test", 1, 1, 0, [0.1])])):
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, r in enumerate(records):
-            (folder / f"{i}.json").write_text(json.dumps(r))
-    (folders[0] / "parameters.json").write_text(json.dumps({"0": {"1": {"niter": 3}}}))
-    (folders[1] / "test-published_nl1_seed1.json").write_text(json.dumps(logreg[0]))
-    assert [len(x) for x in show.read_records(map(str, folders), "test", 30, [])] == [len(diffusion), 2]
-    assert [len(x) for x in show.read_records(map(str, folders), "val", 30, [])] == [1, 0]
-    features = tmp_path / "train.hdf5"      # records of other features are not drawn
-    features.write_text("")
-    assert show.read_records(map(str, folders), "test", 30, [features]) == ([], [])
-    (folders[1] / "0.json").write_text(json.dumps({**logreg[0], "files": file_identities([features])}))
-    assert [len(x) for x in show.read_records(map(str, folders), "test", 30, [features])] == [0, 1]
-    script("show.py", tmp_path, "--figure", tmp_path / "figure.png", "--nlabeled", 1)
-    with Image.open(tmp_path / "figure.png") as image:
-        assert image.format == "PNG" and min(image.size) > 500
-    for name, n, have in (("demo", 7, "[1]"), ("other", 1, "[]")):
-        done = script("show.py", tmp_path, "--figure", tmp_path / "no.png", "--nlabeled", n, "--experiment", name, check=False)
-        assert done.returncode == 1 and (f"error: {tmp_path}/logs/diffusion/{name} has no record of diffusion.py --mode test "
-                                         f"--k 30 --nlabeled {n} (of --nlabeled there are: {have}): --experiment") in done.stderr
+    assert right.lines[0].get_ydata() == pytest.approx([40, 31.5])
 
 
 def examples(data):

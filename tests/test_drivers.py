@@ -59,6 +59,10 @@ def test_four_phases(root, system, njobs, tmp_path):
     driver, tiny = os.path.join(CHECKOUT, f"run_{system}.bash"), os.path.join(root, "tiny.yaml")
     folder = os.path.join(root, "logs", system, "tiny")
 
+    (tmp_path / "lowshot").mkdir()
+    for name in ("yaml.py", "lowshot/__init__.py"):
+        (tmp_path / name).write_text("raise ImportError('of the current folder')")
+
     def phase(number, **environment):
         # from another folder: nothing depends on the current one
         return bash(driver, number, tiny, DDIR=root, cwd=tmp_path, JOBS="2", OMP_NUM_THREADS="1", **environment)

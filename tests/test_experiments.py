@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from demo import show
 from lowshot import experiments, phases, report
-from lowshot.experiments import Experiment, Job
+from lowshot.experiments import Experiment, Job, read_parameters
 from lowshot.layout import DataDir
 from lowshot.machine import cpus
 from lowshot.script import exclusive, run
@@ -310,13 +311,14 @@ def test_run_jobs(tmp_path, capsys):
 
 
 def test_jobs_share_the_threads_that_a_quota_allows(tmp_path, monkeypatch):
-    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2})
+    jobs = stand_in_jobs(tmp_path, *({"a": i} for i in range(4)))
     environment = {**os.environ, "DDIR": str(tmp_path), "OMP_NUM_THREADS": "6"}
     monkeypatch.setattr(experiments, "cpus", lambda: 6)
     experiments.run_jobs(jobs[:1], 2, environment)
     monkeypatch.setattr(experiments, "KEPT_TO_QUOTA", True)
-    experiments.run_jobs(jobs[1:], 2, environment)
-    assert [job.result()["threads"] for job in jobs] == ["6", "3"]
+    experiments.run_jobs(jobs[1:3], 2, environment)
+    experiments.run_jobs(jobs, 2, environment)          # one is left, which has all to itself
+    assert [job.result()["threads"] for job in jobs] == ["6", "3", "3", "6"]
 
 
 def test_jobs_0_prints_commands(tmp_path, capsys):
@@ -532,6 +534,29 @@ def finished(tmp_path, ddir):
             else:
                 write_record(job, {i: (top5 if i == a["niter"] else 0.1, top5 - 0.02) for i in range(a["niter"] + 1)})
     return e
+
+
+def test_the_figure_is_of_what_the_table_is_made_of(finished, ddir, tmp_path, monkeypatch, capsys):
+    old = experiments.diffusion_job(finished, ddir, "test_nbg0_nl1_seed9", "test", 0, 1, 9, 2)       # of an earlier SEEDS
+    write_record(old)
+    diffusion, logreg, chosen = show.records(finished, ddir)
+    assert [r["arguments"]["seed"] for r in diffusion] == [1, 2] * 4 and len(logreg) == 4
+    assert chosen == {(1, 0): 2, (1, 500): 2, (2, 0): 0, (2, 500): 0}
+
+    def draw(*arguments):
+        monkeypatch.setenv("DDIR", ddir.root)
+        words = ["--experiment", finished.path, "--figure", str(tmp_path / "f.png"), *arguments]
+        monkeypatch.setattr(sys, "argv", ["show.py", *words])
+        with pytest.raises(SystemExit) as end:
+            run(show.main)
+        return end.value.code, capsys.readouterr().err
+    code, err = draw("--nlabeled", "1", "7")
+    assert code == 1 and f"error: --nlabeled 7: {finished.path} has 1,2\n" in err and not (tmp_path / "f.png").exists()
+    assert draw() == (None, "") and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    parameters = read_parameters(finished, "logreg", ddir, "chosen")
+    os.unlink(experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")[3].record)
+    code, err = draw()
+    assert code == 1 and "1 of 4 jobs have no complete record of this data and these arguments, test_nl2_seed2 for one" in err
 
 
 def test_report(finished, ddir, capsys):
