@@ -29,7 +29,7 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
-from lowshot.features import FeatureFile, check_same_network, read_into
+from lowshot.features import FeatureFile, labels_of_both, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
@@ -296,10 +296,11 @@ def main():
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
     with FeatureFile(ddir.train) as train_file, FeatureFile(ddir.val) as val_file:
-        check_same_network(ddir.train, train_file.network, ddir.val, val_file.network)
-        rows, labels, nbase = labelled_images(train_file.labels(split.known), split, args.nlabeled, args.seed)
-        test_rows, test_labels = test_images(val_file.labels(split.known), split)
+        train_labels, val_labels = labels_of_both(train_file, val_file, split.known)
+        rows, labels, nbase = labelled_images(train_labels, split, args.nlabeled, args.seed)
+        test_rows, test_labels = test_images(val_labels, split)
         unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
+        record["unreadable"] = unreadable
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)

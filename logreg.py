@@ -31,17 +31,14 @@ import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
 from lowshot.experiments import as_text
-from lowshot.features import FeatureFile, SLAB_BYTES, check_same_network
+from lowshot.features import FeatureFile, SLAB_BYTES, labels_of_both
 from lowshot.layout import DataDir
-from lowshot.machine import available_memory, peak_memory
+from lowshot.machine import available_memory, peak_memory, wait_briefly
 from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, file_name, log, number,
                             print_header, provenance, remove, remove_left_behind, run, size, warn_of_memory, whole, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # Read by GCC's OpenMP when it is loaded. Its threads would wait for each other in a loop of 300,000 turns, and keep cores
-    # from the one that they wait for where other processes want these: with as many short steps as here, many times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+wait_briefly()
 
 
 class Sampler:
@@ -247,31 +244,31 @@ def main():
     record = provenance(args)
     args.record = args.record or default_record(ddir, args)
     inputs = [ddir.train, ddir.val, ddir.label_idx()]
-    check_outputs(args.record, args.storemodel, args.storeL, inputs=inputs)
+    points = [(lr, wd) for lr in args.lr for wd in args.wd]
+    stored = [point_file(path, points, g) for path in (args.storemodel, args.storeL) if path for g in range(len(points))]
+    check_outputs(args.record, *stored, inputs=inputs)
     record["files"] = file_identities(inputs)
     with exclusive(args.record):        # and the state beside it
-        experiment(args, ddir, record)
+        for path in stored:
+            remove_left_behind(path)
+        experiment(args, ddir, record, points)
 
 
-def experiment(args, ddir, record):
+def experiment(args, ddir, record, points):
     """Train and evaluate what the arguments say, and complete and write the record."""
     from graph_utils import FusedSGD, get_num_threads
     split = load_split(ddir.label_idx(), args.mode)
     C = len(split.classes)
-    points = [(lr, wd) for lr in args.lr for wd in args.wd]
-    for path in filter(None, (args.storemodel, args.storeL)):
-        for g in range(len(points)):
-            remove_left_behind(point_file(path, points, g))
-
     with FeatureFile(ddir.train) as train_file, FeatureFile(ddir.val) as val_file:
         if train_file.d != val_file.d:
             raise ValueError(f"{ddir.train} has {train_file.d} columns and {ddir.val} {val_file.d}: "
                              "both must come from the same network")
-        check_same_network(ddir.train, train_file.network, ddir.val, val_file.network)
+        train_labels, val_labels = labels_of_both(train_file, val_file, split.known)
         d = train_file.d
-        rows, labels, nbase = labelled_images(train_file.labels(split.known), split, args.nlabeled, args.seed)
-        test_rows, test_labels = test_images(val_file.labels(split.known), split)
+        rows, labels, nbase = labelled_images(train_labels, split, args.nlabeled, args.seed)
+        test_rows, test_labels = test_images(val_labels, split)
         unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
+        record["unreadable"] = unreadable
 
         device = choose_device(args.device)
         if device != "cpu" and args.precision != "float32":

@@ -42,8 +42,6 @@ AHEAD = 2               # batches that each loading process is ahead
 CLASSES_TOLD = 20       # names of classes that are printed; of more, the first two and the last one
 UNREADABLE_TOLD = 10    # unreadable images that are named, at most
 DECODED = 8 << 20       # bytes that a worker takes to decode an image of usual size
-PARTS = 4               # of a run on a CPU, before and after each of which the network is fed from memory
-SPELL = .5              # seconds of that, at the least
 
 
 def main():
@@ -112,26 +110,21 @@ def main():
                 return from_memory_speed(by_threads if device == "cpu" else from_memory, extract, workers, shape)
 
             black = extract(torch.zeros(shape, dtype=torch.uint8))()[0].copy()
-            # before, after and between, as machines do not go at one speed all the time
+            # before and after, as machines do not go at one speed all the time
             memory = [fed_from_memory()] if todo else []
             # the network has worked on as many batches at a time as it will; images are decoded besides
             predicted = peak_memory() + workers * DECODED + (
                 0 if device == "cpu" else slots(workers, batches) * int(np.prod(shape)))
             log(f"predicted memory {size(predicted)}")
             gc.freeze()         # what the libraries made is not looked at again and again while images come and go
-            seconds = 0
-            with Progress(n, "images", out.done) as progress:
-                # processes are not started anew for that
-                for part in in_parts(batches, PARTS if device == "cpu" else 1, workers):
-                    start = time.time()
-                    with contextlib.closing(results(part, extract, workers)) as stream:
-                        save_all(stream, black, out, i0, progress)
-                    seconds += time.time() - start
-                    memory.append(fed_from_memory())
+            start = time.time()
+            with contextlib.closing(results(batches, extract, workers)) as stream:
+                save_all(stream, black, out, i0)
+            seconds = time.time() - start
             report_unreadable(out, i0, images)
             out.finish()
             if todo:
-                report_speed(todo, seconds, memory)
+                report_speed(todo, seconds, [*memory, fed_from_memory()])
     if images.class_names:
         names = images.class_names
         told = range(len(names)) if len(names) <= CLASSES_TOLD else (0, 1, len(names) - 1)
@@ -156,8 +149,9 @@ def arguments():
     group.add_argument("--i1", type=number(int, -1), default=-1, help="image after the last one; -1: all")
     group.add_argument("--model", default="ResNet50", help="ResNet10, 18, 34, 50 or 101, or the lower-case name of a "
                        "torchvision model")
-    group.add_argument("--modelfile", type=file_name, help="checkpoint with the network's weights; torchvision's models can do "
-                       "without, torchvision then downloads their weights")
+    group.add_argument("--modelfile", type=file_name, help="checkpoint with the network's weights: what "
+                       "torch.save() made of the state_dict() of a network of these tensor names, or of a dict that has it under "
+                       "'state'; torchvision's models can do without, torchvision then downloads their weights")
     group = parser.add_argument_group("output")
     group.add_argument("--outfile", type=file_name, required=True, help="HDF5 file to write")
     group.add_argument("--overwrite", action="store_true", help="replace OUTFILE where it exists and was made with "
@@ -218,14 +212,6 @@ def digest(path):
         while data := f.read(1 << 20):
             h.update(data)
         return h.hexdigest()
-
-
-def in_parts(batches, n, workers):
-    """The batches in n parts of the same length, or fewer; each, but for the last one, of as many for each of the workers."""
-    step = batches.batchsize * workers
-    rounds = -(-(batches.i1 - batches.i0) // step)
-    edges = [min(batches.i0 + rounds * p // n * step, batches.i1) for p in range(n + 1)]
-    return [batches.part(first, last) for first, last in zip(edges, edges[1:]) if first < last]
 
 
 def by_threads(batches, extract, workers):
@@ -350,7 +336,7 @@ def features_of(batch, extract):
     return (lambda: wait()[:m]), state, faults
 
 
-def save_all(stream, black, out, i0, progress):
+def save_all(stream, black, out, i0):
     """Write the features of all batches: a thread does, one batch behind the network. black: those of a black image, (d,)."""
     from lowshot.imagesets import DAMAGED, MISSING, READABLE
 
@@ -368,7 +354,7 @@ def save_all(stream, black, out, i0, progress):
         out.write(x, state == READABLE, notes)
 
     waiting = written = None
-    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+    with Progress(out.n, "images", out.done) as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:
         for batch in itertools.chain(stream, [None, None]):
             if written is not None:
                 written.result()
@@ -395,11 +381,11 @@ def report_unreadable(out, i0, images):
 
 
 def from_memory_speed(results, extract, workers, shape):
-    """(images, seconds) of the network fed with images in memory, as many batches for each of the workers."""
+    """(images, seconds) of the network fed with images in memory for a second or more, as many batches by each worker."""
     reps, elapsed = 2 * workers, 0
-    while elapsed < SPELL:
+    while elapsed < 1:
         if elapsed:
-            reps *= math.ceil(min(64, max(2, 1.2 * SPELL / elapsed)))
+            reps *= math.ceil(min(64, max(2, 1.2 / elapsed)))
         start, waiting = time.time(), None
         for features, _, _ in results(InMemory(shape, reps), extract, workers):
             if waiting is not None:

@@ -23,9 +23,11 @@ import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
 from lowshot.layout import DataDir
-from lowshot.machine import available_memory, memory_now, peak_memory
+from lowshot.machine import available_memory, memory_now, peak_memory, wait_briefly
 from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, log, number, print_header, read_json, remove,
                             run, size, whole, write_json)
+
+wait_briefly()
 
 
 def main():

@@ -104,16 +104,16 @@ def main():
     for batchsize in args.batchsizes:
         best = np.zeros(5)
         for r in range(args.rounds + 1):                # the first round warms up
-            figures = [*(train_obvious_way(draw(torch.from_numpy(X), labels, batchsize, args.iterations + 1, r),
-                                           args.nclass, args.dim, 0.001, 0.01) for draw in (drawn_one_by_one, drawn_at_once)),
-                       train_ours(X, labels, batchsize, args.iterations, [(0.001, 0.01)], r),
+            one_at_a_time = [train_obvious_way(draw(torch.from_numpy(X), labels, batchsize, args.iterations + 1, r), args.nclass,
+                                               args.dim, 0.001, 0.01) for draw in (drawn_one_by_one, drawn_at_once)]
+            figures = [*one_at_a_time, train_ours(X, labels, batchsize, args.iterations, [(0.001, 0.01)], r),
                        train_ours(X, labels, batchsize, args.iterations, grid, r),
                        train_ours(X, labels, batchsize, args.iterations, grid, r, "bfloat16")]
             if r:
                 best = np.maximum(best, figures)
         obvious, at_once, single, whole_grid, rounded = best
-        table.append(f"| {batchsize} | {obvious:.0f} | {at_once:.0f} | {single:.0f} | {whole_grid:.0f} | {whole_grid / obvious:.1f} | "
-                     f"{rounded:.0f} | {rounded / obvious:.1f} |")
+        table.append(f"| {batchsize} | {obvious:.0f} | {at_once:.0f} | {single:.0f} | {whole_grid:.0f} | "
+                     f"{whole_grid / obvious:.1f} | {rounded:.0f} | {rounded / obvious:.1f} |")
         log(table[-1])
     table = [f"Iterations per second and (lr, wd) point; {args.nclass} classes, {args.dim} columns, {args.nimages} "
              f"labelled images, {torch.get_num_threads()} threads.", ""] + table

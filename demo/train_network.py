@@ -103,7 +103,8 @@ def base_images(ddir):
     """
     import torch
     split = read_json(ddir.label_idx())
-    classes = np.sort(np.array(split.get("base_classes", []), np.int64)) - 1
+    base = split.get("base_classes") or [*split.get("base_classes_1", []), *split.get("base_classes_2", [])]
+    classes = np.unique(np.array(base, np.int64)) - 1
     if len(classes) < 2:
         raise ValueError(f"{ddir.label_idx()} lists {len(classes)} base_classes, two at the least were expected")
     out = []

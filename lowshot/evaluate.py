@@ -10,7 +10,10 @@ def note_of_unreadable(labelled, test):
 
 
 def notes_of_test_images(labels, split):
-    """Yield lines about what the test images lack: some of novel classes, or of some classes. labels: int (nt,), 0..C-1."""
+    """Yield lines about what the test images lack: some of novel classes, or of some classes, or classes that can be wrong.
+    labels: int (nt,), 0..C-1."""
+    if len(split.classes) <= 5:
+        yield f"note: there are {len(split.classes)} classes, all of which are among the five best"
     if not split.is_novel[labels].any():
         yield NO_NOVEL
     lacking = np.setdiff1d(split.classes, split.classes[labels]) + 1

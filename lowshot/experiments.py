@@ -291,13 +291,13 @@ def test_jobs(e, system, ddir, parameters, source):
 
 
 def check_chosen(e, parameters, jobs, path):
-    """ValueError where the parameters, of the file `path`, were not chosen for the data and settings of these jobs; a line
-    where it was by other seeds. Those written by hand, which do not say, are taken as they are."""
+    """ValueError where the parameters, of the file `path`, were not chosen for the data and settings of these jobs, or from
+    another grid; a line where it was by other seeds. Those written by hand, which do not say, are taken as they are."""
     of_seeds = set()
     for job in jobs:
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
-        other = changed_file(job.inputs, p["files"]) if "files" in p else None
+        other = changed_file(job.inputs, p["files"]) or outside(e, p) if "files" in p else None
         settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != job.settings[key])
         other = other or next(settings, None)
         if other:
@@ -306,6 +306,15 @@ def check_chosen(e, parameters, jobs, path):
             of_seeds.add(tuple(p["seeds"]))
     for seeds in of_seeds - {tuple(e.seeds)}:
         log(f"note: {path} has parameters that were chosen by the seeds {as_text(seeds)}, not {as_text(e.seeds)}")
+
+
+def outside(e, parameters):
+    """Which of chosen parameters the experiment's grid has not, as text; None if there is none."""
+    grid = e.diffusion if "niter" in parameters else e.logreg
+    for key in ("lr", "wd", "batchsize", "maxiter", "niter"):
+        if key in parameters and (parameters[key] not in grid[key] if key in e.LISTS else parameters[key] > grid[key]):
+            return f"grid, which had {key} {as_text(parameters[key])}"
+    return None
 
 
 def run_jobs(jobs, parallel, environment=os.environ):

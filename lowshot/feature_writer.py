@@ -25,7 +25,7 @@ class FeatureWriter:
             out.finish()
 
     labels: int32 (n,). made_from: JSON-ready dict; a partial file made from something else is refused, or begun anew if
-    `overwrite`. class_names: list or None; kept for people, readers ignore them. The attribute `notes`, a JSON-ready dict that
+    `overwrite`. class_names: list or None. The attribute `notes`, a JSON-ready dict that
     write() takes, is kept with the progress, for the caller. Only what was saved counts as done: at most `period` seconds are
     lost.
     """
@@ -120,6 +120,7 @@ class FeatureWriter:
                 plist.set_layout(h5py.h5d.CONTIGUOUS)
                 plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)         # so that its place is known
                 plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                plist.set_obj_track_times(False)            # the same features are the same file
                 h5py.h5d.create(f.id, name.encode(), dtype, h5py.h5s.create_simple(shape), dcpl=plist)
             self.offsets = {name: f[name].id.get_offset() for name in self._widths()}
 

@@ -102,6 +102,14 @@ class FeatureFile:
         return {**{key: note[key] for key in ("model", "modelfile_sha256") if key in note},
                 **(transforms if isinstance(transforms, dict) else {})}
 
+    @property
+    def class_names(self):
+        """Names of the classes, that of label c at c; [] of files that do not tell."""
+        names = self.file.get("class_names")
+        if len(getattr(names, "shape", ())) != 1 or names.dtype.kind not in "OS":
+            return []
+        return [os.fsdecode(name) for name in names[()] if isinstance(name, (bytes, str))]
+
     def labels(self, known=None):
         """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1, if known is given."""
         labels = self._stretch("all_labels", 0, self.n).reshape(self.n)
@@ -219,12 +227,25 @@ class FeatureFile:
         self.close()
 
 
+def labels_of_both(train, val, known=None):
+    """(labels of train, labels of val), two FeatureFile, int64, as labels(known) gives them; classes that have names are known as
+    well. ValueError where the files come from different networks, or count the classes in different ways."""
+    check_same_network(train.path, train.network, val.path, val.network)
+    for c, (name, other) in enumerate(zip(train.class_names, val.class_names)):
+        if name != other:
+            raise ValueError(f"class {c + 1} is {name} in {train.path}, but {other} in {val.path}: save_features.py makes both "
+                             "anew, of the same folders of classes")
+    if known is not None:
+        known = max(known, len(train.class_names))
+    return train.labels(known), val.labels(known)
+
+
 def check_same_network(path, network, other, other_network):
     """ValueError where two files tell of different networks, weights or transforms (FeatureFile.network)."""
     for key in network:
         if key in other_network and network[key] != other_network[key]:
-            raise ValueError(f"{path} was made with {key} {network[key]}, {other} with {other_network[key]}: both must come from "
-                             "the same network and transforms")
+            raise ValueError(f"{path} and {other} must come from the same network and transforms: {key} is {network[key]} of the "
+                             f"one, {other_network[key]} of the other")
 
 
 def at_once(function, arguments):

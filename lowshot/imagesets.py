@@ -542,7 +542,7 @@ class Preprocess:
         return np.asarray(Image.fromarray(x).resize((c, c), Image.BILINEAR, box=box))
 
 
-GRAVE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
+GRAVE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def raise_if_grave(e):
@@ -567,10 +567,6 @@ class Batches:
 
     def __len__(self):
         return -(-(self.i1 - self.i0) // self.batchsize)
-
-    def part(self, i0, i1):
-        """Batches of images i0..i1-1 alone."""
-        return Batches(self.images, self.preprocess, i0, i1, self.batchsize)
 
     def read(self, b):
         """What the set has of each image of batch b, or the exception that says why it has nothing."""

@@ -75,6 +75,13 @@ def check_threads(environment=os.environ):
         raise ValueError(f"OMP_NUM_THREADS is {given!r}, a number from 1 to {MOST_THREADS} was expected")
 
 
+def wait_briefly(environment=os.environ):
+    """To be called before libraries are loaded: the threads of GCC's OpenMP would wait for each other in a loop of 300,000 turns,
+    and keep cores from the one that they wait for where other processes want these. With many short steps that is slow."""
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def release_memory():
     """What was freed goes back to the system: glibc keeps what is between arrays in use, of those of less than 32 MB."""
     with contextlib.suppress(AttributeError):       # another C library

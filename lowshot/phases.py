@@ -13,6 +13,7 @@ compare prints the table of both systems, after phase 3 of both.
 import contextlib
 import os
 import re
+import sys
 
 from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_chosen, choose, merge, read_parameters,
                                  run_jobs, test_jobs, validation_jobs)
@@ -35,7 +36,8 @@ def phase_choose(e, system, ddir):
             where = "" if nbg is None else f"nbg={nbg} "
             settings = ", ".join(f"{k} {as_text(v)}" for k, v in p.items() if k in ("lr", "wd", "batchsize", "maxiter",
                                                                                     "niter"))
-            log(f"{where}nl={n}: {settings} (validation: {100 * p['val_top5']:.2f}, "
+            last = p.get("niter") == e.diffusion["niter"] if system == "diffusion" else p["maxiter"] == e.logreg["maxiter"]
+            log(f"{where}nl={n}: {settings}{', the last of the grid' * last} (validation: {100 * p['val_top5']:.2f}, "
                 f"novel {100 * p['val_top5_novel']:.2f})")
     log(f"wrote {path}")
 
@@ -53,6 +55,8 @@ def main():
     p.add_argument("phase", nargs="?", help="1 validate, 2 choose, 3 test, 4 report; with compare there is none")
     p.add_argument("experiment", nargs="?", help="experiment file (default: configs/paper.yaml)")
     args = p.parse_args()
+    if args.what in SYSTEMS:
+        sys.argv[0] = f"run_{args.what}.bash"       # which errors name
     if args.what == "compare":
         if args.experiment:
             p.error(f"compare takes one experiment file, found {args.experiment} as well")

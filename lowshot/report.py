@@ -9,10 +9,11 @@ from lowshot.script import log, write_json, write_text
 
 
 def final_accuracies(system, jobs, parameters):
-    """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..]}} of the jobs that have run.
+    """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..], "unreadable": [..]}} of the jobs that have
+    run.
 
-    The accuracies are percentages, one per seed, at the parameters' number of iterations. Also returns the jobs
-    without a record.
+    The accuracies are percentages, one per seed, at the parameters' number of iterations; unreadable are how many labelled
+    and test images of each run could not be read. Also returns the jobs without a record.
     """
     rows, without = {}, []
     for job in jobs:
@@ -25,8 +26,9 @@ def final_accuracies(system, jobs, parameters):
         results = record["results"] if system == "diffusion" else record["runs"][0]["results"]
         iteration = p["niter" if system == "diffusion" else "maxiter"]
         [at] = [r for r in results if r["iteration"] == iteration]
-        row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": []})
+        row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": [], "unreadable": []})
         row["seeds"].append(a["seed"])
+        row["unreadable"].append(record.get("unreadable", [0, 0]))
         for key in ("top5", "top5_novel"):
             row[key].append(100 * at[key])
     return rows, without
@@ -83,6 +85,11 @@ def print_report(e, system, ddir, jobs, parameters, source):
             log(f"nbg={nbg}")
             previous = nbg
         log(f"nl={n}: {mean_std(row['top5'])}, novel {mean_std(row['top5_novel'])}")
+    for i, what in enumerate(("labelled", "test")):
+        bad = [counts[i] for row in rows.values() for counts in row["unreadable"] if counts[i]]
+        if bad:
+            log(f"note: {len(bad)} of {sum(len(row['seeds']) for row in rows.values())} runs have {what} images that could not "
+                f"be read, up to {max(bad)}, which have the features of a black one")
     table = report_table(e, system, rows)
     log("\n" + table + "\n")
     stem = os.path.join(e.folder(system, ddir), "report" if source == "chosen" else f"report-{source}")
@@ -146,6 +153,7 @@ def print_comparison(e, ddir):
     systems = comparison(e, ddir)
     text = comparison_table(e, systems)
     text += f"\n\nMeans over {len(e.seeds)} choices of the labelled images.\n\n"
+    text += "What the paper found, on these data:\n\n"
     for statement, holds in findings(e, systems):
         text += f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n"
     log(text)

@@ -556,3 +556,51 @@ def test_ddir_unset():
     env = {k: v for k, v in os.environ.items() if k != "DDIR"}
     done = subprocess.run([sys.executable, os.path.join(ROOT, "build_graph.py"), "10"], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "DDIR" in done.stderr
+
+
+@pytest.mark.parametrize("change", ["vectors", "nprobe", None])
+def test_a_search_by_faiss_of_something_else_begins_anew(tmp_path, monkeypatch, change):
+    make_raw(tmp_path, 1000)
+    monkeypatch.setattr(faiss_search, "BLOCK", 300)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    words = ["build_graph.py", "1000", "--index", "IVF20,SQ8", "--k", "8", "--dim", str(DIM), "--nprobe", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    save, saved = GraphFiles.save, []
+
+    def killed(self, done):
+        save(self, done)
+        saved.append(done)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GraphFiles, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_graph.main()
+    if change == "vectors":
+        os.utime(tmp_path / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw", (1, 1))
+    elif change == "nprobe":
+        monkeypatch.setattr(sys, "argv", [*words[:-1], "3"])
+    build_graph.main()
+    assert saved == [300, 600, *([300, 600] if change else []), 900, 1000]
+
+
+def test_the_graphs_files_are_on_disk_before_they_get_their_names_D_first(tmp_path, monkeypatch):
+    files = GraphFiles(str(tmp_path / "I"), str(tmp_path / "D"), 6, 2)
+    calls = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *a, call=getattr(os, name): calls.append(a[1:]) or call(*a))
+    files.finish()
+    assert calls == [(), (str(tmp_path / "D"),), (), (str(tmp_path / "I"),)]
+
+
+def test_an_index_of_many_cells_searches_256(tmp_path):
+    write_ivf_flat(str(tmp_path / "a.index"), cells.Cells.train(cells.Vectors(make_raw(tmp_path, 400)), 300))
+    assert faiss.read_index(str(tmp_path / "a.index")).nprobe == 256
+
+
+def test_places_of_neighbours_that_were_not_found(tmp_path):
+    make_raw(tmp_path, 1000)
+    done = run(tmp_path, 1000, "--index", "IVF100_HNSW8,Flat", "--k", 32, "--nprobe", 1)
+    assert done.returncode == 0, done.stderr
+    D, I = read_graph(tmp_path, 1000, 32)
+    assert (I < 0).any() and (D[I < 0] == -np.inf).all() and np.isfinite(D[I >= 0]).all()

@@ -99,3 +99,9 @@ def test_main_directions_hold_the_most_energy():
     np.testing.assert_allclose(kept.sum(), (best ** 2).sum(), rtol=1e-5)
     spread = Codes("bytes", P).projected(x).std(0)
     assert spread.max() < 2.5 * spread.min()            # of 30 before they were turned
+
+
+def test_centroids_depend_on_the_seed():
+    x = Vectors(clustered(500))
+    a, b, c = (train_centroids(x, 10, seed)[0] for seed in (0, 0, 1))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)

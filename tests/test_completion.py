@@ -171,3 +171,55 @@ def test_the_stored_part_is_read_as_it_was_made(data):
     assert other.stored() is None
     os.utime(ddir.train)
     assert completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30)).stored() is None
+
+
+def test_a_stored_part_of_other_test_images_or_another_version_is_not_taken(data, monkeypatch):
+    ddir, _ = data
+    arguments = ddir, "test", 0, K, DIM, np.arange(50)
+    completion.FixedKey(*arguments, np.arange(30)).stored_or_made(lambda line: None)
+    assert completion.FixedKey(*arguments, np.arange(30)).stored() is not None
+    assert completion.FixedKey(*arguments, np.arange(1, 31)).stored() is None
+    monkeypatch.setattr(completion, "VERSION", completion.VERSION + 1)
+    assert completion.FixedKey(*arguments, np.arange(30)).stored() is None
+
+
+def test_cells_of_an_index_of_others_are_not_taken(data, monkeypatch):
+    ddir, v = data
+    monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
+    trained, train_cells = [], Cells.train
+    monkeypatch.setattr(Cells, "train", lambda *a, **k: trained.append(1) or train_cells(*a, **k))
+    made = faiss.index_factory(DIM, "IVF20,Flat", faiss.METRIC_INNER_PRODUCT)
+    made.train(v["background"])
+    made.add(v["background"][:-1])
+    faiss.write_index(made, ddir.index(NBG))
+    try:
+        complete(ddir, NBG, np.arange(200), np.arange(20), np.arange(200, 210), v["train"])
+    finally:
+        os.unlink(ddir.index(NBG))
+    assert trained
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = make_data_directory(tmp_path / "ddir", nclass=20, dim=64, nbg=60, raw=True)
+    write_background_graph(root, 60, 8)
+    return root
+
+
+def test_neighbours_that_are_none_and_lists_out_of_order_are_refused(root):
+    ddir = DataDir(root)
+    stem = os.path.join(root, "knngraph", "ndis60_k8_")
+    I, D = np.fromfile(stem + "I_11.int32", np.int32), np.fromfile(stem + "D_11.float32", np.float32)
+    x = completion.Vectors(completion.fixed_vectors(ddir, 60, DIM, np.empty((0, DIM), np.float32)))
+    out = np.empty((60, 8), np.int32), np.empty((60, 8), np.float32)
+    completion.read_background_graph(ddir, 60, 8, *out, x)
+    for wrong in (60, -2):
+        spoilt = I.copy()
+        spoilt[30 * 8 + 3] = wrong
+        spoilt.tofile(stem + "I_11.int32")
+        with pytest.raises(ValueError, match="row 30 names a neighbour that is not below 60"):
+            completion.read_background_graph(ddir, 60, 8, *out, x)
+    I.reshape(60, 8)[:, ::-1].tofile(stem + "I_11.int32")
+    D.reshape(60, 8)[:, ::-1].tofile(stem + "D_11.float32")
+    with pytest.raises(ValueError, match="similarities in decreasing order were expected"):
+        completion.read_background_graph(ddir, 60, 8, *out, x)

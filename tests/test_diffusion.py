@@ -12,11 +12,11 @@ import pytest
 
 import reference
 from data_directory import make_data_directory, read_features, write_made_from
-from diffusion import StoredL
+from diffusion import StoredL, main, widest_panel
 from graph_utils import has_mkl
 from lowshot.packages import faiss
-from lowshot import split as class_split
-from lowshot.script import write_json
+from lowshot import completion, split as class_split
+from lowshot.script import exclusive, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NBG, DIM, KS = 400, 32, 16
@@ -183,11 +183,11 @@ def test_features_of_different_networks_are_refused(tmp_path, script):
     write_made_from(train, model="ResNet10", modelfile_sha256="a", transforms={"crop": 32})
     assert not error()
     write_made_from(val, model="ResNet10", modelfile_sha256="b", transforms={"crop": 32})
-    assert f"{train} was made with modelfile_sha256 a, {val} with b" in error()
+    assert f"{train} and {val} must come from the same network and transforms: modelfile_sha256 is a of the one, b of" in error()
     write_made_from(val, model="ResNet10", modelfile_sha256="a", transforms={"crop": 32})
     pca = os.path.join(root, f"features/f100m/PCAR{DIM}.vt")
     write_json(pca + ".json", {"network": {"model": "ResNet10", "crop": 64}})
-    assert not error() if script == "logreg.py" else f"{train} was made with crop 32, {pca} (says its .json) with 64" in error()
+    assert not error() if script == "logreg.py" else f"{train} and {pca} (says its .json) must " in error()
 
 
 def test_a_split_without_novel_test_images_is_noted(ddir, tmp_path):
@@ -300,3 +300,67 @@ def test_bad_input_is_one_line(tmp_path, spoil, arguments, message):
 def test_no_data_directory():
     assert "DDIR is not set" in diffusion("", ok=False)
     assert "is not a directory" in diffusion("/nonexistent", ok=False)
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = make_data_directory(tmp_path / "ddir", nclass=20, dim=64, nbg=60, raw=True)
+    write_background_graph(root, 60, 8)
+    return root
+
+
+def test_runs_that_start_together_make_the_stored_part_once(root):
+    folder = os.path.join(root, "knngraph", f"completed_val_ndis0_k5_d{DIM}")
+    with exclusive(folder):
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "diffusion.py"), "--dim", str(DIM), "--nbg", "0", "--k",
+                                    "5", "--niter", "1"], env={**os.environ, "DDIR": root}, stdout=subprocess.PIPE, text=True)
+        assert any("another run is making" in line for line in process.stdout)
+        assert not os.path.exists(folder)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and os.path.exists(folder)
+
+
+def test_outputs_do_not_replace_what_is_read(root):
+    for name in ("label_idx.json", "features/val.hdf5", f"features/f100m/PCAR{DIM}.vt"):
+        path = os.path.join(root, name)
+        before = os.stat(path).st_mtime_ns
+        error = diffusion(root, "--nbg", 0, "--k", 5, "--niter", 1, "--record", path, ok=False)
+        assert f"{path} is an input" in error and os.stat(path).st_mtime_ns == before
+
+
+def test_iterations_are_counted_from_zero(root):
+    out = diffusion(root, "--nbg", 0, "--k", 5, "--niter", 2)
+    assert re.findall("^(initial state|iter .*) nnz", out, re.M) == ["initial state", "iter 0/2", "iter 1/2"]
+
+
+def test_what_a_killed_run_left_of_a_stored_L_is_removed(root, tmp_path):
+    (tmp_path / ".L_iter1.1.tmp.npy").touch()
+    diffusion(root, "--nbg", 0, "--k", 5, "--niter", 1, "--storeLname", tmp_path / "L")
+    assert (tmp_path / "L_iter1.npy").exists() and not list(tmp_path.glob(".L*"))
+
+
+def test_a_stored_part_that_is_replaced_while_it_is_read_ends_the_run(root, monkeypatch):
+    add_novel = completion.add_novel
+
+    def replaced(fixed, *rest):
+        write_json(os.path.join(fixed.folder, "made_from.json"), {})
+        return add_novel(fixed, *rest)
+
+    monkeypatch.setattr(completion, "add_novel", replaced)
+    monkeypatch.setenv("DDIR", root)
+    monkeypatch.setattr(sys, "argv", f"diffusion.py --nbg 0 --dim {DIM} --k 5 --niter 1".split())
+    with pytest.raises(ValueError, match="was made anew from other files while it was read"):
+        main()
+
+
+@pytest.mark.parametrize("lslice,n,quickest,free,width", [
+    (0, 100, 32, None, 64), (0, 100, 128, None, 128), (1, 100, 32, None, 16), (17, 100, 32, None, 32), (999, 100, 32, None, 64),
+    ("auto", 100, 32, None, 32), ("auto", 100, 32, 10 ** 9, 32), ("auto", 100, 64, 2 * 4 * 100 * 48 + 99, 48),
+    ("auto", 100, 32, 2 * 4 * 100 * 16, 16)])
+def test_columns_at_a_time(lslice, n, quickest, free, width):
+    assert widest_panel(lslice, n, quickest, free) == width
+
+
+def test_too_little_memory_for_two_panels():
+    with pytest.raises(MemoryError, match="two panels of 16 columns of L for 100 nodes"):
+        widest_panel("auto", 100, 32, 2 * 4 * 100 * 16 - 1)

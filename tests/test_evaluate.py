@@ -17,3 +17,8 @@ def test_notes_of_classes_without_test_images():
         "note: 2 of 9 classes have no test image: class 8, 21"]
     assert list(notes_of_test_images(np.array([1, 1]), split)) == [
         NO_NOVEL, "note: 8 of 9 classes have no test image: class 5, 7, 8, 9, 10 ..."]
+
+
+def test_few_classes_cannot_be_wrong():
+    split = Split("val", np.array([0, 4]), np.array([2, 3, 7]))
+    assert list(notes_of_test_images(np.arange(5), split)) == ["note: there are 5 classes, all of which are among the five best"]

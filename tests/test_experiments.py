@@ -645,6 +645,12 @@ def test_phases_2_and_4(finished, ddir, monkeypatch, capsys):
     assert code == 0 and "nbg=500 nl=1: niter 2 (validation: 60.00, novel 30.00)" in out.out
     parameters = json.load(open(e.parameters_path("diffusion", ddir)))
     assert parameters["0"]["2"]["niter"] == 0 and parameters["500"]["2"]["niter"] == 2      # NBG: 500 only
+    for job in experiments.validation_jobs(e, "diffusion", ddir):
+        write_record(job, {i: (0.5 + i / 100, 0.3) for i in range(5)})
+    code, out = call(monkeypatch, capsys, "diffusion", "2", e.path, DDIR=ddir.root, NBG="500")
+    assert code == 0 and "nbg=500 nl=1: niter 4, the last of the grid (validation: 54.00, novel 30.00)" in out.out
+    code, out = call(monkeypatch, capsys, "logreg", "2", e.path, DDIR=ddir.root)
+    assert code == 1 and out.err.startswith("run_logreg.bash: error: 8 of 8 jobs have no complete record")
     code, out = call(monkeypatch, capsys, "logreg", "4", e.path, DDIR=ddir.root)
     assert code == 0 and "nl=1: 61.00" in out.out
     code, out = call(monkeypatch, capsys, "compare", e.path, DDIR=ddir.root, NBG="0")
@@ -722,3 +728,91 @@ def test_results_of_the_paper_file():
     assert paper["diffusion"]["100000000"]["1"]["all"] == [63.5, 0.642]
     assert paper["parameters"]["logreg"]["2"] == {"lr": 0.001, "wd": 0.01, "batchsize": 128, "maxiter": 29500}
     assert not re.search("session|issue", json.dumps(paper))
+
+
+def test_jobs_name_all_settings_of_the_file(tmp_path, ddir):
+    e = experiment(tmp_path, TINY.replace("maxiter: 1000", "maxiter: 1000, mom: 0.5, evalevery: 250"))
+    a = experiments.validation_jobs(e, "logreg", ddir)[0].arguments
+    assert (a["mom"], a["evalevery"]) == (0.5, 250)
+    one = {"lr": 0.001, "wd": 0.1, "batchsize": 64, "maxiter": 500}
+    a = experiments.test_jobs(e, "logreg", ddir, {"1": one, "2": one}, "chosen")[0].arguments
+    assert a["mom"] == 0.5 and "evalevery" not in a
+
+
+def test_a_record_is_of_the_pca_the_vectors_and_the_graph_as_they_are(tmp_path, ddir):
+    paths = [ddir.pca(), ddir.raw(), *ddir.graph(500, 16)]
+    for path in [*paths, ddir.path("label_idx.json")]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "w").close()
+    job = experiments.validation_jobs(experiment(tmp_path), "diffusion", ddir)[-1]
+    assert job.arguments["nbg"] == 500 and not job.lacks
+    write_record(job)
+    for path in paths:
+        before = os.stat(path)
+        assert job.result() is not None
+        os.utime(path, (1, 1))
+        assert job.result() is None, path
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_report_by_published_parameters_does_not_replace_the_other(finished, ddir):
+    parameters = read_parameters(finished, "logreg", ddir, "chosen")
+    jobs = experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")
+    report.print_report(finished, "logreg", ddir, jobs, parameters, "published")
+    assert sorted(n for n in os.listdir(finished.folder("logreg", ddir)) if n.startswith("report")) == [
+        "report-published.json", "report-published.md"]
+
+
+@pytest.mark.parametrize("system, change, was", [
+    ("logreg", ("lr: [0.01, 0.001]", "lr: [0.01]"), "lr 0.001"), ("logreg", ("wd: [0, 0.1]", "wd: [0]"), "wd 0.1"),
+    ("logreg", ("batchsize: [16, 64]", "batchsize: [16]"), "batchsize 64"),
+    ("logreg", ("maxiter: 1000", "maxiter: 499"), "maxiter 500"),
+    ("diffusion", ("niter: 4", "niter: 1"), "niter 2"), ("logreg", ("maxiter: 1000", "maxiter: 500"), None),
+    ("diffusion", ("niter: 4", "niter: 2"), None)])
+def test_parameters_of_another_grid_are_refused(finished, ddir, tmp_path, system, change, was):
+    """But for those written by hand, which do not tell what they were chosen for."""
+    e, path = experiment(tmp_path, TINY.replace(*change)), finished.parameters_path(system, ddir)
+    for by_hand in (True, False):
+        parameters = read_parameters(finished, system, ddir, "chosen")
+        jobs = experiments.test_jobs(e, system, ddir, parameters, "chosen")
+        for tree in [parameters] if system == "logreg" else parameters.values():
+            for p in tree.values():
+                p.update({} if by_hand else {"files": jobs[0].files()})
+        if was and not by_hand:
+            with pytest.raises(ValueError, match=f"was chosen for another grid, which had {was}: phases 1 and 2 choose anew"):
+                experiments.check_chosen(e, parameters, jobs, path)
+        else:
+            experiments.check_chosen(e, parameters, jobs, path)
+
+
+def test_runs_with_images_that_could_not_be_read_are_told(finished, ddir, capsys):
+    parameters = read_parameters(finished, "logreg", ddir, "chosen")
+    jobs = experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")
+    for job, counts in zip(jobs, ([0, 2], [3, 2], [1, 2])):
+        content = {**job.result(), "unreadable": counts}
+        with open(job.record, "w") as f:
+            json.dump(content, f)
+    report.print_report(finished, "logreg", ddir, jobs, parameters, "chosen")
+    out = capsys.readouterr().out
+    assert "note: 2 of 4 runs have labelled images that could not be read, up to 3, which have the features of a black one\n" in out
+    assert "note: 3 of 4 runs have test images that could not be read, up to 2, " in out
+
+
+def test_the_log_of_a_job_is_that_of_its_last_run(tmp_path):
+    [job] = stand_in_jobs(tmp_path, {"fail": "yes"})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 of 1 jobs failed"):
+            experiments.run_jobs([job], 1, {**os.environ, "DDIR": str(tmp_path)})
+        with open(job.log) as f:
+            assert f.read().count("FAILED") == 1
+
+
+def test_waiting_is_told_once(tmp_path):
+    jobs = stand_in_jobs(tmp_path, {"fail": "yes"})
+    with exclusive(jobs[0].log):
+        driver = start_driver(jobs)
+        while "waiting for other drivers" not in driver.stdout.readline():
+            pass
+        with open(jobs[0].log, "w") as f:
+            f.write("some error\nFAILED (status 1)\n")
+    assert "waiting for other drivers" not in driver.communicate(timeout=20)[0]

@@ -10,8 +10,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features, write_made_from  # noqa: E402
 from lowshot import features  # noqa: E402
-from lowshot.features import (FeatureFile, MatrixFile, NormalisedRows, check_same_network, matrix_rows,  # noqa: E402
-                              normalise_rows)
+from lowshot.features import (FeatureFile, MatrixFile, NormalisedRows, check_same_network, labels_of_both,  # noqa: E402
+                              matrix_rows, normalise_rows)
 
 N, D = 53, 7
 
@@ -137,10 +137,10 @@ def test_files_of_other_networks():
     for other in ({}, network, {"model": "ResNet50", "resize": 256}):
         check_same_network("a", network, "b", other)
         check_same_network("a", other, "b", network)
-    for other, message in (({**network, "model": "ResNet10"}, "a was made with model ResNet50, b with ResNet10"),
-                           ({**network, "modelfile_sha256": None}, "a was made with modelfile_sha256 ab, b with None"),
-                           ({"crop": 32}, "a was made with crop 224, b with 32: both must come from the same network")):
-        with pytest.raises(ValueError, match=message):
+    for other, message in (({**network, "model": "ResNet10"}, "model is ResNet50 of the one, ResNet10 of the other"),
+                           ({**network, "modelfile_sha256": None}, "modelfile_sha256 is ab of the one, None of the other"),
+                           ({"crop": 32}, "crop is 224 of the one, 32 of the other")):
+        with pytest.raises(ValueError, match=f"a and b must come from the same network and transforms: {message}"):
             check_same_network("a", network, "b", other)
 
 
@@ -327,3 +327,46 @@ def test_data_directory_is_the_same_each_time(tmp_path):
     x = np.concatenate([read_features(os.path.join(a, f"features/f100m/block{i}.hdf5"))[0] for i in (0, 1)])
     assert x.shape == (500, 64) and (x >= 0).all()
     assert matrix_rows(os.path.join(a, "features/f100m/concatenated_PCAR16.raw"), np.float32, 16) == 500
+
+
+def test_features_of_the_other_byte_order(tmp_path):
+    path, x = str(tmp_path / "f.hdf5"), np.arange(6, dtype=np.float32).reshape(3, 2)
+    write_features(path, x, np.zeros(3))
+    edit(path, all_feats=x.astype(">f4"))
+    with FeatureFile(path) as f:
+        assert np.array_equal(f.read([2, 0]), x[[2, 0]])
+
+
+def test_rows_beyond_the_count_need_not_be_readable(tmp_path):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.ones((3, 2), np.float32), np.zeros(3), spare=2)
+    with h5py.File(path, "r+") as f:
+        f["readable"] = np.array([1, 0, 1, 0, 0], bool)
+    with FeatureFile(path) as f:
+        assert f.readable().tolist() == [True, False, True] and f.unreadable(np.array([0, 1])) == 1
+
+
+def test_class_names_and_labels_of_two_files(tmp_path):
+    """Classes that have names are known, whatever the split lists; files may not count them in different ways."""
+    def file(name, labels, classes):
+        path = str(tmp_path / name)
+        write_features(path, np.ones((len(labels), 2), np.float32), np.array(labels))
+        if classes is not None:
+            with h5py.File(path, "r+") as f:
+                f.create_dataset("class_names", data=classes, dtype=h5py.string_dtype())
+        return FeatureFile(path)
+    with file("a", [0, 2, 1], [b"cat", b"caf\xe9", b"dog"]) as a, file("b", [1, 0], [b"cat", b"caf\xe9"]) as b, \
+            file("c", [1, 0], [b"cat", b"cow"]) as c, file("d", [0, 1], None) as d, file("e", [3], None) as e:
+        assert a.class_names == ["cat", os.fsdecode(b"caf\xe9"), "dog"] and d.class_names == []
+        for val in (b, d):
+            found = labels_of_both(a, val, 2)
+            assert [x.tolist() for x in found] == [[0, 2, 1], val.labels().tolist()]
+        with pytest.raises(ValueError, match="class 2 is .* in .*a, but cow in .*c: save_features.py makes both anew"):
+            labels_of_both(a, c, 3)
+        with pytest.raises(ValueError, match="e: the label of row 0 is 3, label_idx.json has classes for labels 0 to 2"):
+            labels_of_both(a, e, 2)
+    write_made_from(str(tmp_path / "d"), model="ResNet10")
+    write_made_from(str(tmp_path / "b"), model="ResNet50")
+    with FeatureFile(str(tmp_path / "b")) as b, FeatureFile(str(tmp_path / "d")) as d:
+        with pytest.raises(ValueError, match="same network"):
+            labels_of_both(b, d)

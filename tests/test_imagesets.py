@@ -1,4 +1,5 @@
 import concurrent.futures
+import errno
 import io
 import json
 import os
@@ -511,3 +512,39 @@ def test_members_are_read_in_any_order(tmp_path, order):
         assert images.read(int(i)) == members[f"{i:03d}.jpg"]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert list(pool.map(images.read, map(int, order))) == [members[f"{i:03d}.jpg"] for i in order]
+
+
+def test_identity_follows_the_labels(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    first, second = (imagesets.FileSet(str(tmp_path), ["a.jpg"], [label]).identity(0, 1) for label in (0, 1))
+    assert first != second
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("cat/a.jpg", "cat/._a.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    images = imagesets.folder_set(str(tmp_path))
+    assert [images.name(i) for i in range(len(images))] == ["cat/a.jpg"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EIO])
+def test_errors_that_may_be_gone_at_the_next_try_are_raised(number):
+    class Images:
+        def read(self, i):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(OSError):
+        Batches(Images(), None, 0, 1, 1).read(0)
+
+
+def test_images_of_too_many_pixels_are_not_decoded(monkeypatch):
+    monkeypatch.setattr(imagesets.Image, "MAX_IMAGE_PIXELS", 40 * 40)
+    assert decode(picture(0, 40, 39)).shape == (39, 40, 3)
+    with pytest.raises(imagesets.Image.DecompressionBombError):
+        decode(picture(0, 80, 80))
+
+
+def test_a_folder_whose_name_ends_like_that_of_an_image_is_a_class(tmp_path):
+    (tmp_path / "a.jpg").mkdir()
+    (tmp_path / "a.jpg" / "1.jpg").write_bytes(b"x")
+    assert imagesets.folder_set(str(tmp_path)).class_names == ["a.jpg"]

@@ -16,8 +16,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features  # noqa: E402
 from graph_utils import FusedSGD  # noqa: E402
-from logreg import Checkpoint, Sampler, default_record, evaluate, parse_arguments, point_file, predict_memory  # noqa: E402
+from logreg import (Checkpoint, Sampler, default_record, evaluate, main, parse_arguments, point_file,  # noqa: E402
+                    predict_memory)
 from lowshot.layout import DataDir  # noqa: E402
+from lowshot.script import exclusive  # noqa: E402
 from lowshot.split import load_split, test_images as images_to_test  # noqa: E402
 from lowshot.torch_sgd import TorchClassifiers  # noqa: E402
 
@@ -381,3 +383,42 @@ def test_memory_prediction_counts_each_array_once():
     assert predict_memory(10 ** 8, 1000, 100, 2048, 507, 1, 128) - small == 10 ** 8
     more = predict_memory(0, 251000, 100, 2048, 507, 1, 128)
     assert 4 * 2048 * 250000 <= more - small <= 1.07 * 4 * 2048 * 250000
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_data_directory(tmp_path / "ddir", nclass=10, dim=6, per_class=4, nbg=10)
+
+
+def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Checkpoint, "remove", lambda self: None)         # as if the run had been killed
+    monkeypatch.setenv("DDIR", root)
+    words = "--maxiter 600 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
+    monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
+    for change, resumed in (None, False), (None, True), (1, False):
+        if change:
+            os.utime(os.path.join(root, "features", "train.hdf5"), (change, change))
+        main()
+        assert ("going on from iteration" in capsys.readouterr().out) == resumed
+
+
+def test_names_and_defaults_of_a_run(root, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["logreg.py"])
+    args = parse_arguments()
+    assert (args.mode, args.nlabeled, args.seed, args.maxiter, args.batchsize) == ("val", 2, 1, 75000, 128)
+    assert (args.lr, args.wd, args.mom, args.precision) == ([.001], [.01], .9, "float32")
+    monkeypatch.setattr(sys, "argv", ["logreg.py", "--mom", "0.5"])
+    assert default_record(DataDir(root), parse_arguments()).endswith("_mi75000_mom0.5.json")
+
+
+def test_two_runs_do_not_write_one_record(root, tmp_path):
+    with exclusive(str(tmp_path / "r.json")):
+        done = logreg(root, "--maxiter", 1, "--record", tmp_path / "r.json", check=False)
+    assert done.returncode == 1 and "another process is writing" in done.stderr
+
+
+def test_outputs_do_not_replace_what_is_read(root):
+    for name in ("label_idx.json", "features/train.hdf5", "features/val.hdf5"):
+        for option in ("--record", "--storemodel", "--storeL"):
+            done = logreg(root, "--maxiter", 1, option, os.path.join(root, name), check=False)
+            assert done.returncode == 1 and f"{name} is an input" in done.stderr

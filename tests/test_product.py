@@ -242,6 +242,8 @@ def test_panels():
 def test_bad_graphs():
     with pytest.raises(ValueError, match="node 1 has neighbour 9 of 2 nodes"):
         SymmetricGraph(np.array([[0, 1], [1, 9]], np.int32))
+    with pytest.raises(ValueError, match="node 1 has neighbour 2 of 2 nodes"):
+        SymmetricGraph(np.array([[0, 1], [1, 2]], np.int32))
     with pytest.raises(ValueError, match="node 0 lists neighbour 1 twice"):
         SymmetricGraph(np.array([[1, 1], [1, 0]], np.int32))
     with pytest.raises(ValueError, match="permutation"):

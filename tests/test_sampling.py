@@ -78,3 +78,13 @@ def test_each_sample_tells_whether_codes_serve_it():
     D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, say=lines.append)
     assert cells.codes.words(256) > 33 and info["recall"] >= .96
     assert recall(I[2500:], base, nodes, k) >= .95
+
+
+def test_a_sample_is_drawn_as_nobody_else_draws():
+    found = sampling.sampled(1000, 100, 3)
+    assert len(set(found)) == 100 and not np.array_equal(
+        found, np.sort(np.random.RandomState(3).choice(1000, 100, replace=False)))
+
+
+def test_margin_of_a_measured_recall():
+    assert [round(sampling.with_margin(r), 5) for r in (0, .95, .98, .99, 1)] == [.005, .955, .985, .9925, 1]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,7 +244,7 @@ def test_going_on_after_an_interruption(data, script, tmp_path, monkeypatch):
 
     def cut_off(self, b, files):
         calls.append(self.i0 + b * self.batchsize)
-        if calls[-1] == 15:
+        if b == 3:
             raise KeyboardInterrupt
         return original(self, b, files)
     monkeypatch.setattr(Batches, "decode", cut_off)
@@ -479,21 +480,18 @@ def test_all_ways_of_loading_give_the_same_in_order(data, results, batchsize):
     assert list(results(nothing, extract, 2)) == []
 
 
-@pytest.mark.parametrize("i0,i1,batchsize,n,workers,edges", [
-    (0, 45, 5, 4, 2, [0, 10, 20, 30, 45]), (3, 45, 1, 4, 1, [3, 13, 24, 34, 45]), (0, 7, 5, 4, 2, [0, 7]), (5, 5, 5, 4, 2, [5]),
-    (0, 21, 5, 4, 2, [0, 10, 20, 21]), (0, 45, 5, 1, 2, [0, 45])])
-def test_parts_between_which_the_network_is_fed_from_memory(i0, i1, batchsize, n, workers, edges):
-    parts = save_features.in_parts(Batches(None, None, i0, i1, batchsize), n, workers)
-    assert [(p.i0, p.i1, p.batchsize) for p in parts] == [(a, b, batchsize) for a, b in zip(edges, edges[1:])]
+def test_speed_is_told_beside_that_from_memory(monkeypatch, capsys):
+    """The same number of batches for each worker, more where they take less than a second."""
+    fed, now = [], [0.0]
+    monkeypatch.setattr(save_features.time, "time", lambda: now[0])
 
-
-def test_network_is_fed_from_memory_around_all_parts(data, script, tmp_path, monkeypatch, capsys):
-    spells = []
-    monkeypatch.setattr(save_features, "from_memory_speed", lambda *a: spells.append(a) or (10, .1))
-    script(batchsize=5)
-    check(tmp_path / "block0.hdf5", data[1])
-    assert len(spells) == 5
-    monkeypatch.undo()
+    def results(batches, extract, workers):
+        fed.append(len(batches))
+        for b in range(len(batches)):
+            now[0] += .01
+            yield (lambda: None), None, None
+    assert save_features.from_memory_speed(results, None, 3, (5, 2, 2, 3)) == (5 * fed[-1], pytest.approx(.01 * fed[-1]))
+    assert fed == [6, 120]
     save_features.report_speed(100, 2.0, [(50, 1.0), (100, 1.0)])
     assert capsys.readouterr().out == "50.0 images/s; the same network fed from memory: 75.0 images/s; ratio 0.667\n"
 
@@ -570,3 +568,22 @@ def test_help_and_errors_on_the_command_line():
     found = subprocess.run([sys.executable, "save_features.py", "--cfg", "x.yaml", "--outfile", "/tmp/none/x.hdf5"],
                            cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 1 and found.stderr.count("\n") == 1 and "no configuration x.yaml" in found.stderr
+
+
+def test_rows_are_on_disk_before_a_note_or_the_name_says_so(tmp_path, monkeypatch):
+    path, calls, fsync, replace = str(tmp_path / "x.hdf5"), [], os.fsync, os.replace
+    with FeatureWriter(path, 4, 2, np.zeros(4), {}, period=1e9) as out:
+        rows = out.file.fileno()
+        monkeypatch.setattr(os, "fsync", lambda f: calls.append("rows" if f == rows else "note") or fsync(f))
+        monkeypatch.setattr(os, "replace", lambda a, b: calls.append(os.path.basename(b)) or replace(a, b))
+        for _ in range(2):              # the first ones are saved at once
+            out.write(np.ones((2, 2)), np.ones(2, bool))
+        out.finish()
+    saved = ["rows", "note", "x.hdf5.partial.json"]
+    assert calls == [*saved, *saved, "x.hdf5"]
+
+
+def test_features_do_not_replace_the_checkpoint(data, script, tmp_path):
+    shutil.copy(data[0] / "89.tar", tmp_path)
+    with pytest.raises(ValueError, match="89.tar is an input"):
+        script(modelfile=tmp_path / "89.tar", outfile=tmp_path / "89.tar", overwrite=True)

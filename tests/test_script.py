@@ -370,3 +370,28 @@ def test_an_interpreter_without_packages_is_told_of_in_one_line(script):
     assert found.returncode == 1 and not found.stdout
     assert found.stderr.startswith(f"{script}: error: ") and found.stderr.count("\n") == 1
     assert "has no numpy: bash setup.bash makes the environment" in found.stderr
+
+
+def test_a_lock_is_no_link_to_another_file(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    (tmp_path / "file.lock").symlink_to("mine")
+    with pytest.raises(OSError):
+        with script.exclusive(str(tmp_path / "file")):
+            pass
+    assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_a_file_that_changed_within_a_second_is_another(tmp_path):
+    path = str(tmp_path / "f")
+    open(path, "w").close()
+    os.utime(path, ns=(10 ** 18, 10 ** 18))
+    before = script.file_identities([path])
+    assert script.changed_file([path], before) is None
+    os.utime(path, ns=(10 ** 18, 10 ** 18 + 10 ** 6))
+    assert script.changed_file([path], before) == "f"
+
+
+def test_outputs_in_a_folder_that_is_not_writable(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)         # as for another user than root
+    with pytest.raises(OSError, match="cannot be written: .* is not writable"):
+        script.check_outputs(str(tmp_path / "new" / "file"))

@@ -10,7 +10,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from graph_utils import FusedSGD, core, get_num_threads, set_num_threads  # noqa: E402
 from graph_utils.product import aligned_zeros  # noqa: E402
-from graph_utils.sgd import ARITHMETICS, padded, padded_images  # noqa: E402
+from graph_utils.sgd import ARITHMETICS, padded, padded_images, rounding_norms  # noqa: E402
 from test_logreg import cross_entropy, plain_torch  # noqa: E402
 
 EXACT = ["float32", "split"] if core.sgd_has_tiles() else ["split"]
@@ -250,3 +250,17 @@ def test_bad_batches(images, classes, message):
     for evaluate in (model.ranks, model.top):
         with pytest.raises(ValueError, match=r"labels \(1,\) for 9 images"):
             evaluate(np.zeros((9, 2), np.float32), [0])
+
+
+def test_what_was_pending_is_forgotten_by_restore():
+    x, y = np.random.RandomState(0).rand(8, 5).astype("f4"), np.arange(8)[None] % 3
+    model = FusedSGD([(0.1, 0)], 3, 5, 0.9)
+    state = {name: a.copy() for name, a in model.state().items()}
+    model.steps(x, np.arange(8)[None], y)
+    model.restore(state)
+    assert not model.weights(0)[0].any()
+
+
+def test_norms_are_those_of_rounded_rows_as_well():
+    u = 2.0 ** -7                       # 1 + .51 u is rounded up to 1 + u
+    assert rounding_norms(np.full((1, 64), 1 + .51 * u, "f4"))[0, 0] >= 8 * (1 + u)

@@ -100,3 +100,9 @@ def test_test_images_are_those_of_the_split():
     assert rows.tolist() == [0, 1, 3, 4, 5, 7] and labels.tolist() == [0, 1, 2, 3, 3, 0]
     with pytest.raises(ValueError, match="no test image has a class of the split"):
         images_to_test([2, 2, 8], SPLIT)
+
+
+def test_class_numbers_have_31_bits(tmp_path):
+    lists = dict(novel_classes_1=[2], base_classes_1=[2 ** 31])
+    with pytest.raises(ValueError, match="base_classes_1 holds 2147483648, class numbers start at 1 and are below 2"):
+        load_split(write(tmp_path / "s.json", **lists), "val")

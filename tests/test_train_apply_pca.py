@@ -10,8 +10,9 @@ import pytest
 
 import train_apply_pca
 from data_directory import write_features, write_made_from
+from lowshot import pca
 from lowshot.packages import faiss
-from lowshot.script import read_json, write_json
+from lowshot.script import exclusive, read_json, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 D, DIM = 24, 10
@@ -127,16 +128,15 @@ def test_blocks_of_different_networks_are_refused(root):
     write_made_from(path(root, "block1.hdf5"), model="ResNet10", modelfile_sha256="a")      # block0 does not tell
     write_made_from(path(root, "block2.hdf5"), model="ResNet10", modelfile_sha256="b")
     for step in ("train", "apply"):
-        assert (f"{path(root, 'block2.hdf5')} was made with modelfile_sha256 b, {path(root, 'block1.hdf5')} with a"
-                in run(root, step, ok=False))
+        assert (f"{path(root, 'block2.hdf5')} and {path(root, 'block1.hdf5')} must come from the same network and transforms: "
+                "modelfile_sha256 is b of the one, a of the other" in run(root, step, ok=False))
     for b in range(3):
         write_made_from(path(root, f"block{b}.hdf5"), model="ResNet10", modelfile_sha256="a")
     run(root, "train", "apply")
     assert "complete, nothing to do" in run(root, "train")
     for b in range(3):
         write_made_from(path(root, f"block{b}.hdf5"), model="ResNet50", modelfile_sha256="a")
-    assert f"block0.hdf5 was made with model ResNet50, {path(root, f'PCAR{DIM}.vt')} (says its .json) with ResNet10" in run(
-        root, "apply", ok=False)
+    assert f"block0.hdf5 and {path(root, f'PCAR{DIM}.vt')} (says its .json) must come from" in run(root, "apply", ok=False)
 
 
 def test_a_pca_whose_notes_do_not_tell_the_network_is_complete(root):
@@ -317,3 +317,79 @@ def test_bad_input_is_one_line_and_leaves_no_output(root, spoil, message):
     spoil(root)
     assert message in run(root, "apply", ok=False)
     assert not os.path.exists(path(root))
+
+
+def test_vectors_one_folder_up_are_not_of_a_pca_that_was_trained_here(tmp_path):
+    (tmp_path / "f100m").mkdir()
+    vt = str(tmp_path / "f100m" / "PCAR8.vt")
+    pca.check_made_by(vt, str(tmp_path / "concatenated_PCAR8.raw"), 8)
+    write_json(vt + ".json", {})
+    pca.check_made_by(vt, str(tmp_path / "f100m" / "concatenated_PCAR8.raw"), 8)
+    with pytest.raises(ValueError, match="was made by another PCA than"):
+        pca.check_made_by(vt, str(tmp_path / "concatenated_PCAR8.raw"), 8)
+
+
+def test_a_pca_of_other_columns_is_named(tmp_path):
+    rotation = faiss.RandomRotationMatrix(6, 3)
+    rotation.init(0)
+    faiss.write_VectorTransform(rotation, str(tmp_path / "PCAR3.vt"))
+
+    class File:
+        path, d, network = "f.hdf5", 7, {}
+    with pytest.raises(ValueError, match="f.hdf5 has 7 columns, .*PCAR3.vt expects 6: both must come from the same network"):
+        pca.load_pca(str(tmp_path / "PCAR3.vt"), File)
+
+
+def test_all_rows_train(root):
+    """Faiss takes no more than 1000 per column unless it is told to."""
+    x = write_block(root, 0, 1000 * D + 3000, 3)
+    x[-3000:] += 2
+    with h5py.File(path(root, "block0.hdf5"), "r+") as f:
+        f["all_feats"][:len(x)] = x
+    run(root, "train")
+    trained = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
+    np.testing.assert_allclose(faiss.vector_to_array(trained.mean), x.mean(axis=0, dtype="f8"), atol=1e-4)
+
+
+def test_directions_are_turned_at_random(root):
+    """After PCA alone they are not correlated, in the rows that it was trained on."""
+    run(root, "train", "apply")
+    C = np.cov(raw(root)[:500].T)
+    assert np.abs(C - np.diag(np.diag(C))).max() > .1 * C.max()
+
+
+def test_rows_are_on_disk_before_a_note_counts_them(root, monkeypatch):
+    run(root, "train")
+    calls, fsync, write_json = [], os.fsync, train_apply_pca.write_json
+    monkeypatch.setenv("DDIR", str(root))
+    monkeypatch.setattr(sys, "argv", ["train_apply_pca.py", "apply", "--dim", str(DIM)])
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("fsync") or fsync(f))
+    monkeypatch.setattr(train_apply_pca, "write_json", lambda name, content: calls.append(name) or write_json(name, content))
+    train_apply_pca.main()
+    assert calls[:2] == ["fsync", path(root) + ".partial.json"]
+
+
+def test_two_processes_do_not_write_one_file(root):
+    run(root, "train")
+    with exclusive(path(root) + ".partial"):
+        assert "another process is writing" in run(root, "apply", ok=False)
+
+
+def test_a_partial_file_that_is_cut_off_is_not_gone_on_with(root, monkeypatch):
+    run(root, "train")
+    monkeypatch.setenv("DDIR", str(root))
+    monkeypatch.setattr(sys, "argv", ["train_apply_pca.py", "apply", "--dim", str(DIM)])
+    with monkeypatch.context() as m:
+        m.setattr(train_apply_pca, "make_way", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_apply_pca.main()
+    os.truncate(path(root) + ".partial", 4 * DIM * 100)
+    assert "or it is cut off: delete it" in run(root, "apply", ok=False)
+
+
+def test_training_that_takes_more_memory_than_there_is(root, monkeypatch):
+    monkeypatch.setenv("DDIR", str(root))
+    monkeypatch.setattr(sys, "argv", ["train_apply_pca.py", "train", "--dim", str(DIM)])
+    monkeypatch.setattr(train_apply_pca, "available_memory", lambda: 50000)
+    with pytest.raises(ValueError, match="training on 500 rows takes .* free: --ntrain 2.. fits"):
+        train_apply_pca.main()
