@@ -47,8 +47,8 @@ def main():
     folder = ddir.path("models", "checkpoints", args.model)
     checkpoint = os.path.join(folder, f"{args.epochs - 1}.tar")
     record_path = ddir.log(f"train_network_{args.model}_{args.epochs - 1}.json")
-    print_header(args)
     state_path = os.path.join(folder, "training.pt")
+    print_header(args)
     with exclusive(state_path):
         train(args, ddir, record, checkpoint, record_path, state_path)
 

@@ -908,9 +908,6 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
     check_width(np);
     check_numbers(nb);
     if (K < 1) throw std::invalid_argument("search_near: K is less than 1");
-    if (order)
-        for (int64_t i = 0; i < nq; i++)
-            if (order[i] < 0 || order[i] >= nq) throw std::invalid_argument("search_near: a query is out of range");
     const Near near = checked_near(nq, group, ngroup, offsets, listed, nb);
     DISPATCH(search_near_with, bits, nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
 }

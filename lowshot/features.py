@@ -108,7 +108,7 @@ class FeatureFile:
         names = self.file.get("class_names")
         if len(getattr(names, "shape", ())) != 1 or names.dtype.kind not in "OS":
             return []
-        return [os.fsdecode(name) for name in names[()] if isinstance(name, (bytes, str))]
+        return [os.fsdecode(name) for name in self._stretch("class_names", 0, len(names)) if isinstance(name, (bytes, str))]
 
     def labels(self, known=None):
         """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1, if known is given."""
