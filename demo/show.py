@@ -22,8 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
 import numpy as np  # noqa: E402
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, read_parameters, records_of,  # noqa: E402
-                                 test_jobs)
+from lowshot.experiments import CHECKOUT, Experiment, as_text, parameters_and_jobs, records_of  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.script import Parser, check_outputs, log, number, read_json, run, whole  # noqa: E402
 
@@ -84,12 +83,10 @@ def save(fig, path):
 def records(e, ddir):
     """What the table of an experiment is made of: (records of diffusion.py, records of logreg.py, {(nlabeled, nbg): chosen number
     of iterations}), all of the test split."""
-    found, parameters = {}, {}
-    for system in SYSTEMS:
-        parameters[system] = read_parameters(e, system, ddir, "chosen")
-        found[system] = records_of(test_jobs(e, system, ddir, parameters[system], "chosen"), 3)
-    chosen = {(n, nbg): parameters["diffusion"][str(nbg)][str(n)]["niter"] for n in e.nlabeled for nbg in e.diffusion["nbg"]}
-    return found["diffusion"], found["logreg"], chosen
+    parameters, diffusion = parameters_and_jobs(e, "diffusion", ddir)
+    _, logreg = parameters_and_jobs(e, "logreg", ddir)
+    chosen = {(n, nbg): parameters[str(nbg)][str(n)]["niter"] for n in e.nlabeled for nbg in e.diffusion["nbg"]}
+    return records_of(diffusion, 3), records_of(logreg, 3), chosen
 
 
 def diffusion_curves(records, nlabeled):

@@ -43,18 +43,17 @@ def arguments():
 def main():
     args = arguments()
     ddir = DataDir()
-    record = provenance(args)
-    folder = ddir.path("models", "checkpoints", args.model)
-    checkpoint = os.path.join(folder, f"{args.epochs - 1}.tar")
-    record_path = ddir.log(f"train_network_{args.model}_{args.epochs - 1}.json")
-    state_path = os.path.join(folder, "training.pt")
     print_header(args)
+    state_path = ddir.path("models", "checkpoints", args.model, "training.pt")
     with exclusive(state_path):
-        train(args, ddir, record, checkpoint, record_path, state_path)
+        train(args, ddir, state_path)
 
 
-def train(args, ddir, record, checkpoint, record_path, state_path):
+def train(args, ddir, state_path):
     """Train, and write checkpoint and record, where they are not there; state_path: what is kept after each epoch."""
+    record = provenance(args)
+    checkpoint = os.path.join(os.path.dirname(state_path), f"{args.epochs - 1}.tar")
+    record_path = ddir.log(f"train_network_{args.model}_{args.epochs - 1}.json")
     if os.path.exists(checkpoint) and os.path.exists(record_path):
         made_with = read_json(record_path).get("arguments")
         if made_with == vars(args):

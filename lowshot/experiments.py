@@ -534,6 +534,12 @@ def read_parameters(e, system, ddir, source):
     return parameters
 
 
+def parameters_and_jobs(e, system, ddir, source="chosen"):
+    """(parameters as read_parameters gives them, all jobs of phase 3 with these)."""
+    parameters = read_parameters(e, system, ddir, source)
+    return parameters, test_jobs(e, system, ddir, parameters, source)
+
+
 def are_parameters(tree, system):
     """Whether a tree is what choose() returns."""
     def are(tree, depth):

@@ -15,8 +15,8 @@ import os
 import re
 import sys
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_chosen, choose, merge, read_parameters,
-                                 run_jobs, test_jobs, validation_jobs)
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_chosen, choose, merge,
+                                 parameters_and_jobs, read_parameters, run_jobs, validation_jobs)
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
 from lowshot.script import Parser, log, run, write_json
@@ -80,8 +80,7 @@ def main():
     elif phase == "2":
         phase_choose(e, args.what, ddir)
     else:
-        parameters = read_parameters(e, args.what, ddir, source)
-        jobs = test_jobs(e, args.what, ddir, parameters, source)
+        parameters, jobs = parameters_and_jobs(e, args.what, ddir, source)
         if source == "chosen":
             check_chosen(e, parameters, jobs, e.parameters_path(args.what, ddir))
         if phase == "3":

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from lowshot.experiments import SYSTEMS, as_text, check_none_lacks, read_parameters, test_jobs
+from lowshot.experiments import SYSTEMS, as_text, check_none_lacks, parameters_and_jobs
 from lowshot.script import log, write_json, write_text
 
 
@@ -105,8 +105,7 @@ def comparison(e, ddir):
     """{("logreg", None) or ("diffusion", nbg): {n: row}}, rows as final_accuracies gives them; all jobs must have run."""
     systems = {}
     for system in SYSTEMS:
-        parameters = read_parameters(e, system, ddir, "chosen")
-        jobs = test_jobs(e, system, ddir, parameters, "chosen")
+        parameters, jobs = parameters_and_jobs(e, system, ddir)
         rows, without = final_accuracies(system, jobs, parameters)
         check_none_lacks(without, jobs, 3)
         for (nbg, n), row in rows.items():

@@ -197,13 +197,10 @@ def test_nprobe(tmp_path):
     assert recall(read_graph(tmp_path, 3000, 32)[1], x, 30) > .99
 
 
-def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
-    x = make_raw(tmp_path, 1000)
-    monkeypatch.setattr(faiss_search, "BLOCK", 300)
-    monkeypatch.setenv("DDIR", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["build_graph.py", "1000", "--index", "HNSW16", "--k", "8", "--dim", str(DIM)])
-    save = GraphFiles.save
-    saved = []
+def killed_at_second_save(monkeypatch):
+    """Run build_graph.py, killed when it has saved a part of the graph twice; the numbers of rows that this one and later runs
+    save."""
+    save, saved = GraphFiles.save, []
 
     def killed(self, done):
         save(self, done)
@@ -214,6 +211,15 @@ def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(GraphFiles, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         build_graph.main()
+    return saved
+
+
+def test_a_killed_search_by_faiss_goes_on(tmp_path, monkeypatch):
+    x = make_raw(tmp_path, 1000)
+    monkeypatch.setattr(faiss_search, "BLOCK", 300)
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build_graph.py", "1000", "--index", "HNSW16", "--k", "8", "--dim", str(DIM)])
+    saved = killed_at_second_save(monkeypatch)
     assert not os.path.exists(tmp_path / "knngraph" / "ndis1000_k8_I_11.int32")
     build_graph.main()
     assert saved == [300, 600, 900, 1000] and no_leftovers(tmp_path)
@@ -565,17 +571,7 @@ def test_a_search_by_faiss_of_something_else_begins_anew(tmp_path, monkeypatch, 
     monkeypatch.setenv("DDIR", str(tmp_path))
     words = ["build_graph.py", "1000", "--index", "IVF20,SQ8", "--k", "8", "--dim", str(DIM), "--nprobe", "2"]
     monkeypatch.setattr(sys, "argv", words)
-    save, saved = GraphFiles.save, []
-
-    def killed(self, done):
-        save(self, done)
-        saved.append(done)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(GraphFiles, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        build_graph.main()
+    saved = killed_at_second_save(monkeypatch)
     if change == "vectors":
         os.utime(tmp_path / "features" / "f100m" / f"concatenated_PCAR{DIM}.raw", (1, 1))
     elif change == "nprobe":

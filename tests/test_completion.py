@@ -15,7 +15,7 @@ from lowshot.layout import DataDir
 from lowshot.packages import faiss
 from lowshot.pca import pca_digest
 from lowshot.script import write_json
-from test_diffusion import DIM, vectors, write_background_graph
+from test_diffusion import DIM, small_directory, vectors, write_background_graph
 
 NBG, K = 2500, 12
 
@@ -199,16 +199,9 @@ def test_cells_of_an_index_of_others_are_not_taken(data, monkeypatch):
     assert trained
 
 
-@pytest.fixture
-def root(tmp_path):
-    root = make_data_directory(tmp_path / "ddir", nclass=20, dim=64, nbg=60, raw=True)
-    write_background_graph(root, 60, 8)
-    return root
-
-
-def test_neighbours_that_are_none_and_lists_out_of_order_are_refused(root):
-    ddir = DataDir(root)
-    stem = os.path.join(root, "knngraph", "ndis60_k8_")
+def test_neighbours_that_are_none_and_lists_out_of_order_are_refused(tmp_path):
+    ddir = DataDir(small_directory(tmp_path / "ddir"))
+    stem = ddir.path("knngraph", "ndis60_k8_")
     I, D = np.fromfile(stem + "I_11.int32", np.int32), np.fromfile(stem + "D_11.float32", np.float32)
     x = completion.Vectors(completion.fixed_vectors(ddir, 60, DIM, np.empty((0, DIM), np.float32)))
     out = np.empty((60, 8), np.int32), np.empty((60, 8), np.float32)

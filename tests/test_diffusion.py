@@ -302,11 +302,15 @@ def test_no_data_directory():
     assert "is not a directory" in diffusion("/nonexistent", ok=False)
 
 
-@pytest.fixture
-def root(tmp_path):
-    root = make_data_directory(tmp_path / "ddir", nclass=20, dim=64, nbg=60, raw=True)
+def small_directory(path):
+    root = make_data_directory(path, nclass=20, dim=64, nbg=60, raw=True)
     write_background_graph(root, 60, 8)
     return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return small_directory(tmp_path / "ddir")
 
 
 def test_runs_that_start_together_make_the_stored_part_once(root):

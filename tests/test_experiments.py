@@ -447,6 +447,7 @@ def test_a_job_that_failed_for_another_driver_is_not_tried_again(tmp_path):
             f.write("some error\nFAILED (status 1)\n")
     out = driver.communicate(timeout=20)[0]
     assert driver.returncode and "job0 FAILED for another driver" in out and "[1/2]" not in out
+    assert "waiting for other drivers" not in out           # told once
     with pytest.raises(ValueError, match="1 of 1 jobs failed: job0"):
         experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
     assert open(jobs[0].log).read().endswith("fails, as it was told to\nFAILED (status 1)\n")
@@ -805,14 +806,3 @@ def test_the_log_of_a_job_is_that_of_its_last_run(tmp_path):
             experiments.run_jobs([job], 1, {**os.environ, "DDIR": str(tmp_path)})
         with open(job.log) as f:
             assert f.read().count("FAILED") == 1
-
-
-def test_waiting_is_told_once(tmp_path):
-    jobs = stand_in_jobs(tmp_path, {"fail": "yes"})
-    with exclusive(jobs[0].log):
-        driver = start_driver(jobs)
-        while "waiting for other drivers" not in driver.stdout.readline():
-            pass
-        with open(jobs[0].log, "w") as f:
-            f.write("some error\nFAILED (status 1)\n")
-    assert "waiting for other drivers" not in driver.communicate(timeout=20)[0]
