@@ -193,16 +193,17 @@ class Lists {
     Buffer<uint64_t> keys_;
 };
 
-// Lists of nodes that any thread may offer others to.
+// Lists of nodes from number `first` on that any thread may offer others to.
 class Inserter {
   public:
-    Inserter(int64_t K, uint64_t* keys, float* worst) : K_(K), keys_(keys), worst_(worst), locks_(kLocks) {
+    Inserter(int64_t K, uint64_t* keys, float* worst, int64_t first = 0)
+        : K_(K), first_(first), keys_(keys), worst_(worst), locks_(kLocks) {
         for (auto& lock : locks_) lock.clear();
     }
 
     float worst(uint32_t a) const {
         float s;
-        __atomic_load(worst_ + a, &s, __ATOMIC_RELAXED);
+        __atomic_load(worst_ + (a - first_), &s, __ATOMIC_RELAXED);
         return s;
     }
 
@@ -212,7 +213,7 @@ class Inserter {
     // Node b enters the list of a if it belongs there. The list is the best K of all that was offered, in any order.
     bool offer(uint32_t a, uint32_t b, float s) {
         const uint64_t key = key_of(s, b) | kNewKey;
-        uint64_t* list = keys_ + (int64_t)a * K_;
+        uint64_t* list = keys_ + (a - first_) * K_;
         // near nodes mostly know each other: that is seen without the lock, as entries are written in one piece and a
         // better one never leaves for a worse
         if (holds(list, key)) return false;
@@ -226,7 +227,7 @@ class Inserter {
         if (enters) {
             list[least] = key;
             float worst = product_of(*std::min_element(list, list + K_));
-            __atomic_store(worst_ + a, &worst, __ATOMIC_RELAXED);
+            __atomic_store(worst_ + (a - first_), &worst, __ATOMIC_RELAXED);
         }
         lock.clear(std::memory_order_release);
         return enters;
@@ -241,7 +242,7 @@ class Inserter {
     }
 
     static constexpr uint32_t kLocks = 1 << 14;
-    int64_t K_;
+    int64_t K_, first_;
     uint64_t* keys_;
     float* worst_;
     std::vector<std::atomic_flag> locks_;
@@ -650,16 +651,17 @@ struct Neighbourhood {
     std::vector<uint32_t> nodes;
     int64_t nnew = 0;
 
+    // reverse: the nodes that have v as their neighbour, up to `end`.
     template <class Sampled>
-    void gather(int64_t v, int64_t K, const int32_t* lists, const int64_t* offsets, const int32_t* reverse, int64_t R,
+    void gather(int64_t v, int64_t K, const int32_t* lists, const int32_t* reverse, const int32_t* end, int64_t R,
                 uint32_t seed, Sampled& sampled) {
         nodes.clear();
         for (int64_t j = 0; j < K; j++)
             if (lists[v * K + j] != -1) nodes.push_back((uint32_t)lists[v * K + j]);
         const size_t nforward = nodes.size();
         sampled.clear();
-        for (int64_t e = offsets[v]; e < offsets[v + 1]; e++) {
-            const uint32_t u = (uint32_t)reverse[e];
+        for (; reverse < end; reverse++) {
+            const uint32_t u = (uint32_t)*reverse;
             bool known = false;
             for (size_t j = 0; j < nforward; j++) known |= ((nodes[j] ^ u) & kNumber) == 0;
             if (!known) sampled.emplace_back(mixed((u & kNumber) ^ mixed((uint32_t)v ^ seed)), u);
@@ -681,6 +683,7 @@ struct JoinScratch {
     Neighbourhood now, next;
     std::vector<std::pair<uint32_t, uint32_t>> sampled;
     Buffer<char> rows, panel;
+    std::vector<int64_t> targets;
     std::vector<float> worst;
     alignas(64) float products[kTile * kTile];
     int64_t inserted = 0;
@@ -727,17 +730,66 @@ void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& ins
     }
 }
 
+// The same for the lists of nodes from_target .. to_target - 1 alone.
 template <class Kernel>
-int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
-                        const int32_t* reverse, int64_t R, uint32_t seed, int64_t first, int64_t last, uint64_t* keys,
-                        float* worst) {
+void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, int64_t from_target, int64_t to_target,
+                  Inserter& inserter, JoinScratch<Kernel>& t) {
+    const int64_t m = (int64_t)set.nodes.size(), bytes = Kernel::tile_bytes(np), stride = Kernel::Format::stride(np);
+    t.targets.clear();
+    for (int64_t i = 0; i < m; i++)
+        if (set.nodes[i] >= from_target && set.nodes[i] < to_target) t.targets.push_back(i);
+    const int64_t mt = (int64_t)t.targets.size();
+    t.rows.reserve((mt + kTile - 1) / kTile * bytes);
+    t.panel.reserve(bytes);
+    t.worst.resize(mt);
+    for (int64_t i = 0; i < mt; i++) {
+        const uint32_t a = set.nodes[t.targets[i]];
+        t.worst[i] = inserter.bound(a);
+        Kernel::row(X + (int64_t)a * stride, np, t.rows.get() + i / kTile * bytes, (int)(i % kTile));
+    }
+    // those that are old are compared with new ones alone
+    const int64_t mnew = std::lower_bound(t.targets.begin(), t.targets.end(), set.nnew) - t.targets.begin();
+    const uint32_t* source[kTile];
+    for (int64_t j = 0; j < m; j += kTile) {
+        const int64_t rows = j < set.nnew ? mt : mnew;
+        if (!rows) break;
+        const int nc = (int)std::min<int64_t>(kTile, m - j);
+        for (int c = 0; c < kTile; c++) source[c] = X + (int64_t)set.nodes[j + std::min(c, nc - 1)] * stride;
+        Kernel::panel(source, np, t.panel.get());
+        for (int64_t i = 0; i < rows; i += kTile) {
+            const int nr = (int)std::min<int64_t>(kTile, rows - i);
+            Kernel::tile(t.rows.get() + i / kTile * bytes, nr, t.panel.get(), np, t.products);
+            for (int r = 0; r < nr; r++) {
+                const int64_t self = t.targets[i + r] - j, most = i + r < mnew ? nc : std::min<int64_t>(nc, set.nnew - j);
+                uint32_t columns = most == kTile ? ~0u : (1u << most) - 1;
+                if (self >= 0 && self < kTile) columns &= ~(1u << self);
+                const float* s = t.products + r * kTile;
+                uint32_t better = tiles::above(s, t.worst[i + r]) & columns;
+                while (better) {
+                    const int c = __builtin_ctz(better);
+                    better &= better - 1;
+                    t.inserted += inserter.offer(set.nodes[t.targets[i + r]], set.nodes[j + c], s[c]);
+                }
+            }
+        }
+    }
+}
+
+template <class Kernel>
+int64_t join_range_with(int64_t n, const uint32_t* X, int64_t np, int64_t K, const int32_t* lists, const int64_t* offsets,
+                        const int32_t* reverse, int64_t R, uint32_t seed, int64_t first, int64_t last, int64_t from_target,
+                        int64_t to_target, uint64_t* keys, float* worst) {
     const int64_t stride = Kernel::Format::stride(np);
+    const bool all = to_target - from_target == n;
     std::atomic<int64_t> inserted{0};
-    Inserter inserter(K, keys, worst);
+    Inserter inserter(K, keys, worst, from_target);
     parallel_blocks<JoinScratch<Kernel>>(last - first, 256, [&](int64_t i0, int64_t i1, JoinScratch<Kernel>& t) {
         t.inserted = 0;
         auto gather = [&](int64_t i, Neighbourhood& set) {
-            set.gather(first + i, K, lists, offsets, reverse, R, seed, t.sampled);
+            set.gather(first + i, K, lists, reverse + offsets[i], reverse + offsets[i + 1], R, seed, t.sampled);
+            if (!all && std::none_of(set.nodes.begin(), set.nodes.end(),
+                                     [&](uint32_t u) { return u >= from_target && u < to_target; }))
+                set.nnew = 0;
             if (set.nnew)
                 for (const uint32_t u : set.nodes) {
                     const uint32_t* x = X + (int64_t)u * stride;
@@ -748,7 +800,8 @@ int64_t join_range_with(const uint32_t* X, int64_t np, int64_t K, const int32_t*
         gather(i0, t.now);
         for (int64_t i = i0; i < i1; i++) {
             if (i + 1 < i1) gather(i + 1, t.next);      // its vectors arrive while this one is computed
-            if (t.now.nnew) join(t.now, X, np, inserter, t);
+            if (t.now.nnew && all) join(t.now, X, np, inserter, t);
+            if (t.now.nnew && !all) join_targets(t.now, X, np, from_target, to_target, inserter, t);
             std::swap(t.now, t.next);
         }
         inserted += t.inserted;
@@ -971,8 +1024,9 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
     });
 }
 
-int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets) {
-    std::fill(offsets, offsets + n + 1, (int64_t)0);
+int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, int64_t* offsets) {
+    if (first < 0 || first > last || last > n) throw std::invalid_argument("reverse_offsets: nodes out of range");
+    std::fill(offsets, offsets + (last - first) + 1, (int64_t)0);
     std::atomic<bool> wrong{false};
 #pragma omp parallel for schedule(static)
     for (int64_t e = 0; e < n * K; e++) {
@@ -982,33 +1036,36 @@ int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* off
             wrong = true;
             continue;
         }
-        __atomic_fetch_add(offsets + u + 1, (int64_t)1, __ATOMIC_RELAXED);
+        if (u >= first && u < last) __atomic_fetch_add(offsets + (u - first) + 1, (int64_t)1, __ATOMIC_RELAXED);
     }
     if (wrong) throw std::invalid_argument("reverse_offsets: a neighbour is out of range");
-    for (int64_t i = 0; i < n; i++) offsets[i + 1] += offsets[i];
-    return offsets[n];
+    for (int64_t i = 0; i < last - first; i++) offsets[i + 1] += offsets[i];
+    return offsets[last - first];
 }
 
-void reverse_lists(int64_t n, int64_t K, const int32_t* lists, const int64_t* offsets, int32_t* reverse) {
-    std::vector<int32_t> filled(n, 0);
+void reverse_lists(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, const int64_t* offsets,
+                   int32_t* reverse) {
+    std::vector<int32_t> filled(last - first, 0);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < K; j++) {
             const int32_t entry = lists[i * K + j];
             if (entry == -1) continue;
-            const int64_t u = entry & kNumber;
+            const int64_t u = (entry & kNumber) - first;
+            if (u < 0 || u >= last - first) continue;
             const int32_t at = __atomic_fetch_add(filled.data() + u, 1, __ATOMIC_RELAXED);
             reverse[offsets[u] + at] = (int32_t)((uint32_t)i | ((uint32_t)entry & kNew));
         }
 }
 
 int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K, const int32_t* lists, const int64_t* offsets,
-                   const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t* keys,
-                   float* worst) {
+                   const int32_t* reverse, int64_t R, int64_t seed, int64_t first, int64_t last, int64_t from_target,
+                   int64_t to_target, int64_t* keys, float* worst) {
     check_width(np);
-    if (first < 0 || last > n || R < 0) throw std::invalid_argument("join_range: nodes out of range, or R is less than 0");
-    return DISPATCH(join_range_with, bits, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
-                    (uint64_t*)keys, worst);
+    if (first < 0 || last > n || from_target < 0 || to_target > n || R < 0)
+        throw std::invalid_argument("join_range: nodes out of range, or R is less than 0");
+    return DISPATCH(join_range_with, bits, n, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
+                    from_target, to_target, (uint64_t*)keys, worst);
 }
 
 namespace {

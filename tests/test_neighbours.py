@@ -356,6 +356,28 @@ def test_rounds_lead_to_the_true_graph_and_stop(stored):
 
 
 @pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("part", [1, 37, 450, 899, 900, 5000])
+def test_rounds_on_parts_of_the_lists_give_the_same(part, stored, tmp_path):
+    """Whatever is new and old, missing, equal or a bar; the lists may be in a file."""
+    x, rs = clustered(900 if part > 1 else 90, 32, 12), np.random.RandomState(0)
+    n = len(x)
+    x[n // 3:n // 2] = x[7]
+    X = nb.FORMATS[stored](x)
+    near = np.stack([rs.choice(n, 10, replace=False) for _ in range(n)]).astype(np.int32)
+    keys = nb.search_near(X, np.arange(n, dtype=np.int32), near, X, 10) | rs.randint(0, 2, (n, 10))
+    keys[rs.rand(n) < .1, 6:] = 0
+    bars = rs.rand(n) < .1
+    keys[bars, 8:] = nb.make_keys(nb.worst_products(keys)[bars, None], np.full((bars.sum(), 2), nb.NONE))
+    lists = np.memmap(tmp_path / "lists", np.int64, "w+", shape=keys.shape)
+    lists[:] = keys
+    for r in range(3):
+        done = []
+        nb.descent_round(X, keys, R=7, seed=r, block=64)
+        nb.descent_round(X, lists, 7, r, done.append, part, 64)
+        assert np.array_equal(np.sort(keys, axis=1), np.sort(lists, axis=1)) and done == sorted(done) and done[-1] == n
+
+
+@pytest.mark.parametrize("stored", FORMATS)
 def test_rounds_skip_what_is_old(stored):
     convert = nb.FORMATS[stored]
     x = clustered(500, 32, 5)
