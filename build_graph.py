@@ -24,7 +24,7 @@ from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
 from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
-                            remove_left_behind, run, show_progress, size, warn_of_memory, whole, write_json)
+                            remove_left_behind, run, show_progress, size, warn_of_memory, whole, within_memory, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 # more is asked of graphs that take seconds: accuracies are within .001 of those of exact ones, not .004 (benchmarks/accuracy.py)
@@ -88,9 +88,10 @@ def main():
     path_I, path_D = ddir.graph(n, k)
     lists = path_I + ".lists.partial"
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
-    predicted = predicted_memory(n, d, k, all_on_gpu, device is not None)
+    least = predicted_memory(n, d, k, all_on_gpu, device is not None, least=True)
+    predicted = within_memory(predicted_memory(n, d, k, all_on_gpu, device is not None), least)
     print_header(args, predicted_memory=size(predicted), products=nb.products())
-    warn_of_memory(predicted_memory(n, d, k, all_on_gpu, device is not None, files=False))
+    warn_of_memory(least)
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
@@ -142,7 +143,7 @@ def main():
                 _, _, info = knn.build_knn_graph(vectors, k, args.recall, None, cells, args.nprobe, args.seed, files.arrays,
                                                  progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
                                                  checkpoint if n >= CHECKPOINT_FROM else None, release=True,
-                                                 exact=all_on_gpu)
+                                                 exact=all_on_gpu, folder=os.path.dirname(path_I))
         files.finish()
         if not search_with_faiss:
             checkpoint.remove()         # not before there is nothing left to lose
@@ -154,10 +155,10 @@ def main():
                              "peak_memory": peak_memory(), "predicted_memory": predicted})
 
 
-def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, files=True):
-    """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them. Of a large
-    set without them if not `files`: what it cannot do without."""
-    from lowshot import exact_search, sampling
+def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):
+    """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them. `least`: of
+    a large set what it cannot do without, with candidates in a file."""
+    from lowshot import exact_search, knn, sampling
     from lowshot.gpu_search import GPU_LIBRARIES
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
@@ -168,9 +169,9 @@ def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, files=True):
         return int(libraries + max(2 * vectors, searched))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
-    rounds = in_bytes + 16 * n * sampling.longest_list(k) + 40 * n       # candidates, their copy and reverse lists
-    similarities = (vectors + 8 * n * k) * files + 4 * n * sampling.longest_list(k) + 24 * n
-    return int(libraries + blocks + max(rounds, similarities))
+    listed = sampling.longest_list(k)
+    similarities = (vectors + 8 * n * k) * (not least) + 4 * n * listed + 24 * n
+    return int(libraries + blocks + max(knn.memory_of_graph(n, k, d, in_file=least), similarities))
 
 
 def lower_recall(record_path, wanted):

@@ -33,7 +33,7 @@ from lowshot.features import FeatureFile, labels_of_both, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
-                            provenance, remove_left_behind, run, size, warn_of_memory, whole, write_json)
+                            provenance, remove_left_behind, run, size, warn_of_memory, whole, within_memory, write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -123,26 +123,26 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, files=True, examples=0):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, least=False, examples=0):
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
-    an exact search for novel images looks up. Without them if not `files`: what it cannot do without.
+    an exact search for novel images looks up. `least`: what it cannot do without, with candidates and similarities in files.
     examples: bytes of the scores and contributions that are kept for --storeexamples.
     """
     from graph_utils.neighbours import words, words_of_bytes
-    from lowshot import exact_search, sampling
+    from lowshot import exact_search, knn, sampling
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
     from lowshot.gpu_search import GPU_LIBRARIES
     nbg = n - nbase - nnovel
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.SPARE))
-    lists = 8 * k * (n + nt)                    # I and D
     edges = ENTRIES * k * n
     on_gpu = Backend.device != "cpu"
     panels = 0 if on_gpu else 2 * 4 * width * n
-    mapped = 4 * dim * nbg * files
+    mapped = 0 if least else 4 * dim * nbg
     exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
+    lists = (4 if least and not (stored or exact) else 8) * k * (n + nt)        # I, and D
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     changed = 24 * k * min(n // 2, k * nnovel)      # lists, before and after, and as they are collected
     steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),
@@ -159,8 +159,8 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
             blocks + mapped + 4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + exact_search.INSERTED_SPARE))
         if not exact:
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
-            steps["complete"] = (vectors + lists + 130e6 + 24 * n
-                                 + max(dim * n + 16 * listed * n, mapped + 4 * listed * n))
+            steps["complete"] = vectors + lists + 130e6 + max(
+                knn.memory_of_graph(n, k, dim, in_file=least), mapped + 4 * listed * n + 24 * n)
     return int((GPU_LIBRARIES if on_gpu else Backend.libraries) + max(steps.values()))
 
 
@@ -313,9 +313,10 @@ def main():
     memory = functools.partial(predict_memory, n, nt, nbase, nl - nbase, k, args.dim, fixed is not None, Backend=Backend,
                                niter=args.niter, examples=4 * nt * (C + k) if args.storeexamples else 0)
     width = widest_panel(args.lslice, n, Backend.panel)
-    predicted = memory(width=width)
+    least = memory(width=16 if args.lslice == "auto" else width, least=True)
+    predicted = within_memory(memory(width=width), least)
     print_header(args, predicted_memory=size(predicted))
-    warn_of_memory(memory(width=16 if args.lslice == "auto" else width, files=False))
+    warn_of_memory(least)
     log(f"{nl} labelled images ({nbase} of base classes), {args.nbg} background images, {nt} test images, {C} classes"
         f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
     if args.k > n:

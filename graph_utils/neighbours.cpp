@@ -87,6 +87,9 @@ inline float just_below(float x) {
 
 inline uint32_t number_of(uint64_t key) { return kNumber - ((uint32_t)key >> 1); }
 
+// Bits for the first m of 32 columns.
+inline uint32_t first_columns(int64_t m) { return m >= 32 ? ~0u : m <= 0 ? 0u : (1u << m) - 1; }
+
 inline bool names_none(uint64_t key) { return number_of(key) == kNumber; }
 
 // Memory aligned for whole vectors.
@@ -343,8 +346,7 @@ class Scanner {
                     }
                     if (!rows.takes(j + r)) continue;
                     bounds[r] = rows.bound(j + r);
-                    better = tiles::above(s, bounds[r]);
-                    if (m_ - i < kTile) better &= (1u << (m_ - i)) - 1;
+                    better = tiles::above(s, bounds[r]) & first_columns(m_ - i);
                     while (better) {
                         const int c = __builtin_ctz(better);
                         better &= better - 1;
@@ -710,7 +712,7 @@ void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& ins
             for (int r = 0; r < nr; r++) {
                 const float* s = t.products + r * kTile;
                 // each pair once: columns after the row
-                uint32_t columns = nc == kTile ? ~0u : (1u << nc) - 1;
+                uint32_t columns = first_columns(nc);
                 if (i + r >= j) columns &= i + r - j >= 31 ? 0u : ~0u << (i + r - j + 1);
                 const uint32_t a = set.nodes[i + r];
                 uint32_t better = tiles::above(s, t.worst[i + r]) & columns;
@@ -730,7 +732,7 @@ void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& ins
     }
 }
 
-// The same for the lists of nodes from_target .. to_target - 1 alone.
+// The same for the lists of nodes from_target .. to_target - 1 alone. These are what is packed in panels, as they are few.
 template <class Kernel>
 void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, int64_t from_target, int64_t to_target,
                   Inserter& inserter, JoinScratch<Kernel>& t) {
@@ -738,37 +740,34 @@ void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, int64
     t.targets.clear();
     for (int64_t i = 0; i < m; i++)
         if (set.nodes[i] >= from_target && set.nodes[i] < to_target) t.targets.push_back(i);
-    const int64_t mt = (int64_t)t.targets.size();
-    t.rows.reserve((mt + kTile - 1) / kTile * bytes);
-    t.panel.reserve(bytes);
-    t.worst.resize(mt);
-    for (int64_t i = 0; i < mt; i++) {
-        const uint32_t a = set.nodes[t.targets[i]];
-        t.worst[i] = inserter.bound(a);
-        Kernel::row(X + (int64_t)a * stride, np, t.rows.get() + i / kTile * bytes, (int)(i % kTile));
-    }
+    const int64_t mt = (int64_t)t.targets.size(), padded = (mt + kTile - 1) / kTile * kTile;
     // those that are old are compared with new ones alone
     const int64_t mnew = std::lower_bound(t.targets.begin(), t.targets.end(), set.nnew) - t.targets.begin();
+    t.rows.reserve(bytes);
+    t.panel.reserve(padded / kTile * bytes);
+    t.worst.assign(padded, std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < mt; j++) t.worst[j] = inserter.bound(set.nodes[t.targets[j]]);
     const uint32_t* source[kTile];
-    for (int64_t j = 0; j < m; j += kTile) {
-        const int64_t rows = j < set.nnew ? mt : mnew;
-        if (!rows) break;
-        const int nc = (int)std::min<int64_t>(kTile, m - j);
-        for (int c = 0; c < kTile; c++) source[c] = X + (int64_t)set.nodes[j + std::min(c, nc - 1)] * stride;
-        Kernel::panel(source, np, t.panel.get());
-        for (int64_t i = 0; i < rows; i += kTile) {
-            const int nr = (int)std::min<int64_t>(kTile, rows - i);
-            Kernel::tile(t.rows.get() + i / kTile * bytes, nr, t.panel.get(), np, t.products);
+    for (int64_t j = 0; j < mt; j += kTile) {
+        for (int64_t c = 0; c < kTile; c++)
+            source[c] = X + (int64_t)set.nodes[t.targets[std::min(j + c, mt - 1)]] * stride;
+        Kernel::panel(source, np, t.panel.get() + j / kTile * bytes);
+    }
+    for (int64_t i = 0; i < m; i += kTile) {
+        const int64_t columns = i < set.nnew ? mt : mnew;
+        if (!columns) break;
+        const int nr = (int)std::min<int64_t>(kTile, m - i);
+        for (int r = 0; r < nr; r++) Kernel::row(X + (int64_t)set.nodes[i + r] * stride, np, t.rows.get(), r);
+        for (int64_t j = 0; j < columns; j += kTile) {
+            Kernel::tile(t.rows.get(), nr, t.panel.get() + j / kTile * bytes, np, t.products);
             for (int r = 0; r < nr; r++) {
-                const int64_t self = t.targets[i + r] - j, most = i + r < mnew ? nc : std::min<int64_t>(nc, set.nnew - j);
-                uint32_t columns = most == kTile ? ~0u : (1u << most) - 1;
-                if (self >= 0 && self < kTile) columns &= ~(1u << self);
                 const float* s = t.products + r * kTile;
-                uint32_t better = tiles::above(s, t.worst[i + r]) & columns;
+                uint32_t better = tiles::above_each(s, t.worst.data() + j) & first_columns((i + r < set.nnew ? mt : mnew) - j);
                 while (better) {
                     const int c = __builtin_ctz(better);
                     better &= better - 1;
-                    t.inserted += inserter.offer(set.nodes[t.targets[i + r]], set.nodes[j + c], s[c]);
+                    const int64_t target = t.targets[j + c];
+                    if (target != i + r) t.inserted += inserter.offer(set.nodes[target], set.nodes[i + r], s[c]);
                 }
             }
         }

@@ -258,12 +258,15 @@ def descent_round(X, keys, R=32, seed=0, progress=None, part=None, block=1 << 16
             core.reverse_lists(n, K, lists, nodes.start, nodes.stop, offsets, reverse)
             for i in range(nodes.start, nodes.stop, block):
                 j = min(i + block, nodes.stop)
-                inserted += core.join_range(n, words, *_format(X), K, lists, offsets[i - nodes.start:j - nodes.start + 1], reverse,
-                                            R, seed, i, j, targets.start, targets.stop, own, worst[targets])
+                ends = offsets[i - nodes.start:j - nodes.start + 1]
+                inserted += core.join_range(n, words, *_format(X), K, lists, ends, reverse, R, seed, i, j,
+                                            targets.start, targets.stop, own, worst[targets])
                 if progress is not None:
                     progress((n * done + j) // len(parts))
+            del reverse         # before others take their place
         if part is not None:
             keys[targets] = own
+        del own
     return inserted
 
 

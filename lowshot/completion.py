@@ -18,9 +18,9 @@ from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, at_once, check_readable, normalise_rows, read_into
-from lowshot.index_files import SIMILAR, cells_of_index, check_graph, open_index
+from lowshot.index_files import SIMILAR, cells_of_index, check_graph, open_index, scratch
 from lowshot.layout import graph_command, pca_command
-from lowshot.machine import release_memory
+from lowshot.machine import available_memory, release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import COMPLETION_SAMPLE, Sample
@@ -110,9 +110,12 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     measured on samples of both: accuracies are then within about .002 of those of an exact graph (benchmarks/accuracy.py).
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
-    n, vectors = len(x), Vectors(x)
-    D = np.full((n, k), -np.inf, np.float32)
+    n, vectors, folder = len(x), Vectors(x), ddir.path("knngraph")
     I = np.full((n, k), -1, np.int32)
+    # similarities are looked at in order, while neighbours are looked up
+    fits = 4 * k * n + knn.memory_of_graph(n, k, vectors.d) <= .9 * available_memory()
+    D = np.empty((n, k), np.float32) if fits else scratch(folder, (n, k), np.float32)
+    D[:] = -np.inf
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
     with show_progress() as progress:
@@ -127,7 +130,7 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         new = Sample(vectors, vectors, k, 0, progress, size=COMPLETION_SAMPLE, first=nbg if len(base) else 0, cells=cells)
         search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
         knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                            progress=progress, say=log, release=True, sample=new)
+                            progress=progress, say=log, release=True, sample=new, folder=folder)
         test_D, test_I, info = search_done()
         log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
         return Graph(I, D, test_I, test_D, locality_order(I), vectors.scale)

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import struct
+import tempfile
 import threading
 import time
 
@@ -148,6 +149,19 @@ def check_index(index, vectors, path, remedy):
                 lists.release_codes(int(c), codes)
 
 
+def scratch(folder, shape, dtype):
+    """An array of zeros in a file that has no name, and is gone with the array. OSError where the disk has no room for it."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as f:
+        os.posix_fallocate(f.fileno(), 0, max(1, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize))
+        return np.memmap(f, dtype, "r+", shape=shape)
+
+
+def empty_lists(n, K, folder=None):
+    """Candidate lists, int64 (n, K): in memory, or in a file in `folder`."""
+    return aligned_zeros((n, K), np.int64) if folder is None else scratch(folder, (n, K), np.int64)
+
+
 class Checkpoint:
     """Copies of the candidate lists of build_knn_graph() in a file, from which a killed run goes on.
 
@@ -164,16 +178,17 @@ class Checkpoint:
         self.path, self.state_path, self.identity = path, path + ".json", identity
         self.writer, self.stopped = None, threading.Event()
 
-    def open(self, n, K, words):
+    def open(self, n, K, words, folder=None):
         """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning.
 
-        words: those of a vector's code, as products of one code do not compare with those of another.
+        words: those of a vector's code, as products of one code do not compare with those of another. folder: where the keys
+        are while they change, in a file; None: in memory.
         """
         self.fresh = {"identity": self.identity, "shape": [n, K], "words": words}
         self.saved, state = time.monotonic(), {}
         with contextlib.suppress(OSError, TypeError, ValueError):
             state = dict(read_json(self.state_path))
-        keys = aligned_zeros((n, K), np.int64)
+        keys = empty_lists(n, K, folder)
         remove_left_behind(self.path)
         if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
                 and os.path.getsize(self.path) == keys.nbytes:

@@ -15,6 +15,8 @@ from graph_utils import neighbours as nb
 from lowshot import exact_search, sampling
 from lowshot.cells import BLOCK, Cells, as_vectors, nearest_cell
 from lowshot.exact_search import all_on_gpu, best_of
+from lowshot.index_files import empty_lists
+from lowshot.machine import available_memory
 from lowshot.sampling import (MISSED, REVERSE, SPARE_LISTED, Sample, cells_reaching, compared_by, longest_list,
                               with_margin)
 from lowshot.script import silent
@@ -23,13 +25,14 @@ BAR = 3                     # standard errors of codes by which a candidate may 
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
+MOST_PARTS = 16             # of the lists, that a round works on one after the other; each looks at all nodes
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
 def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
-                    checkpoint=None, release=False, sample=None, exact=False):
+                    checkpoint=None, release=False, sample=None, exact=False, folder=None):
     """The graph of each vector's k nearest, itself included.
 
     Sets below exact_search.EXACT_BELOW are compared whole where no cells are given, and others if `exact`, for GPUs. Otherwise
@@ -42,6 +45,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
     release: give up the vectors in cells before the similarities are computed, to save memory.
     sample: Sample of the nodes, of those that are new if lists are given; made here if None.
+    folder: where candidates are kept, in a file, if they do not fit in the memory that is free; None: in memory all the same.
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
     Returns D, I, info (recall, exact, and nprobe and rounds where it is not).
     """
@@ -65,7 +69,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     curve = sample.recall_by_nprobe(cells, position)
     if initial is not None and len(initial[0]):
         K = max(needed, initial[0].shape[1] + SPARE_LISTED)
-        lists = Lists(cells, position, K, initial, checkpoint, comparison.error)
+        lists = Lists(cells, position, K, initial, checkpoint, comparison.error, folder, say)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
         # little further, as codes err; and as far as it takes a second or two
         affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
@@ -84,7 +88,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             curve = sample.recall_by_nprobe(cells, position)
             p, K, reverse = cells_reaching(curve, WIDE_START), max(needed, longest_list(k)), 2 * REVERSE
             say(f"neighbours are far and wide: {K} candidates are kept for each, compared in all dimensions")
-        lists = Lists(cells, position, K, None, checkpoint)
+        lists = Lists(cells, position, K, None, checkpoint, folder=folder, say=say)
 
     def near(p):
         # a cell's own nodes have to be enough for the work on its list
@@ -99,7 +103,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         gained = 1.0
         while not nprobe and have < wanted and gained > .002 and rounds < 12:
             inserted = nb.descent_round(cells.X, lists.keys, reverse, seed + rounds,
-                                        lambda done: progress("nodes' neighbours compared with each other", done, n))
+                                        lambda done: progress("nodes' neighbours compared with each other", done, n),
+                                        lists.part())
             rounds += 1
             lists.round_done(rounds)
             before, have = have, lists.recall(sample, needed)
@@ -133,9 +138,13 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 
 
 class Lists:
-    """The candidate lists of all nodes, in the order of cells."""
+    """The candidate lists of all nodes, in the order of cells.
 
-    def __init__(self, cells, position, K, initial=None, checkpoint=None, error=0.0):
+    They are in a file in `folder`, unless that is None, where they and what a round takes besides do not fit in the memory that
+    is free: see memory_of_lists().
+    """
+
+    def __init__(self, cells, position, K, initial=None, checkpoint=None, error=0.0, folder=None, say=lambda line: None):
         self.cells, self.position, self.checkpoint = cells, position, checkpoint
         self.initial, self.error = initial, error
         self.n0 = len(initial[0]) if initial is not None else 0
@@ -144,11 +153,16 @@ class Lists:
         # in each cell the first nodes come first: from `middle` on they are new
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
         self.middle = cells.begin + known[cells.stop] - known[cells.begin]
-        if checkpoint is not None:
-            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K, cells.X.shape[1])
+        self.in_file = folder is not None and memory_of_lists(n, K) > .9 * available_memory()
+        if self.in_file:
+            say("candidates are kept in a file, as they do not fit in the memory that is free")
         else:
-            self.keys, self.searched, self.rounds, self.nprobe = nb.aligned_zeros((n, self.K), np.int64), 0, 0, 0
-        if self.searched == 0:
+            folder = None
+        if checkpoint is not None:
+            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K, cells.X.shape[1], folder)
+        else:
+            self.keys, self.searched, self.rounds, self.nprobe = empty_lists(n, self.K, folder), 0, 0, 0
+        if self.n0 and not self.searched:
             self.restart()
 
     def restart(self):
@@ -206,6 +220,15 @@ class Lists:
             keys = self.keys[block]
             self.keys[block] = np.where(nb.numbers(keys) >= 0, keys | nb.NEW, keys)
 
+    def part(self):
+        """Nodes whose lists a round is to work on at a time, or None for all."""
+        if not self.in_file:
+            return None
+        n, K = self.keys.shape
+        least = -(-n // MOST_PARTS)
+        more = .8 * available_memory() - memory_of_lists(n, K, in_file=True)      # as some have many whose neighbour they are
+        return min(n, least + max(0, int(more / (12 * K + 8))))
+
     def round_done(self, rounds):
         self.rounds = rounds
         if self.checkpoint is not None:
@@ -232,6 +255,18 @@ class Lists:
     def recall(self, sample, most):
         """Recall on the sample, as it would be if similarities of the best `most` were computed now."""
         return sample.recall_of_keys(self.best(self.position[sample.number], most), self.cells)
+
+
+def memory_of_lists(n, K, in_file=False):
+    """Bytes of K candidates for each of n nodes, and of a round: their copy, who has whom as a neighbour, and the worst of each.
+    Lists in a file leave the copy, and the rest of those nodes that are worked on at a time, which are at least one of
+    MOST_PARTS."""
+    return int((4 + 12 / MOST_PARTS if in_file else 16) * n * K) + 12 * n
+
+
+def memory_of_graph(n, k, d, in_file=False):
+    """Bytes that build_knn_graph() takes for n vectors of d dimensions, at the most: codes, candidates, order and position."""
+    return 4 * n * nb.words_of_bytes(d) + memory_of_lists(n, longest_list(k), in_file) + 24 * n
 
 
 def search_begun(cells, xq, k, recall=0.95, nprobe=0, progress=None, say=lambda line: None):

@@ -102,6 +102,11 @@ def print_header(args, **more):
     log(f"{p['script']} {p['version']}, {p['cpus']} CPUs: {' '.join(words)}")
 
 
+def within_memory(predicted, least):
+    """Bytes that a process takes which would take `predicted`, but makes do with what it can get, down to `least`."""
+    return max(least, min(predicted, peak_memory() + available_memory()))
+
+
 def warn_of_memory(needed):
     """A line where this process will need more bytes than it can get."""
     if needed - peak_memory() > available_memory():

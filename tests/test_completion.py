@@ -9,8 +9,9 @@ import reference
 from data_directory import make_data_directory
 from graph_utils import SymmetricGraph
 from graph_utils import neighbours as nb
-from lowshot import completion, exact_search, sampling
+from lowshot import cells, completion, exact_search, index_files, knn, sampling
 from lowshot.cells import Cells
+from lowshot.index_files import scratch
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
 from lowshot.pca import pca_digest
@@ -60,6 +61,22 @@ def test_exact(data, nbg, nbase, nnovel):
     assert recall(test_I, reference.neighbours(v["val"][test], x, K)) > 0.9995 or len(x) < K
     np.testing.assert_array_equal((I >= 0).sum(axis=1), min(K, len(x)))
     np.testing.assert_array_equal(I[:, 0], np.arange(len(x)))
+
+
+def test_in_little_memory_the_same(data, monkeypatch):
+    ddir, _ = data
+    monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
+    made, files, before = [], [], sorted(os.listdir(ddir.path("knngraph")))
+    for free in (1 << 40, 10 ** 5):
+        for module in (cells, completion, exact_search, knn):
+            monkeypatch.setattr(module, "available_memory", lambda: free)
+        for module in (completion, index_files):
+            monkeypatch.setattr(module, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
+        made.append(completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(200), np.arange(80)).make(lambda line: None))
+        assert files == ([] if free > 10 ** 5 else 2 * [ddir.path("knngraph")])         # similarities, and candidates
+    for name in completion.FixedPart.ARRAYS:
+        np.testing.assert_array_equal(*(part.load(name) for part in made))
+    assert sorted(os.listdir(ddir.path("knngraph"))) == before
 
 
 @pytest.mark.parametrize("index,stored", [("", False), ("IVF60,Flat", True), ("Flat", False)])

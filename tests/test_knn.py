@@ -1,4 +1,6 @@
 """lowshot/knn.py against exact search in float64."""
+import os
+
 import numpy as np
 import pytest
 
@@ -31,11 +33,14 @@ def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in I)
 
 
-@pytest.mark.parametrize("free", [0, 10 ** 5, 6 * 10 ** 5])
+@pytest.mark.parametrize("free", [0, 10 ** 5, 4 * 10 ** 5])
 @pytest.mark.parametrize("n0", [0, 2500])
-def test_vectors_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
+def test_vectors_and_candidates_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
     """The same graph to the bit, also where lists are known; new nodes come from memory, as in diffusion.py."""
-    x, k = clustered(3000) * np.random.RandomState(0).uniform(.1, 3, (3000, 1)).astype("f4"), 10
+    monkeypatch.setattr(knn, "ROUND", 0)
+    parts = []
+    monkeypatch.setattr(knn.nb, "descent_round", lambda *a, round=nb.descent_round: parts.append(a[5]) or round(*a))
+    x, k = clustered(3000, spread=1.5) * np.random.RandomState(0).uniform(.1, 3, (3000, 1)).astype("f4"), 10
     x[7:60] = x[7]                      # equals are ordered by number, behind the node itself
     x[60] = 0
     x[:2500].tofile(tmp_path / "raw")
@@ -46,13 +51,19 @@ def test_vectors_that_do_not_fit_in_memory(tmp_path, monkeypatch, free, n0):
         known[0][:, 0] += .5            # what is known is not computed again
     graphs = []
     for memory in (1 << 40, free):
-        for module in (cells_module, exact_search):
+        for module in (cells_module, exact_search, knn):
             monkeypatch.setattr(module, "available_memory", lambda: memory)
         vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", x.shape[1], 2500), x[2500:]))
         lines = []
         cells = Cells.train(vectors, 60)
-        graphs.append(knn.build_knn_graph(None, k, initial=known, cells=cells, say=lines.append, release=True))
+        graphs.append(knn.build_knn_graph(None, k, recall=.995, initial=known, cells=cells, say=lines.append, release=True,
+                                          folder=str(tmp_path / "lists")))
         assert any("read in parts" in line for line in lines) == (memory == free)
+        assert any("kept in a file" in line for line in lines) == (memory == free)
+    assert os.listdir(tmp_path / "lists") == []         # it never had a name
+    half = len(parts) // 2
+    assert parts[:half] == [None] * half and (half or n0)
+    assert all(part == 188 if free <= 10 ** 5 else 300 < part < 600 for part in parts[half:])
     (D, I, info), parts = graphs
     assert np.array_equal(D, parts[0]) and np.array_equal(I, parts[1]) and info == parts[2]
     assert not n0 or (D[:n0, 0] > 1.4).mean() > .99

@@ -3,6 +3,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -375,6 +376,17 @@ def test_rounds_on_parts_of_the_lists_give_the_same(part, stored, tmp_path):
         nb.descent_round(X, keys, R=7, seed=r, block=64)
         nb.descent_round(X, lists, 7, r, done.append, part, 64)
         assert np.array_equal(np.sort(keys, axis=1), np.sort(lists, axis=1)) and done == sorted(done) and done[-1] == n
+
+
+def test_memory_of_a_round_on_parts():
+    X, K, n = nb.to_bytes(unit_vectors(6000, 32)), 20, 6000
+    keys = nb.search_all(X, X, K) | nb.NEW
+    for part, most in ((None, 8.5 * n * K), (n // 4, 7.5 * n * K)):
+        tracemalloc.start()
+        nb.descent_round(X, keys.copy() if part is None else keys, part=part)
+        peak = tracemalloc.get_traced_memory()[1] - (8 * n * K if part is None else 0)
+        tracemalloc.stop()
+        assert .8 * most < peak < most + 16 * n
 
 
 @pytest.mark.parametrize("stored", FORMATS)
