@@ -15,7 +15,9 @@ Below 131,072 vectors the graph is exact, unless --index says otherwise, and wit
 million. Otherwise each image is compared with those of its nearest cells, and, where these would be many, with neighbours of
 its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with the index if it is
 complete, and beyond 2,000,000 vectors, or where Faiss searches, with the lists found so far, of which a copy is kept every few
-minutes (not where a GPU compares all images with all, which takes no longer than that).
+minutes (not where a GPU compares all images with all, which takes no longer than that). Candidates that do not fit in memory
+are kept in a file without a name in $DDIR/knngraph, 8 bytes for each of up to 64 per image; the copies take as much, twice while
+one is written.
 """
 import os
 import time

@@ -142,7 +142,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     panels = 0 if on_gpu else 2 * 4 * width * n
     mapped = 0 if least else 4 * dim * nbg
     exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
-    lists = (4 if least and not (stored or exact) else 8) * k * (n + nt)        # I, and D
+    lists = 8 * k * nt + (4 if least and not (stored or exact) else 8) * k * n      # I, and D
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     changed = 24 * k * min(n // 2, k * nnovel)      # lists, before and after, and as they are collected
     steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),

@@ -263,7 +263,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, part=None, block=1 << 16
                                             targets.start, targets.stop, own, worst[targets])
                 if progress is not None:
                     progress((n * done + j) // len(parts))
-            del reverse         # before others take their place
+            del offsets, ends, reverse          # before others take their place
         if part is not None:
             keys[targets] = own
         del own

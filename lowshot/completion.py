@@ -111,15 +111,20 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors, folder = len(x), Vectors(x), ddir.path("knngraph")
+    if not os.access(folder, os.W_OK):      # --nocache needs nothing there
+        folder = None
+    exact = n < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * len(base) + len(test), n, vectors.d)
     I = np.full((n, k), -1, np.int32)
-    # similarities are looked at in order, while neighbours are looked up
-    fits = 4 * k * n + knn.memory_of_graph(n, k, vectors.d) <= .9 * available_memory()
-    D = np.empty((n, k), np.float32) if fits else scratch(folder, (n, k), np.float32)
-    D[:] = -np.inf
+    # little is looked at in D, and that in order: it is the first to go to a file
+    if exact or folder is None or 4 * k * n + knn.memory_of_graph(n, k, vectors.d) <= .9 * available_memory():
+        D = np.empty((n, k), np.float32)
+    else:
+        D = scratch(folder, (n, k), np.float32)
+    D[nbg:] = -np.inf
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
     with show_progress() as progress:
-        if n < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * len(base) + len(test), n, vectors.d):
+        if exact:
             background = Vectors(NormalisedRows(x.matrices[0]), vectors.scale[:nbg]) if nbg else Vectors(x[:0])
             D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
             background.release()

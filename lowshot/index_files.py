@@ -13,7 +13,7 @@ from graph_utils import neighbours as nb
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, read_into, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import allocate, log, read_json, remove, remove_left_behind, whole, write_json
+from lowshot.script import allocate, log, read_json, remove, remove_left_behind, reserve, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average
@@ -151,9 +151,8 @@ def check_index(index, vectors, path, remedy):
 
 def scratch(folder, shape, dtype):
     """An array of zeros in a file that has no name, and is gone with the array. OSError where the disk has no room for it."""
-    os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as f:
-        os.posix_fallocate(f.fileno(), 0, max(1, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize))
+        reserve(f.fileno(), int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, folder)
         return np.memmap(f, dtype, "r+", shape=shape)
 
 
@@ -166,7 +165,8 @@ class Checkpoint:
     """Copies of the candidate lists of build_knn_graph() in a file, from which a killed run goes on.
 
     A thread writes one every few minutes, while the lists change. A list is then of some moment or other, which is a list
-    all the same: in a shared map of the file every round would wait for the disk.
+    all the same: in a shared map of the file every round would wait for the disk. (Lists that do not fit in memory are in
+    another file, which rounds read and write in parts.)
 
     path: the file; identity: what the lists depend on, JSON-ready.
     """
@@ -188,8 +188,8 @@ class Checkpoint:
         self.saved, state = time.monotonic(), {}
         with contextlib.suppress(OSError, TypeError, ValueError):
             state = dict(read_json(self.state_path))
-        keys = empty_lists(n, K, folder)
         remove_left_behind(self.path)
+        keys = empty_lists(n, K, folder)
         if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
                 and os.path.getsize(self.path) == keys.nbytes:
             with open(self.path, "rb") as f:

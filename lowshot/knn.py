@@ -9,6 +9,8 @@ Vectors, lists D, I and `progress` are as in exact_search.py.
 Below exact_search.EXACT_BELOW vectors all is exact, and with a GPU (exact_search.use_gpu) where that compares all with all
 quickly enough; otherwise recall is measured on a sample by exact search, and raised until it is reached.
 """
+import math
+
 import numpy as np
 
 from graph_utils import neighbours as nb
@@ -25,7 +27,7 @@ BAR = 3                     # standard errors of codes by which a candidate may 
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
-MOST_PARTS = 16             # of the lists, that a round works on one after the other; each looks at all nodes
+MOST_PARTS = 16             # of the lists, that a round works on one after the other; each looks for reverse neighbours as often
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
@@ -140,8 +142,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 class Lists:
     """The candidate lists of all nodes, in the order of cells.
 
-    They are in a file in `folder`, unless that is None, where they and what a round takes besides do not fit in the memory that
-    is free: see memory_of_lists().
+    Where they and what a round takes besides (memory_of_lists()) do not fit in the memory that is free, they are in a file in
+    `folder`, unless that is None.
     """
 
     def __init__(self, cells, position, K, initial=None, checkpoint=None, error=0.0, folder=None, say=lambda line: None):
@@ -225,9 +227,9 @@ class Lists:
         if not self.in_file:
             return None
         n, K = self.keys.shape
-        least = -(-n // MOST_PARTS)
-        more = .8 * available_memory() - memory_of_lists(n, K, in_file=True)      # as some have many whose neighbour they are
-        return min(n, least + max(0, int(more / (12 * K + 8))))
+        more = .8 * available_memory() - memory_of_lists(n, K, in_file=True)      # parts differ in reverse lists
+        part = n / MOST_PARTS + max(0, more / (12 * K + 12))
+        return -(-n // math.ceil(n / part))         # as many parts, alike in size
 
     def round_done(self, rounds):
         self.rounds = rounds
@@ -259,9 +261,10 @@ class Lists:
 
 def memory_of_lists(n, K, in_file=False):
     """Bytes of K candidates for each of n nodes, and of a round: their copy, who has whom as a neighbour, and the worst of each.
-    Lists in a file leave the copy, and the rest of those nodes that are worked on at a time, which are at least one of
-    MOST_PARTS."""
-    return int((4 + 12 / MOST_PARTS if in_file else 16) * n * K) + 12 * n
+    Lists in a file leave the copy and the worst, and the rest of those nodes that are worked on at a time, which are at least
+    one of MOST_PARTS."""
+    copy, rest = n * (4 * K + 4), n * (12 * K + 12)
+    return copy + (rest // MOST_PARTS if in_file else rest)
 
 
 def memory_of_graph(n, k, d, in_file=False):

@@ -258,13 +258,18 @@ def allocate(path, nbytes=None):
     as long as it will be, if nbytes is None."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if nbytes is None else os.O_CREAT | os.O_TRUNC), 0o666)
     try:
-        nbytes = os.fstat(fd).st_size if nbytes is None else nbytes
+        reserve(fd, os.fstat(fd).st_size if nbytes is None else nbytes, path)
+    finally:
+        os.close(fd)
+
+
+def reserve(fd, nbytes, path):
+    """allocate() for an open file; path: what errors name."""
+    try:
         if nbytes:
             os.posix_fallocate(fd, 0, nbytes)
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from e
-    finally:
-        os.close(fd)
 
 
 def write_text(path, text):

@@ -381,6 +381,18 @@ def test_a_checkpoint_without_its_state_is_not_taken_for_the_one_before(tmp_path
     assert state == [0, 0, 0] and not keys.any()
 
 
+def test_no_room_for_lists_in_a_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "knngraph").mkdir()
+    keys = index_files.scratch(str(tmp_path / "knngraph"), (5, 2), np.int64)
+    assert keys.shape == (5, 2) and not keys.any() and os.listdir(tmp_path / "knngraph") == []
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device: .*knngraph"):
+        Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33, str(tmp_path / "knngraph"))
+
+
 def test_streamed_index_equals_that_of_faiss(tmp_path):
     from lowshot.cells import Cells, Vectors
     x = make_raw(tmp_path, 500)
