@@ -27,7 +27,8 @@ BAR = 3                     # standard errors of codes by which a candidate may 
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
-MOST_PARTS = 16             # of the lists, that a round works on one after the other; each looks for reverse neighbours as often
+MOST_PARTS = 16             # of the lists, that a round works on one after the other; it reads all lists for each pair of parts,
+                            # so that more would take long
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
