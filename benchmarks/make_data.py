@@ -3,7 +3,7 @@
 
 Writes  OUT/features/train.hdf5, val.hdf5, OUT/label_idx.json
         OUT/features/f100m/block0.hdf5, ...                               2048-d background features, or with --raw
-        OUT/features/f100m/PCAR256.vt, concatenated_PCAR256.raw           the background after its PCA
+        OUT/features/f100m/PCAR256.vt, concatenated_PCAR256.raw           the background after its PCA, of --pca dimensions
 
 Features imitate average-pooled activations (not negative, 2048-d): classes in a hierarchy, each of a few modes, seen
 through a fixed random rectified map, so that low-shot accuracy is neither 0 nor 1 and unlabelled neighbours carry
@@ -36,7 +36,8 @@ def arguments():
     g.add_argument("--nbg", type=number(int, 0), default=100000, help="background images")
     g.add_argument("--block", type=number(int, 1), default=1000000, help="rows of a background block")
     g.add_argument("--dim", type=number(int, 1), default=2048, help="columns of the features")
-    g.add_argument("--raw", action="store_true", help="write the 256-d background without the blocks of features")
+    g.add_argument("--raw", action="store_true", help="write the background after its PCA without the blocks of features")
+    g.add_argument("--pca", type=number(int, 1), default=256, help="dimensions of that PCA")
     g = p.add_argument_group("shape")
     g.add_argument("--latent", type=number(int, 1), default=64, help="dimensions that the features are made of")
     g.add_argument("--modes", type=number(int, 1), default=4, help="clusters of each class")
@@ -81,11 +82,11 @@ def write_raw(folder, images, prior, args):
     """The PCA, trained on up to 50,000 background images, and the background after it."""
     from lowshot.packages import faiss
     rs = np.random.RandomState(100)
-    pca = faiss.PCAMatrix(args.dim, 256, 0, True)
+    pca = faiss.PCAMatrix(args.dim, args.pca, 0, True)
     pca.train(images.features(rs.choice(args.nclass, min(args.nbg, 50000), p=prior), rs))
-    with whole(os.path.join(folder, "PCAR256.vt")) as temporary:
+    with whole(os.path.join(folder, f"PCAR{args.pca}.vt")) as temporary:
         faiss.write_VectorTransform(pca, temporary)
-    with whole(os.path.join(folder, "concatenated_PCAR256.raw")) as temporary, open(temporary, "wb") as f, \
+    with whole(os.path.join(folder, f"concatenated_PCAR{args.pca}.raw")) as temporary, open(temporary, "wb") as f, \
             Progress(args.nbg, "background images") as progress:
         for i in range(0, args.nbg, ROWS):
             pca.apply(images.features(rs.choice(args.nclass, min(ROWS, args.nbg - i), p=prior), rs)).tofile(f)
@@ -105,8 +106,9 @@ def random_split(rs, nclass):
 
 def main():
     args = arguments()
-    if args.raw and (args.dim < 256 or args.nbg < 256):
-        raise ValueError(f"--raw needs at least 256 columns and background images, found --dim {args.dim} --nbg {args.nbg}")
+    if args.raw and min(args.dim, args.nbg) < args.pca:
+        raise ValueError(f"--raw needs at least {args.pca} columns and background images (--pca), found --dim {args.dim} --nbg "
+                         f"{args.nbg}")
     more = os.path.join(args.out, "features", "f100m", f"block{-(-args.nbg // args.block)}.hdf5")
     if os.path.exists(more) and not args.raw:
         raise ValueError(f"{more} is of more background images: remove it, and those after it, or name another folder")

@@ -651,6 +651,7 @@ inline uint32_t mixed(uint32_t x) {     // integer hash (Wellons' triple32 const
 // The neighbours and reverse neighbours of one node, the new ones first.
 struct Neighbourhood {
     std::vector<uint32_t> nodes;
+    std::vector<int64_t> targets;       // where nodes has those whose lists are worked on, of find_targets()
     int64_t nnew = 0;
 
     // reverse: the nodes that have v as their neighbour, up to `end`.
@@ -676,6 +677,12 @@ struct Neighbourhood {
         nnew = std::partition(nodes.begin(), nodes.end(), [](uint32_t u) { return u & kNew; }) - nodes.begin();
         for (uint32_t& u : nodes) u &= kNumber;
     }
+
+    void find_targets(int64_t first, int64_t last) {
+        targets.clear();
+        for (size_t i = 0; i < nodes.size(); i++)
+            if (nodes[i] >= first && nodes[i] < last) targets.push_back((int64_t)i);
+    }
 };
 
 template <class Kernel>
@@ -685,7 +692,6 @@ struct JoinScratch {
     Neighbourhood now, next;
     std::vector<std::pair<uint32_t, uint32_t>> sampled;
     Buffer<char> rows, panel;
-    std::vector<int64_t> targets;
     std::vector<float> worst;
     alignas(64) float products[kTile * kTile];
     int64_t inserted = 0;
@@ -732,25 +738,21 @@ void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& ins
     }
 }
 
-// The same for the lists of nodes from_target .. to_target - 1 alone. These are what is packed in panels, as they are few.
+// The same for the lists of set.targets alone. These are what is packed in panels, as they are few.
 template <class Kernel>
-void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, int64_t from_target, int64_t to_target,
-                  Inserter& inserter, JoinScratch<Kernel>& t) {
+void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& inserter, JoinScratch<Kernel>& t) {
     const int64_t m = (int64_t)set.nodes.size(), bytes = Kernel::tile_bytes(np), stride = Kernel::Format::stride(np);
-    t.targets.clear();
-    for (int64_t i = 0; i < m; i++)
-        if (set.nodes[i] >= from_target && set.nodes[i] < to_target) t.targets.push_back(i);
-    const int64_t mt = (int64_t)t.targets.size(), padded = (mt + kTile - 1) / kTile * kTile;
+    const int64_t mt = (int64_t)set.targets.size(), padded = (mt + kTile - 1) / kTile * kTile;
     // those that are old are compared with new ones alone
-    const int64_t mnew = std::lower_bound(t.targets.begin(), t.targets.end(), set.nnew) - t.targets.begin();
+    const int64_t mnew = std::lower_bound(set.targets.begin(), set.targets.end(), set.nnew) - set.targets.begin();
     t.rows.reserve(bytes);
     t.panel.reserve(padded / kTile * bytes);
     t.worst.assign(padded, std::numeric_limits<float>::infinity());
-    for (int64_t j = 0; j < mt; j++) t.worst[j] = inserter.bound(set.nodes[t.targets[j]]);
+    for (int64_t j = 0; j < mt; j++) t.worst[j] = inserter.bound(set.nodes[set.targets[j]]);
     const uint32_t* source[kTile];
     for (int64_t j = 0; j < mt; j += kTile) {
         for (int64_t c = 0; c < kTile; c++)
-            source[c] = X + (int64_t)set.nodes[t.targets[std::min(j + c, mt - 1)]] * stride;
+            source[c] = X + (int64_t)set.nodes[set.targets[std::min(j + c, mt - 1)]] * stride;
         Kernel::panel(source, np, t.panel.get() + j / kTile * bytes);
     }
     for (int64_t i = 0; i < m; i += kTile) {
@@ -766,7 +768,7 @@ void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, int64
                 while (better) {
                     const int c = __builtin_ctz(better);
                     better &= better - 1;
-                    const int64_t target = t.targets[j + c];
+                    const int64_t target = set.targets[j + c];
                     if (target != i + r) t.inserted += inserter.offer(set.nodes[target], set.nodes[i + r], s[c]);
                 }
             }
@@ -786,9 +788,10 @@ int64_t join_range_with(int64_t n, const uint32_t* X, int64_t np, int64_t K, con
         t.inserted = 0;
         auto gather = [&](int64_t i, Neighbourhood& set) {
             set.gather(first + i, K, lists, reverse + offsets[i], reverse + offsets[i + 1], R, seed, t.sampled);
-            if (!all && std::none_of(set.nodes.begin(), set.nodes.end(),
-                                     [&](uint32_t u) { return u >= from_target && u < to_target; }))
-                set.nnew = 0;
+            if (!all) {
+                set.find_targets(from_target, to_target);
+                if (set.targets.empty()) set.nnew = 0;
+            }
             if (set.nnew)
                 for (const uint32_t u : set.nodes) {
                     const uint32_t* x = X + (int64_t)u * stride;
@@ -800,7 +803,7 @@ int64_t join_range_with(int64_t n, const uint32_t* X, int64_t np, int64_t K, con
         for (int64_t i = i0; i < i1; i++) {
             if (i + 1 < i1) gather(i + 1, t.next);      // its vectors arrive while this one is computed
             if (t.now.nnew && all) join(t.now, X, np, inserter, t);
-            if (t.now.nnew && !all) join_targets(t.now, X, np, from_target, to_target, inserter, t);
+            if (t.now.nnew && !all) join_targets(t.now, X, np, inserter, t);
             std::swap(t.now, t.next);
         }
         inserted += t.inserted;

@@ -5,8 +5,8 @@ import mmap
 import numpy as np
 
 from graph_utils import neighbours as nb
+from lowshot import machine
 from lowshot.features import MatrixFile, NormalisedRows, row_norms, spread_rows
-from lowshot.machine import available_memory
 from lowshot.packages import faiss
 from lowshot.script import silent
 
@@ -81,7 +81,7 @@ class Vectors:
 
     def fit(self, besides=0):
         """Whether all vectors and so many other bytes fit in the memory that is free."""
-        return self.in_memory or 4 * self.n * self.d + besides <= .9 * available_memory()
+        return self.in_memory or machine.fits(4 * self.n * self.d + besides)
 
     @property
     def arrays(self):
@@ -90,7 +90,7 @@ class Vectors:
             self._arrays = [m if isinstance(m, np.ndarray) else np.memmap(m.filename, m.dtype, "r", shape=m.shape)
                             for m in self.sources]
             for a in self._arrays:
-                if isinstance(a, np.memmap) and a.nbytes > available_memory():
+                if isinstance(a, np.memmap) and a.nbytes > machine.available_memory():
                     # neighbours are all over the file: what is read around each would push out others
                     a._mmap.madvise(mmap.MADV_RANDOM)
         return [np.asarray(a) for a in self._arrays]

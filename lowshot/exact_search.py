@@ -13,9 +13,8 @@ With a GPU (use_gpu) that does the comparisons where they are many.
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot import gpu_search
+from lowshot import gpu_search, machine
 from lowshot.cells import BLOCK, as_vectors
-from lowshot.machine import available_memory
 from lowshot.script import silent
 
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
@@ -194,7 +193,7 @@ def products_in_parts(vectors, candidates, D, I, progress, known=0, x_number=Non
     candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. x_number
     int32 (n,): original numbers of these. D, I (n, k) change, of which the first `known` rows hold products already.
     """
-    n, K, free = vectors.n, candidates(np.arange(1, dtype=np.int32)).shape[1] + 1, available_memory()
+    n, K, free = vectors.n, candidates(np.arange(1, dtype=np.int32)).shape[1] + 1, machine.available_memory()
     nodes = max(BLOCK, int(.4 * free / (4 * vectors.d + 8 * K)))
     part = max(BLOCK, int(.2 * free / (4 * vectors.d)))
     for i in range(0, n, nodes):

@@ -14,11 +14,10 @@ import math
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot import exact_search, sampling
+from lowshot import exact_search, machine, sampling
 from lowshot.cells import BLOCK, Cells, as_vectors, nearest_cell
 from lowshot.exact_search import all_on_gpu, best_of
 from lowshot.index_files import empty_lists
-from lowshot.machine import available_memory
 from lowshot.sampling import (MISSED, REVERSE, SPARE_LISTED, Sample, cells_reaching, compared_by, longest_list,
                               with_margin)
 from lowshot.script import silent
@@ -124,7 +123,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     if release:
         cells.X = None      # not needed any more, and the largest part of the memory
     numbers = lists.become_numbers(needed)
-    if n0:
+    if n0 and not np.may_share_memory(D, initial[0]):
         D[:n0], I[:n0] = (a[:, :k] for a in initial)
     if vectors.fit(D.nbytes + I.nbytes):
         for i in range(0, n, BLOCK):
@@ -156,7 +155,7 @@ class Lists:
         # in each cell the first nodes come first: from `middle` on they are new
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
         self.middle = cells.begin + known[cells.stop] - known[cells.begin]
-        self.in_file = folder is not None and memory_of_lists(n, K) > .9 * available_memory()
+        self.in_file = folder is not None and not machine.fits(memory_of_lists(n, K))
         if self.in_file:
             say("candidates are kept in a file, as they do not fit in the memory that is free")
         else:
@@ -228,7 +227,7 @@ class Lists:
         if not self.in_file:
             return None
         n, K = self.keys.shape
-        more = .8 * available_memory() - memory_of_lists(n, K, in_file=True)      # parts differ in reverse lists
+        more = .8 * machine.available_memory() - memory_of_lists(n, K, in_file=True)      # parts differ in reverse lists
         part = n / MOST_PARTS + max(0, more / (12 * K + 12))
         return -(-n // math.ceil(n / part))         # as many parts, alike in size
 

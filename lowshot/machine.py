@@ -128,6 +128,11 @@ def available_memory():
     return free
 
 
+def fits(size):
+    """Whether so many bytes may be taken, and leave a tenth of what is free for what is not counted."""
+    return size <= .9 * available_memory()
+
+
 def end_with_parent():
     """In a new process: end when the one that made it ends, also where that is killed and cannot pass it on."""
     LIBC.prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG

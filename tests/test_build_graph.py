@@ -10,7 +10,7 @@ import pytest
 
 import build_graph
 from graph_utils import neighbours as nb
-from lowshot import cells, exact_search, faiss_search, gpu_search, index_files
+from lowshot import cells, exact_search, faiss_search, gpu_search, index_files, machine
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
 from lowshot.script import exclusive
@@ -236,8 +236,7 @@ def test_similarities_of_coarse_indexes_where_vectors_do_not_fit_in_memory(tmp_p
     want = read_graph(tmp_path, 2000, 8)
     monkeypatch.setattr(sys, "argv", [*arguments, "--overwrite"])
     monkeypatch.setattr(exact_search, "BLOCK", 300)
-    for module in (cells, exact_search):
-        monkeypatch.setattr(module, "available_memory", lambda: 10 ** 5)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 ** 5)
     best, calls = exact_search.nb.best_by_products, []
 
     def killed(*a):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("products")
 
 @pytest.mark.parametrize("free", [0, 1 << 40])
 def test_maps_of_files_larger_than_memory_are_not_read_ahead(tmp_path, monkeypatch, free):
-    monkeypatch.setattr("lowshot.cells.available_memory", lambda: free)
+    monkeypatch.setattr("lowshot.machine.available_memory", lambda: free)
     x = clustered(700, seed=1)
     x.tofile(tmp_path / "raw")
     vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700)))

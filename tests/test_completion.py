@@ -9,7 +9,7 @@ import reference
 from data_directory import make_data_directory
 from graph_utils import SymmetricGraph
 from graph_utils import neighbours as nb
-from lowshot import cells, completion, exact_search, index_files, knn, sampling
+from lowshot import completion, exact_search, index_files, machine, sampling
 from lowshot.cells import Cells
 from lowshot.index_files import scratch
 from lowshot.layout import DataDir
@@ -68,8 +68,7 @@ def test_in_little_memory_the_same(data, monkeypatch):
     monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
     made, files, before = [], [], sorted(os.listdir(ddir.path("knngraph")))
     for free in (1 << 40, 10 ** 5):
-        for module in (cells, completion, exact_search, knn):
-            monkeypatch.setattr(module, "available_memory", lambda: free)
+        monkeypatch.setattr(machine, "available_memory", lambda: free)
         for module in (completion, index_files):
             monkeypatch.setattr(module, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
         made.append(completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(200), np.arange(80)).make(lambda line: None))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from graph_utils import neighbours as nb
-from lowshot import cells as cells_module, exact_search, knn, sampling
+from lowshot import cells as cells_module, exact_search, knn, machine, sampling
 from lowshot.cells import Cells, Codes, Vectors, default_nlist, train_centroids, ways_to_cells
 from lowshot.features import MatrixFile, NormalisedRows
 from lowshot.script import silent
@@ -55,8 +55,7 @@ def test_vectors_and_candidates_that_do_not_fit_in_memory(tmp_path, monkeypatch,
         known[0][:, 0] += .5            # what is known is not computed again
     graphs = []
     for memory in (1 << 40, free):
-        for module in (cells_module, exact_search, knn):
-            monkeypatch.setattr(module, "available_memory", lambda: memory)
+        monkeypatch.setattr(machine, "available_memory", lambda: memory)
         vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", x.shape[1], 2500), x[2500:]))
         lines = []
         cells = Cells.train(vectors, 60)
