@@ -16,8 +16,8 @@ million. Otherwise each image is compared with those of its nearest cells, and, 
 its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with the index if it is
 complete, and beyond 2,000,000 vectors, or where Faiss searches, with the lists found so far, of which a copy is kept every few
 minutes (not where a GPU compares all images with all, which takes no longer than that). Candidates that do not fit in memory
-are kept in a file without a name in $DDIR/knngraph, 8 bytes for each of up to 64 per image; the copies take as much, twice while
-one is written.
+are kept in files without a name in $DDIR/knngraph, 16 bytes for each of up to 64 per image; the copies take half as much, twice
+while one is written.
 """
 import os
 import time

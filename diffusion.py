@@ -127,8 +127,8 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
-    an exact search for novel images looks up. `least`: what it cannot do without, with candidates and similarities in files.
-    examples: bytes of the scores and contributions that are kept for --storeexamples.
+    an exact search for novel images looks up. `least`: what it cannot do without, with candidates, similarities and entries of W
+    in files. examples: bytes of the scores and contributions that are kept for --storeexamples.
     """
     from graph_utils.neighbours import words, words_of_bytes
     from lowshot import exact_search, knn, sampling
@@ -138,21 +138,21 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     nbg = n - nbase - nnovel
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.SPARE))
     edges = ENTRIES * k * n
-    on_gpu = Backend.device != "cpu"
-    panels = 0 if on_gpu else 2 * 4 * width * n
+    in_memory = 0 if least else 4 * edges       # entries of W, besides what the backend adds to them
     mapped = 0 if least else 4 * dim * nbg
     exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
-    lists = 8 * k * nt + (4 if least and not (stored or exact) else 8) * k * n      # I, and D
+    # I and D: in memory where they are made exact, else D may be in a file; both are where they are stored
+    lists = 8 * k * nt + (8 if exact or not least else 4) * k * n * (not (least and stored))
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     changed = 24 * k * min(n // 2, k * nnovel)      # lists, before and after, and as they are collected
     steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),
              # the graph without the novel images, and with them
-             "symmetrise": (4 + Backend.entry_bytes) * edges + 40 * n + 400 * k * nnovel,
-             "diffuse": Backend.entry_bytes * edges + 24 * n + panels + nt * (44 * (niter + 1) + 4 * width) + examples}
+             "symmetrise": 2 * in_memory + (Backend.entry_bytes - 4) * edges + 40 * n + 400 * k * nnovel,
+             "diffuse": memory_of_diffusion(n, nt, k, width, Backend, niter, least) + examples}
     if not stored:
         listed = sampling.longest_list(k)
         steps["add novel images"] += 4 * edges + 24 * n
-        steps["symmetrise"] += vectors + lists
+        steps["symmetrise"] += vectors + lists + 4 * edges - in_memory
         # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
         steps["complete"] = vectors + lists + max(
             4 * nbase * words(dim) + 28 * nbase * (k + exact_search.SPARE),
@@ -161,7 +161,15 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities
             steps["complete"] = vectors + lists + 130e6 + max(
                 knn.memory_of_graph(n, k, dim, in_file=least), mapped + 4 * listed * n + 24 * n)
-    return int((GPU_LIBRARIES if on_gpu else Backend.libraries) + max(steps.values()))
+    return int((GPU_LIBRARIES if Backend.device != "cpu" else Backend.libraries) + max(steps.values()))
+
+
+def memory_of_diffusion(n, nt, k, width, Backend, niter, in_file=False):
+    """Bytes of W, two panels of L of that width, and scores. in_file: with entries of W in a file."""
+    from lowshot.backends import ENTRIES
+    panels = 2 * 4 * width * n if Backend.device == "cpu" else 0
+    entries = (Backend.entry_bytes - 4 * in_file) * ENTRIES * k * n
+    return entries + panels + 24 * n + nt * (44 * (niter + 1) + 4 * width)
 
 
 def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=True):
@@ -292,6 +300,7 @@ def main():
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
     from lowshot.exact_search import use_gpu
     from lowshot.gpu_search import search_device
+    from lowshot.index_files import allocator
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
@@ -337,7 +346,8 @@ def main():
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W
     with fixed.errors_name_folder():
-        W = Backend.changed(fixed.graph(), n, *changes.of_entries())
+        empty = allocator(memory_of_diffusion(n, nt, k, 16, Backend, args.niter), ddir.path("knngraph"))
+        W = Backend.changed(fixed.graph(), n, *changes.of_entries(), empty=empty)
         test_I = np.where(changes.test_I < 0, -1, rank[changes.test_I])
     key.check_unchanged(fixed)
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)

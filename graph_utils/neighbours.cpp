@@ -1026,9 +1026,8 @@ void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* wor
     });
 }
 
-int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, int64_t* offsets) {
-    if (first < 0 || first > last || last > n) throw std::invalid_argument("reverse_offsets: nodes out of range");
-    std::fill(offsets, offsets + (last - first) + 1, (int64_t)0);
+int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets) {
+    std::fill(offsets, offsets + n + 1, (int64_t)0);
     std::atomic<bool> wrong{false};
 #pragma omp parallel for schedule(static)
     for (int64_t e = 0; e < n * K; e++) {
@@ -1038,25 +1037,27 @@ int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t firs
             wrong = true;
             continue;
         }
-        if (u >= first && u < last) __atomic_fetch_add(offsets + (u - first) + 1, (int64_t)1, __ATOMIC_RELAXED);
+        __atomic_fetch_add(offsets + u + 1, (int64_t)1, __ATOMIC_RELAXED);
     }
     if (wrong) throw std::invalid_argument("reverse_offsets: a neighbour is out of range");
-    for (int64_t i = 0; i < last - first; i++) offsets[i + 1] += offsets[i];
-    return offsets[last - first];
+    for (int64_t i = 0; i < n; i++) offsets[i + 1] += offsets[i];
+    return offsets[n];
 }
 
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, const int64_t* offsets,
                    int32_t* reverse) {
+    if (first < 0 || first > last || last > n) throw std::invalid_argument("reverse_lists: nodes out of range");
     std::vector<int32_t> filled(last - first, 0);
-#pragma omp parallel for schedule(static)
+    // neighbours have numbers near each other: what there is to do for a range is all with some of the nodes
+#pragma omp parallel for schedule(dynamic, 16384)
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < K; j++) {
             const int32_t entry = lists[i * K + j];
             if (entry == -1) continue;
-            const int64_t u = (entry & kNumber) - first;
-            if (u < 0 || u >= last - first) continue;
-            const int32_t at = __atomic_fetch_add(filled.data() + u, 1, __ATOMIC_RELAXED);
-            reverse[offsets[u] + at] = (int32_t)((uint32_t)i | ((uint32_t)entry & kNew));
+            const int64_t u = entry & kNumber;
+            if (u < first || u >= last) continue;
+            const int32_t at = __atomic_fetch_add(filled.data() + (u - first), 1, __ATOMIC_RELAXED);
+            reverse[offsets[u - first] - offsets[0] + at] = (int32_t)((uint32_t)i | ((uint32_t)entry & kNew));
         }
 }
 

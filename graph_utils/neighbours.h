@@ -94,18 +94,18 @@ void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_
 
 // One round of neighbours-of-neighbours on a graph (NN-descent: Dong et al., WWW 2011). Deterministic.
 //
-// start_round copies the lists and marks all entries as old; reverse_lists makes the lists of who has a node of a range as
-// its neighbour; join_range then compares, for each node of that range, all of its neighbours and up to R of its reverse
-// neighbours with each other, where at least one is new, and inserts in the keys of the targets, a range of nodes as well.
-// Where these are not all nodes it computes each product that is of use to two of them twice.
+// start_round copies the lists and marks all entries as old; reverse_offsets counts who has each node as a neighbour, and
+// reverse_lists makes the lists of these for a range of nodes; join_range then compares, for each node of a range, all of its
+// neighbours and up to R of its reverse neighbours with each other, where at least one is new, and inserts in the keys of the
+// targets, a range of nodes as well. Where these are not all nodes it computes each product that is of use to two of them twice.
 //
 // keys      in/out  n x K, of join_range (to_target - from_target) x K
 // lists     out     n x K: neighbour numbers, those of new entries with the top bit set; -1 for none
 // worst     out     the least inner product of each full list of keys, -inf of others. Kept up to date by join_range
-// offsets   out     last - first + 1; reverse out, offsets[last - first] <= n K: node after node, each list in no order; top
-//                   bit as in lists
+// offsets   out     n + 1, offsets[n] <= n K; of the other two those of their range
+// reverse   out     node after node, of reverse_lists those of its range, each list in no order; top bit as in lists
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst);
-int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, int64_t* offsets);
+int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, const int64_t* offsets,
                    int32_t* reverse);
 // Returns the number of insertions.

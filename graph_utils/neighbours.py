@@ -234,36 +234,40 @@ def known_lists(X, order, position, I, margin, keys):
     core.known_lists(n, _words(X, "X"), *_format(X), order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
 
 
-def descent_round(X, keys, R=32, seed=0, progress=None, part=None, block=1 << 16):
+def descent_round(X, keys, R=32, seed=0, progress=None, part=None, empty=np.empty, block=1 << 16):
     """One round of neighbours-of-neighbours on the lists of all nodes, in place (NN-descent).
 
     For each node, its neighbours and up to R of its reverse neighbours are compared with each other, where at least
     one of the two entered its list since the last round. progress: called with the number of nodes done.
-    part: work on the lists of so many nodes at a time, which are the same in the end; keys may then be a map of a file.
-    Returns the number of insertions, which depends on when threads look, as the lists do not. Memory: 8 bytes per entry of
-    keys besides, or 4 and 12 per entry of a part.
+    part: work on the lists of so many nodes at a time, which are the same in the end; keys may then be a map of a file, and
+    what is read in order as well: empty(shape, dtype) makes these arrays.
+    Returns the number of insertions, which depends on when threads look, as the lists do not. Memory: 12 bytes per node, 8
+    per entry of keys of what is read in order, and 8 per entry of a part.
     """
     n, K = keys.shape
     words = _words(X, "X")
     _check(keys, np.int64, (len(X), K), "keys")
-    lists = np.empty((n, K), np.int32)
+    lists = empty((n, K), np.int32)
     worst = np.empty(n, np.float32)
     core.start_round(n, K, keys, lists, worst)
     inserted, parts = 0, [slice(i, min(i + (part or n), n)) for i in range(0, n, part or n)]
+    offsets = np.empty(n + 1, np.int64)
+    reverse = empty(core.reverse_offsets(n, K, lists, offsets) or 1, np.int32)      # no file is empty
+    for nodes in parts:
+        first, last = offsets[[nodes.start, nodes.stop]]
+        own = reverse if part is None else np.empty(last - first, np.int32)     # written in no order: not to a file
+        core.reverse_lists(n, K, lists, nodes.start, nodes.stop, offsets[nodes.start:nodes.stop + 1], own)
+        if part is not None:
+            reverse[first:last] = own
+        del own
     for done, targets in enumerate(parts):
         own = keys if part is None else np.array(keys[targets])
-        for nodes in parts:
-            offsets = np.empty(nodes.stop - nodes.start + 1, np.int64)
-            reverse = np.empty(core.reverse_offsets(n, K, lists, nodes.start, nodes.stop, offsets), np.int32)
-            core.reverse_lists(n, K, lists, nodes.start, nodes.stop, offsets, reverse)
-            for i in range(nodes.start, nodes.stop, block):
-                j = min(i + block, nodes.stop)
-                ends = offsets[i - nodes.start:j - nodes.start + 1]
-                inserted += core.join_range(n, words, *_format(X), K, lists, ends, reverse, R, seed, i, j,
-                                            targets.start, targets.stop, own, worst[targets])
-                if progress is not None:
-                    progress((n * done + j) // len(parts))
-            del offsets, ends, reverse          # before others take their place
+        for i in range(0, n, block):
+            j = min(i + block, n)
+            inserted += core.join_range(n, words, *_format(X), K, lists, offsets[i:j + 1], reverse, R, seed, i, j,
+                                        targets.start, targets.stop, own, worst[targets])
+            if progress is not None:
+                progress((n * done + j) // len(parts))
         if part is not None:
             keys[targets] = own
         del own

@@ -119,12 +119,13 @@ class SymmetricGraph:
         return sum(a.nbytes for a in self.arrays)
 
     @classmethod
-    def changed(cls, arrays, n, rows, columns, by):
+    def changed(cls, arrays, n, rows, columns, by, empty=aligned_zeros):
         """The graph of n nodes that a smaller one becomes by changes of its entries: quicker than to make it anew.
 
         arrays: indptr, indices, nsingle of the smaller one, whose nodes are the first ones; they may come from a file, and
         ValueError is raised where they are damaged. rows, columns int32, by int8: each changed entry of W once, and by how
-        much; in order of rows, then of columns. Memory: that of both graphs.
+        much; in order of rows, then of columns. empty: makes the array of entries, (shape, dtype) -> zeros, which may be in a
+        file, as it is read in order. Memory: that of both graphs.
         """
         indptr, indices, nsingle = arrays
         if len(indptr) != len(nsingle) + 1:
@@ -134,7 +135,7 @@ class SymmetricGraph:
         changes = len(rows), rows, columns, by
         new_indptr, new_nsingle = np.empty(n + 1, np.int64), np.empty(n, np.int32)
         core.change_count(len(nsingle), indptr, len(indices), indices, nsingle, n, *changes, new_indptr, new_nsingle)
-        new_indices = aligned_zeros(int(new_indptr[-1]), np.int32)
+        new_indices = empty(int(new_indptr[-1]), np.int32)
         core.change_fill(len(nsingle), indptr, indices, nsingle, n, *changes, new_indptr, new_nsingle, new_indices)
         graph = cls.__new__(cls)
         graph._take(new_indptr, new_indices, new_nsingle)

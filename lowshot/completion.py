@@ -18,9 +18,9 @@ from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, at_once, check_readable, normalise_rows, read_into
-from lowshot.index_files import SIMILAR, cells_of_index, check_graph, open_index, scratch
+from lowshot.index_files import SIMILAR, allocator, cells_of_index, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
-from lowshot.machine import fits, release_memory
+from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import COMPLETION_SAMPLE, Sample
@@ -111,15 +111,10 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
     x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, vectors, folder = len(x), Vectors(x), ddir.path("knngraph")
-    if not os.access(folder, os.W_OK):      # --nocache needs nothing there
-        folder = None
     exact = n < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * len(base) + len(test), n, vectors.d)
     I = np.full((n, k), -1, np.int32)
     # little is looked at in D, and that in order: it is the first to go to a file
-    if exact or folder is None or fits(4 * k * n + knn.memory_of_graph(n, k, vectors.d)):
-        D = np.empty((n, k), np.float32)
-    else:
-        D = scratch(folder, (n, k), np.float32)
+    D = allocator(4 * k * n + knn.memory_of_graph(n, k, vectors.d), None if exact else folder)((n, k), np.float32)
     D[nbg:] = -np.inf
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)

@@ -1,6 +1,9 @@
 """Files of the background's graph as they are written: the Faiss index, and what lets a killed run go on."""
 import contextlib
+import errno
+import functools
 import os
+import shutil
 import struct
 import tempfile
 import threading
@@ -10,6 +13,7 @@ import numpy as np
 
 from graph_utils import aligned_zeros
 from graph_utils import neighbours as nb
+from lowshot import machine
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, read_into, spread_rows
 from lowshot.packages import faiss
@@ -156,9 +160,12 @@ def scratch(folder, shape, dtype):
         return np.memmap(f, dtype, "r+", shape=shape)
 
 
-def empty_lists(n, K, folder=None):
-    """Candidate lists, int64 (n, K): in memory, or in a file in `folder`."""
-    return aligned_zeros((n, K), np.int64) if folder is None else scratch(folder, (n, K), np.int64)
+def allocator(nbytes, folder):
+    """What makes arrays, (shape, dtype) -> zeros: in memory where so many bytes fit in what is free, or `folder` is None or
+    cannot be written, else in files there, which is for what is read and written in order."""
+    if machine.fits(nbytes) or folder is None or not os.access(folder, os.W_OK):
+        return aligned_zeros
+    return functools.partial(scratch, folder)
 
 
 class Checkpoint:
@@ -178,18 +185,18 @@ class Checkpoint:
         self.path, self.state_path, self.identity = path, path + ".json", identity
         self.writer, self.stopped = None, threading.Event()
 
-    def open(self, n, K, words, folder=None):
+    def open(self, n, K, words, empty=aligned_zeros):
         """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning.
 
-        words: those of a vector's code, as products of one code do not compare with those of another. folder: where the keys
-        are while they change, in a file; None: in memory.
+        words: those of a vector's code, as products of one code do not compare with those of another. empty: makes the array of
+        keys, (shape, dtype) -> zeros.
         """
         self.fresh = {"identity": self.identity, "shape": [n, K], "words": words}
         self.saved, state = time.monotonic(), {}
         with contextlib.suppress(OSError, TypeError, ValueError):
             state = dict(read_json(self.state_path))
         remove_left_behind(self.path)
-        keys = empty_lists(n, K, folder)
+        keys = empty((n, K), np.int64)
         if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
                 and os.path.getsize(self.path) == keys.nbytes:
             with open(self.path, "rb") as f:
@@ -213,6 +220,8 @@ class Checkpoint:
         size = keys.strides[0] * state["searched"]
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            if shutil.disk_usage(os.path.dirname(self.path)).free < size:       # rather than fill the disk in trying
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
             with whole(self.path) as temporary, open(temporary, "wb", buffering=0) as f:
                 for i in range(0, size, self.PIECE):
                     piece = data[i:min(i + self.PIECE, size)]

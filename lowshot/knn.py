@@ -13,11 +13,11 @@ import math
 
 import numpy as np
 
-from graph_utils import neighbours as nb
+from graph_utils import aligned_zeros, neighbours as nb
 from lowshot import exact_search, machine, sampling
 from lowshot.cells import BLOCK, Cells, as_vectors, nearest_cell
 from lowshot.exact_search import all_on_gpu, best_of
-from lowshot.index_files import empty_lists
+from lowshot.index_files import allocator
 from lowshot.sampling import (MISSED, REVERSE, SPARE_LISTED, Sample, cells_reaching, compared_by, longest_list,
                               with_margin)
 from lowshot.script import silent
@@ -26,8 +26,8 @@ BAR = 3                     # standard errors of codes by which a candidate may 
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
-MOST_PARTS = 16             # of the lists, that a round works on one after the other; it reads all lists for each pair of parts,
-                            # so that more would take long
+MOST_PARTS = 16             # of the lists, that a round works on one after the other; each looks at all neighbourhoods, so that
+                            # more would take long
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
@@ -47,7 +47,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
     release: give up the vectors in cells before the similarities are computed, to save memory.
     sample: Sample of the nodes, of those that are new if lists are given; made here if None.
-    folder: where candidates are kept, in a file, if they do not fit in the memory that is free; None: in memory all the same.
+    folder: where candidates are kept, in files, if they do not fit in the memory that is free; None: in memory all the same.
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
     Returns D, I, info (recall, exact, and nprobe and rounds where it is not).
     """
@@ -106,7 +106,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         while not nprobe and have < wanted and gained > .002 and rounds < 12:
             inserted = nb.descent_round(cells.X, lists.keys, reverse, seed + rounds,
                                         lambda done: progress("nodes' neighbours compared with each other", done, n),
-                                        lists.part())
+                                        lists.part(), lists.empty)
             rounds += 1
             lists.round_done(rounds)
             before, have = have, lists.recall(sample, needed)
@@ -142,7 +142,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 class Lists:
     """The candidate lists of all nodes, in the order of cells.
 
-    Where they and what a round takes besides (memory_of_lists()) do not fit in the memory that is free, they are in a file in
+    Where they and what a round takes besides (memory_of_lists()) do not fit in the memory that is free, both are in files in
     `folder`, unless that is None.
     """
 
@@ -155,15 +155,14 @@ class Lists:
         # in each cell the first nodes come first: from `middle` on they are new
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
         self.middle = cells.begin + known[cells.stop] - known[cells.begin]
-        self.in_file = folder is not None and not machine.fits(memory_of_lists(n, K))
+        self.empty = allocator(memory_of_lists(n, K), folder)
+        self.in_file = self.empty is not aligned_zeros
         if self.in_file:
-            say("candidates are kept in a file, as they do not fit in the memory that is free")
-        else:
-            folder = None
+            say("candidates are kept in files, as they do not fit in the memory that is free")
         if checkpoint is not None:
-            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, self.K, cells.X.shape[1], folder)
+            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, K, cells.X.shape[1], self.empty)
         else:
-            self.keys, self.searched, self.rounds, self.nprobe = empty_lists(n, self.K, folder), 0, 0, 0
+            self.keys, self.searched, self.rounds, self.nprobe = self.empty((n, K), np.int64), 0, 0, 0
         if self.n0 and not self.searched:
             self.restart()
 
@@ -227,8 +226,8 @@ class Lists:
         if not self.in_file:
             return None
         n, K = self.keys.shape
-        more = .8 * machine.available_memory() - memory_of_lists(n, K, in_file=True)      # parts differ in reverse lists
-        part = n / MOST_PARTS + max(0, more / (12 * K + 12))
+        more = .8 * machine.available_memory() - memory_of_lists(n, K, in_file=True)      # the rest for what is read in order
+        part = n / MOST_PARTS + max(0, more / (8 * K))
         return -(-n // math.ceil(n / part))         # as many parts, alike in size
 
     def round_done(self, rounds):
@@ -260,11 +259,9 @@ class Lists:
 
 
 def memory_of_lists(n, K, in_file=False):
-    """Bytes of K candidates for each of n nodes, and of a round: their copy, who has whom as a neighbour, and the worst of each.
-    Lists in a file leave the copy and the worst, and the rest of those nodes that are worked on at a time, which are at least
-    one of MOST_PARTS."""
-    copy, rest = n * (4 * K + 4), n * (12 * K + 12)
-    return copy + (rest // MOST_PARTS if in_file else rest)
+    """Bytes of K candidates for each of n nodes, and of a round: their copy, who has whom as a neighbour, how many these are,
+    and the worst of each. Of lists in a file those of the nodes that are worked on at a time, at least one of MOST_PARTS."""
+    return 12 * n + (8 * K * n // MOST_PARTS if in_file else 16 * K * n)
 
 
 def memory_of_graph(n, k, d, in_file=False):

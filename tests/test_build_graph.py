@@ -2,8 +2,10 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,13 +343,20 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypa
     checkpoint.wait()
     other = Checkpoint(str(tmp_path / "lists"), [1])
     other.open(5, 2, 33)
+    for module, name, full in ((os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))),
+                               (shutil, "disk_usage", lambda folder: SimpleNamespace(free=63))):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, full)
+            other.save(Lists)
+            other.wait()
+        assert "note: no copy of the lists was written" in capsys.readouterr().out
+        found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
+        assert state == [4, 1, 2] and found[3, 0] == key and sorted(os.listdir(tmp_path)) == ["lists", "lists.json"]
     with monkeypatch.context() as m:
-        m.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        m.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64))        # four rows of two keys
         other.save(Lists)
         other.wait()
-    assert "note: no copy of the lists was written" in capsys.readouterr().out
-    found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
-    assert state == [4, 1, 2] and found[3, 0] == key and sorted(os.listdir(tmp_path)) == ["lists", "lists.json"]
+    assert (Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)[0][:4] == 1).all()
     assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 33)[0].any()
     assert Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 65)[1:] == (0, 0, 0)
     x = make_raw(tmp_path, 40)
@@ -389,7 +398,7 @@ def test_no_room_for_lists_in_a_file(tmp_path, monkeypatch):
     assert keys.shape == (5, 2) and not keys.any() and os.listdir(tmp_path / "knngraph") == []
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left on device: .*knngraph"):
-        Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33, str(tmp_path / "knngraph"))
+        index_files.scratch(str(tmp_path / "knngraph"), 5, np.int32)
 
 
 def test_streamed_index_equals_that_of_faiss(tmp_path):

@@ -69,8 +69,7 @@ def test_in_little_memory_the_same(data, monkeypatch):
     made, files, before = [], [], sorted(os.listdir(ddir.path("knngraph")))
     for free in (1 << 40, 10 ** 5):
         monkeypatch.setattr(machine, "available_memory", lambda: free)
-        for module in (completion, index_files):
-            monkeypatch.setattr(module, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
+        monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
         made.append(completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(200), np.arange(80)).make(lambda line: None))
         assert files == ([] if free > 10 ** 5 else 2 * [ddir.path("knngraph")])         # similarities, and candidates
     for name in completion.FixedPart.ARRAYS:

@@ -15,7 +15,8 @@ from data_directory import make_data_directory, read_features, write_made_from
 from diffusion import StoredL, main, widest_panel
 from graph_utils import has_mkl
 from lowshot.packages import faiss
-from lowshot import completion, split as class_split
+from lowshot import completion, index_files, machine, split as class_split
+from lowshot.index_files import scratch
 from lowshot.script import exclusive, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -115,6 +116,26 @@ def test_stored_L_equals_the_dense_one(ddir, tmp_path):
             L = np.load(tmp_path / f"L_iter{i}.npy")
             np.testing.assert_allclose(L, Ls[i], rtol=1e-5, atol=1e-12, err_msg=f"{extra}, iteration {i}")
         assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("backend", [["--backend", "own"], *MKL])
+def test_entries_of_W_in_a_file(root, tmp_path, monkeypatch, backend):
+    """Where they do not fit in memory, or in memory where the folder cannot be written: the same to the bit."""
+    monkeypatch.setenv("DDIR", root)
+    files, name = [], str(tmp_path / "L")
+    monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a) or scratch(*a))
+    for fits, writable in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr(machine, "fits", lambda size: fits)
+        with monkeypatch.context() as m:
+            if not writable:
+                m.setattr(os, "access", lambda path, mode: not path.endswith("knngraph"))
+            m.setattr(sys, "argv", ["diffusion.py", "--nbg", "60", "--k", "8", "--niter", "2", "--dim", str(DIM), *backend,
+                                    "--storeLname", name, "--storeLiters", "2"])
+            main()
+        L = np.load(name + "_iter2.npy")
+        assert len(files) == (not fits) and (fits or np.array_equal(L, before))
+        before = L
+    assert files[0][0] == os.path.join(root, "knngraph") and files[0][1] > 60 * 8
 
 
 def test_stored_L_in_many_pieces(tmp_path, monkeypatch):

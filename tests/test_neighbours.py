@@ -1,5 +1,6 @@
 """graph_utils/neighbours.py: candidate search and NN-descent against dense numpy, by all kinds of products."""
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from graph_utils import core
 from graph_utils import neighbours as nb
+from lowshot.index_files import scratch
 
 SIZES = [(1, 1, 5, 1), (5, 7, 33, 1), (37, 61, 40, 30), (64, 32, 32, 32), (2100, 1333, 64, 17), (3, 40, 256, 50),
          (33, 65, 100, 8)]
@@ -374,16 +376,18 @@ def test_rounds_on_parts_of_the_lists_give_the_same(part, stored, tmp_path):
     for r in range(3):
         done = []
         nb.descent_round(X, keys, R=7, seed=r, block=64)
-        nb.descent_round(X, lists, 7, r, done.append, part, 64)
+        nb.descent_round(X, lists, 7, r, done.append, part, functools.partial(scratch, str(tmp_path)), 64)
         assert np.array_equal(np.sort(keys, axis=1), np.sort(lists, axis=1)) and done == sorted(done) and done[-1] == n
 
 
-def test_memory_of_a_round_on_parts():
+def test_memory_of_a_round_on_parts(tmp_path):
     X, K, n = nb.to_bytes(unit_vectors(6000, 32)), 20, 6000
     keys = nb.search_all(X, X, K) | nb.NEW
-    for part, most in ((None, 8.5 * n * K), (n // 4, 7.5 * n * K)):
+    folder = str(tmp_path)
+    for part, empty, most in ((None, np.empty, 8 * n * K), (n // 4, np.empty, 10 * n * K),
+                              (n // 4, functools.partial(scratch, folder), 2 * n * K)):
         tracemalloc.start()
-        nb.descent_round(X, keys.copy() if part is None else keys, part=part)
+        nb.descent_round(X, keys.copy() if part is None else keys, part=part, empty=empty)
         peak = tracemalloc.get_traced_memory()[1] - (8 * n * K if part is None else 0)
         tracemalloc.stop()
         assert .8 * most < peak < most + 16 * n
