@@ -10,6 +10,7 @@ Below exact_search.EXACT_BELOW vectors all is exact, and with a GPU (exact_searc
 quickly enough; otherwise recall is measured on a sample by exact search, and raised until it is reached.
 """
 import math
+import mmap
 
 import numpy as np
 
@@ -201,6 +202,8 @@ class Lists:
         c = self.cells
         new = self._new_rows()
         worst = nb.worst_products(self.keys)
+        if self.in_file:        # a few lists all over the file change: what is read around each would be many times as much
+            self.keys._mmap.madvise(mmap.MADV_RANDOM)
         for i in range(0, len(new), sampling.SEARCH_BLOCK):
             rows = new[i:i + sampling.SEARCH_BLOCK]
             keys = self.keys[rows]
@@ -208,6 +211,8 @@ class Lists:
                             insert=(self.middle, rows, self.keys, worst), near=self._near(near, rows))
             self.keys[rows] = keys
             progress("new nodes compared with near cells", i + len(rows), len(new))
+        if self.in_file:
+            self.keys._mmap.madvise(mmap.MADV_NORMAL)
         self.searched = c.n
 
     def _new_rows(self):
