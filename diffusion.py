@@ -31,7 +31,7 @@ import numpy as np
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
 from lowshot.features import FeatureFile, labels_of_both, read_into
 from lowshot.layout import DataDir
-from lowshot.machine import peak_memory, release_memory
+from lowshot.machine import available_memory, peak_memory, release_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
                             provenance, remove_left_behind, run, size, warn_of_memory, whole, within_memory, write_json)
 from lowshot.split import labelled_images, load_split, test_images
@@ -148,7 +148,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),
              # the graph without the novel images, and with them
              "symmetrise": 2 * in_memory + (Backend.entry_bytes - 4) * edges + 40 * n + 400 * k * nnovel,
-             "diffuse": memory_of_diffusion(n, nt, k, width, Backend, niter, least) + examples}
+             "diffuse": memory_of_diffusion(n, nt, edges, width, Backend, niter, least) + examples}
     if not stored:
         listed = sampling.longest_list(k)
         steps["add novel images"] += 4 * edges + 24 * n
@@ -164,12 +164,10 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     return int((GPU_LIBRARIES if Backend.device != "cpu" else Backend.libraries) + max(steps.values()))
 
 
-def memory_of_diffusion(n, nt, k, width, Backend, niter, in_file=False):
-    """Bytes of W, two panels of L of that width, and scores. in_file: with entries of W in a file."""
-    from lowshot.backends import ENTRIES
+def memory_of_diffusion(n, nt, entries, width, Backend, niter, in_file=False):
+    """Bytes of W of so many entries, two panels of L of that width, and scores. in_file: with the entries in a file."""
     panels = 2 * 4 * width * n if Backend.device == "cpu" else 0
-    entries = (Backend.entry_bytes - 4 * in_file) * ENTRIES * k * n
-    return entries + panels + 24 * n + nt * (44 * (niter + 1) + 4 * width)
+    return (Backend.entry_bytes - 4 * in_file) * entries + panels + 24 * n + nt * (44 * (niter + 1) + 4 * width)
 
 
 def diffuse(W, seeds, columns, L, out, niter, test_nodes, mass, report, prune=True):
@@ -293,9 +291,9 @@ def main():
     record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
     store_at = stored_iterations(args)
     record = provenance(args)
-    steps = Steps()
+    steps, free = Steps(), available_memory()
     # after the arguments: these load faiss and the compiled library
-    from graph_utils import BestClasses
+    from graph_utils import BestClasses, aligned_zeros
     from lowshot.backends import choose_backend
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
     from lowshot.exact_search import use_gpu
@@ -346,15 +344,18 @@ def main():
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W
     with fixed.errors_name_folder():
-        empty = allocator(memory_of_diffusion(n, nt, k, 16, Backend, args.niter), ddir.path("knngraph"))
-        W = Backend.changed(fixed.graph(), n, *changes.of_entries(), empty=empty)
+        graph = fixed.graph()
+        # to read entries for each product takes long: that is for where nothing else is left, all that is held now given up
+        needed = memory_of_diffusion(n, nt, len(graph[1]), 16, Backend, args.niter)
+        empty = aligned_zeros if needed <= free else allocator(needed, ddir.path("knngraph"))
+        W = Backend.changed(graph, n, *changes.of_entries(), empty=empty)
         test_I = np.where(changes.test_I < 0, -1, rank[changes.test_I])
     key.check_unchanged(fixed)
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)
     seeds = rank[args.nbg:]
     # L as stored has the labelled images first
     stored_order = np.concatenate([rank[args.nbg:], rank[:args.nbg]])
-    del fixed, changes, novel
+    del fixed, graph, changes, novel
     mass = W.mass()
     steps.done("W = W0 + W0^T")
     record.update(nodes=n, nlabelled_images=nl, ntest=nt, nclass=C, entries=W.nnz, test_nodes=len(test_nodes))
