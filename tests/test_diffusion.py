@@ -122,7 +122,7 @@ def test_stored_L_equals_the_dense_one(ddir, tmp_path):
 def test_entries_of_W_in_a_file(root, tmp_path, monkeypatch, backend):
     """Where they do not fit in memory, or in memory where the folder cannot be written: the same to the bit."""
     monkeypatch.setenv("DDIR", root)
-    files, name = [], str(tmp_path / "L")
+    files, name, before = [], str(tmp_path / "L"), None
     monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a) or scratch(*a))
     for fits, writable in ((True, True), (False, True), (False, False)):
         monkeypatch.setattr(machine, "fits", lambda size: fits)
