@@ -660,6 +660,20 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.best_by_products(np.zeros((2, 2), "i4"), np.zeros((2, 2), "f4"), 0, np.zeros((2, 0), "f4"),
                                    np.zeros((2, 0), "i4")), "k is less than 1"),
     (lambda x: nb.merge_lists(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((3, 3)), np.zeros((3, 3)), 2), "lists of 2 and 3"),
+    (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([-1], "i4"), np.array([1])), "row is out of range"),
+    (lambda x: nb.group_sums(np.ones((3, 2), "f4"), np.array([2, 1], "i4"), np.array([2, 1])), "ends of groups do not rise"),
+    (lambda x: nb.search_near(x, np.full(8, -1, "i4"), np.zeros((1, 3), "i4"), x, 1), "group is out of range"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), (np.array([-1, 3]), np.zeros(3, "i4")), x, 1), "do not rise"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.full((1, 3), -1, "i4"), x, 1), "listed vector is out of range"),
+    (lambda x: nb.search_near(x, np.zeros(8, "i4"), np.zeros((1, 3), "i4"), x, 0), "K is less than 1"),
+    (lambda x: nb.search_self(x, 0), "K is less than 1"),
+    (lambda x: nb.search_all(x, x, 3, insert=(np.zeros((8, 0), "i8"), np.zeros(8, "f4"))), "K is less than 1"),
+    (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 0), "i8")), "K, nprobe"),
+    (lambda x: nb.search_all(np.zeros((2, 0), "i4"), np.zeros((2, 0), "i4"), 1), "multiple of 16 words"),
+    (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.zeros((9, 2), "i4"), 0,
+                              np.zeros((8, 3), "i8")), "more known lists"),
+    (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.zeros((4, 0), "i4"), 0,
+                              np.zeros((8, 3), "i8")), "more known lists"),
 ])
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
@@ -699,3 +713,150 @@ def test_numbers_out_of_range_are_refused():
     for order, position in ((one_off, all_rows), (all_rows, one_off)):
         with pytest.raises(ValueError, match="numbers from 0 to 19 expected, found 0 to 20"):
             nb.known_lists(X, order, position, all_rows[:, None], 0.0, keys.copy())
+
+
+@pytest.mark.parametrize("product", [1, 0, -1])
+def test_an_offer_as_good_as_the_worst_enters_by_its_lower_number(product):
+    Q, X = (nb.to_bfloat16(np.full((1, 1), v, "f4")) for v in (product, 1))
+    x_keys = nb.make_keys(np.full((1, 1), product), np.full((1, 1), 5))
+    nb.search_all(Q, X, 1, insert=(x_keys, np.full(1, product, "f4")))
+    assert nb.numbers(x_keys) == 0
+
+
+def test_the_greatest_number():
+    x = nb.to_bytes(unit_vectors(8, 64))
+    assert nb.numbers(nb.search_all(x, x, 8, first=2 ** 31 - 9)).max() == 2 ** 31 - 2
+    with pytest.raises(ValueError, match="at most 2.31 - 1 vectors"):
+        nb.search_all(x, x, 8, first=2 ** 31 - 8)
+
+
+def test_many_vectors_after_few():
+    X, keys = nb.to_bfloat16(unit_vectors(3000, 32)), np.zeros((3000, 5), np.int64)
+    for i, j in ((0, 600), (600, 3000)):
+        core.search_self(i, j, X, 16, 16, 5, keys)
+    assert np.array_equal(np.sort(keys), np.sort(nb.search_self(X, 5)))
+
+
+def test_a_seed_samples_reverse_neighbours():
+    rs, X = np.random.RandomState(0), nb.to_bytes(unit_vectors(500, 32))
+    near = np.stack([rs.choice(500, 6, replace=False) for _ in range(500)]).astype("i4")
+    start = nb.search_near(X, np.arange(500, dtype="i4"), near, X, 6) | nb.NEW
+    a, b, c = start.copy(), start.copy(), start.copy()
+    for keys, seed in ((a, 0), (b, 0), (c, 1)):
+        nb.descent_round(X, keys, 2, seed)
+    assert np.array_equal(np.sort(a), np.sort(b)) and not np.array_equal(np.sort(a), np.sort(c))
+
+
+@pytest.mark.parametrize("part", [None, 7])
+@pytest.mark.parametrize("R", [0, 1, 20, 47, 48, 60])
+def test_as_many_reverse_neighbours_as_asked_for(R, part):
+    """All know node 0, which knows node 1."""
+    X, keys = nb.to_bytes(unit_vectors(50, 32)), np.zeros((50, 50), np.int64)
+    keys[:, 0] = nb.make_keys(np.zeros(50), np.eye(1, 50, dtype=int)[0]) | nb.NEW
+    found = min(R, 48) + 1
+    assert nb.descent_round(X, keys, R, part=part) == found * (found - 1)
+
+
+@pytest.mark.parametrize("part", [None, 7])
+@pytest.mark.parametrize("m,new", [(1, 1), (31, 31), (32, 0), (32, 32), (33, 31), (70, 33), (70, 1), (70, 32)])
+def test_pairs_are_compared_where_one_is_new(m, new, part):
+    X, keys = nb.to_bytes(unit_vectors(m + 1, 32)), np.zeros((m + 1, m), np.int64)
+    keys[0] = nb.make_keys(np.zeros(m), np.arange(1, m + 1)) | (np.arange(m) < new)
+    assert nb.descent_round(X, keys, 0, part=part) == m * (m - 1) - (m - new) * (m - new - 1)
+    found = nb.numbers(keys)
+    for a in range(1, m + 1):
+        want = set(range(1, m + 1)) - {a} if a <= new else set(range(1, new + 1))
+        assert set(found[a][found[a] >= 0]) == want
+
+
+def test_what_stays_is_old():
+    rs, X = np.random.RandomState(0), nb.to_bytes(unit_vectors(300, 32))
+    start = np.stack([rs.choice(300, 6, replace=False) for _ in range(300)])
+    keys = nb.search_near(X, np.arange(300, dtype="i4"), start.astype("i4"), X, 6) | nb.NEW
+    nb.descent_round(X, keys)
+    stayed = (nb.numbers(keys)[:, :, None] == start[:, None]).any(2)
+    assert 0 < stayed.mean() < 1 and np.array_equal((keys & nb.NEW) == 0, stayed)
+
+
+def test_products_after_the_known_ones_are_computed():
+    x = unit_vectors(30, 40)
+    keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 9)
+    want, I = nb.exact_products(keys, x, x, 9, self=True)
+    D, _ = nb.exact_products(keys, x, x, 9, self=True, D=want + 7, I=I.copy(), known=20)
+    assert np.array_equal(D[20:], want[20:]) and (D[:20] > 5).all()
+
+
+def test_products_after_the_known_ones_are_those_given():
+    x = unit_vectors(30, 40)
+    keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 9)
+    want, I = nb.exact_products(keys, x, x, 9, self=True)
+    D = want + 7
+    nb.best_by_products(I, want, 0, D, I.copy(), 20)
+    assert np.array_equal(D[20:], want[20:]) and (D[:20] > 5).all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 6, 7])
+def test_a_shorter_node_is_the_last_of_its_list(k):
+    x = np.ones((7, 32), "f4")
+    x[0] = .5
+    D, I = nb.exact_products(nb.make_keys(np.zeros((7, 7)), np.tile(np.arange(7), (7, 1))), x, x, k, self=True)
+    assert I[0].tolist() == [*range(1, k), 0]
+
+
+def test_itself_first_among_equals_behind_others():
+    x = np.array([[.5], [1], [.5]], "f4")
+    D, I = nb.exact_products(nb.make_keys(np.zeros((3, 3)), np.tile(np.arange(3), (3, 1))), x, x, 3, self=True)
+    assert I.tolist() == [[1, 0, 2], [1, 0, 2], [1, 2, 0]]
+
+
+def test_rounding_is_little():
+    x = np.array([[1], [1 - 3e-6]], "f4")
+    D, I = nb.exact_products(nb.make_keys(np.zeros((2, 2)), np.tile(np.arange(2), (2, 1))), x, x, 2, self=True)
+    assert I.tolist() == [[0, 1], [0, 1]]
+
+
+def test_products_of_other_parts_are_left():
+    x, products = unit_vectors(9, 32), np.full((1, 9), 7, "f4")
+    nb.products_in_part(np.arange(9, dtype="i4")[None], x[:1], x[3:6], 3, products)
+    assert np.array_equal(products[0] != 7, (np.arange(9) >= 3) & (np.arange(9) < 6))
+
+
+@pytest.mark.parametrize("name", ["float64", "Float32", "avx"])
+def test_products_that_are_not_known(name):
+    with pytest.raises(ValueError, match=f"products by '{name}' are not known"):
+        nb.use_products(name)
+    assert nb.products() != name
+
+
+def test_a_file_that_cannot_be_read():
+    with pytest.raises(RuntimeError, match="row 0: Input/output error"):
+        nb.read_rows("/proc/self/mem", [0], 1, np.empty((1, 4), "f4"))
+
+
+def test_outputs_that_are_read_only():
+    x, keys = nb.to_bytes(unit_vectors(8, 64)), np.zeros((8, 3), "i8")
+    keys.flags.writeable = False
+    with pytest.raises((ValueError, BufferError), match="read-only|not writable"):
+        nb.search_all(x, x, 3, keys)
+    assert not keys.any()
+
+
+@pytest.mark.parametrize("K", [3, 4])
+@pytest.mark.parametrize("near", [None, (np.zeros(1, "i4"), np.arange(3, dtype="i4")[:, None])])
+def test_cells_that_hold_one_too_few(near, K):
+    q, centroids, x = np.array([[3, 2, 1]]), np.eye(3), np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 1, 1]])
+    keys, end = np.zeros((1, K), np.int64), np.array([2, 4, 5])
+    nb.search_cells(nb.to_bfloat16(q), nb.to_bfloat16(centroids), 1, end - [2, 2, 1], end, nb.to_bfloat16(x), keys, near=near)
+    assert set(nb.numbers(keys)[0]) <= {0, 1, 2, 3} and len(set(nb.numbers(keys)[0])) == K
+
+
+def test_as_many_equals_as_asked_for():
+    x = nb.to_bytes(np.ones((400, 64), "f4"))
+    for K in range(1, 120):
+        assert (nb.numbers(nb.search_all(x[:1], x, K)) >= 0).all(), K
+
+
+def test_numbers_too_small_for_a_step_are_zero():
+    residual = np.empty(1, np.float32)
+    words = nb.to_bytes(np.array([[1e-38, 0, -1e-38]], "f4"), residual=residual)
+    assert (words[:, :-1].view(np.uint8) == 128).all() and words[0, -1] == 0 and np.isfinite(residual).all()

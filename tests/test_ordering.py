@@ -7,6 +7,7 @@ import pytest
 
 import graph_utils
 from graph_utils import SymmetricGraph, locality_order
+from graph_utils import neighbours as nb
 from reference import random_graph
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -109,3 +110,16 @@ def test_a_sequence_takes_no_more_memory_than_others():
         print((peak_memory() - before) / n)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert float(done.stdout) < 200
+
+
+def test_how_near_neighbours_come():
+    rs, n = np.random.RandomState(1), 20000
+    names, I = rs.permutation(n).astype(np.int32), np.empty((n, 8), np.int32)
+    I[names] = names[(np.arange(n)[:, None] + np.arange(8)) % n]
+    place = np.argsort(locality_order(I))
+    assert (np.abs(place[I] - place[:, None]) < 16).mean() > .84
+    x = rs.rand(n, 2).astype("f4")
+    q, y = np.c_[x, np.ones(n)].astype("f4"), np.c_[2 * x, -(x ** 2).sum(1)].astype("f4")      # the nearest in the plane
+    I = nb.exact_products(nb.search_all(nb.to_float32(q), nb.to_float32(y), 9), q, y, 9)[1]
+    place = np.argsort(locality_order(I))
+    assert np.abs(place[I] - place[:, None]).mean() < 128

@@ -371,3 +371,48 @@ def test_large_arrays_are_aligned():
     assert a.ctypes.data % (2 << 20) == 0 and a.shape == (3 << 20, 3)
     a[-1] = 1
     assert a.sum() == 3
+
+
+def test_weighted_sums_of_selected_rows():
+    rs = np.random.RandomState(2)
+    graph, weights = SymmetricGraph(random_graph(rs, 300, 10)), rs.rand(300).astype("f4")
+    L, out = aligned_zeros((300, 16)), aligned_zeros((300, 16))
+    L[:] = rs.rand(300, 16)
+    rows = np.sort(rs.choice(300, 120, replace=False)).astype(np.int32)
+    colsum = graph.product(L, out, rows=rows, weights=weights)
+    np.testing.assert_allclose(colsum, weights[rows].astype("f8") @ out[rows], rtol=1e-6)
+
+
+@pytest.mark.parametrize("ncol", [0, 80])
+def test_widths(ncol):
+    graph = SymmetricGraph(np.array([[0], [1]], np.int32))
+    with pytest.raises(ValueError, match="16, 32, 48 or 64"):
+        graph.product(aligned_zeros((2, ncol)), aligned_zeros((2, ncol)))
+
+
+@pytest.mark.parametrize("row,column", [(-1, 0), (0, 3)])
+def test_changes_out_of_range(row, column):
+    graph = SymmetricGraph(np.array([[0, 1], [1, 2], [2, 0]], np.int32))
+    with pytest.raises(ValueError, match="a changed entry is out of range"):
+        SymmetricGraph.changed(graph.arrays, 3, np.array([row], "i4"), np.array([column], "i4"), np.array([1], "i1"))
+
+
+def test_offsets_that_fall_in_another_block():
+    indptr, indices, nsingle = SymmetricGraph(np.arange(3000, dtype="i4")[:, None]).arrays
+    indptr = indptr.copy()
+    indptr[900:1025] += 1 << 40
+    with pytest.raises(ValueError, match="offsets are damaged"):
+        SymmetricGraph.changed((indptr, indices, nsingle), 3000, np.array([950], "i4"), np.array([0], "i4"), np.array([1], "i1"))
+
+
+def test_scores_below_zero():
+    best = BestClasses([0])
+    best.update(np.array([[-1, 2, 0]], np.float32), [0, 1, 2])
+    assert best.nnz == 2 and best.best[0].tolist() == [2, 0, 0, 0, 0]
+
+
+def test_a_neighbour_that_is_not_there():
+    indptr, indices, nsingle = SymmetricGraph(np.array([[0, 1], [1, 2], [2, 0]], np.int32)).arrays
+    none = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8)
+    with pytest.raises(ValueError, match="out of range or not in increasing order"):
+        SymmetricGraph.changed((indptr, np.where(indices == 2, 3, indices).astype("i4"), nsingle), 3, *none)

@@ -264,3 +264,54 @@ def test_what_was_pending_is_forgotten_by_restore():
 def test_norms_are_those_of_rounded_rows_as_well():
     u = 2.0 ** -7                       # 1 + .51 u is rounded up to 1 + u
     assert rounding_norms(np.full((1, 64), 1 + .51 * u, "f4"))[0, 0] >= 8 * (1 + u)
+
+
+@pytest.mark.parametrize("w, rounded", [(1 + 2 ** -8, 1), (1 + 3 * 2 ** -8, 1 + 2 ** -6)])
+def test_ties_are_rounded_to_even(w, rounded):
+    model = FusedSGD([(0, 0)], 2, 1, 0, "bfloat16")
+    model.state()["W"][0] = w
+    loss = model.steps(np.ones((1, 1), "f4"), np.array([[0]]), np.array([[0]]), loss=True)
+    assert loss == pytest.approx(np.log1p(np.exp(-rounded)), abs=1e-6)
+
+
+@pytest.mark.parametrize("screens", [False, True])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_out_of_range(label, screens):
+    model = FusedSGD([(0.1, 0)], 3, 2, 0.9)
+    model.screens = screens
+    with pytest.raises(ValueError, match="a class is out of range"):
+        model.top(np.zeros((9, 2), np.float32), np.full(9, label))
+
+
+def test_top_where_float32_sums_lose_what_decides():
+    model = FusedSGD([(0.1, 0)], 16, 64, 0.9, "float32")
+    state = model.state()
+    state["W"][:2], state["b"][1:] = [[1] + [2 ** -25] * 63, [1] + [0] * 63], [2 ** -20] + [-9] * 14
+    model.screens = True
+    assert model.top(np.ones((1, 64), "f4"), np.array([0]), 1)
+
+
+def test_top_where_biases_swallow_what_decides():
+    model, x = FusedSGD([(0.1, 0)], 16, 1024, 0.9, "float32"), np.zeros((1, 1024), "f4")
+    state, x[0, ::128] = model.state(), 1
+    state["W"][0], state["b"][:] = 2 ** -25, [1, 1 + 2 ** -23] + [-9] * 14
+    model.screens = True
+    assert model.top(x, np.array([0]), 1)
+
+
+def test_top_of_an_image_that_is_not_finite():
+    model, x = FusedSGD([(0.1, 0)], 12, 40, 0.9, "float32"), np.random.RandomState(0).rand(200, 40).astype("f4")
+    model.state()["W"][...] = np.random.RandomState(0).randn(12, 40)
+    x[7], y = np.nan, np.arange(200) % 12
+    model.screens = True
+    found = model.top(x, y)
+    assert not found[0, 7] and np.array_equal(found, model.ranks(x, y) < 5)
+
+
+@pytest.mark.parametrize("w,b,top", [(.49, .3, False), (.51, .7, True)])
+def test_top_where_rounding_hides_another_class_or_puts_it_first(w, b, top):
+    u, model = 2. ** -7, FusedSGD([(0.1, 0)], 16, 64, 0.9, "float32")
+    state = model.state()
+    state["W"][0], state["b"][1:] = 1 + w * u, [64 * (1 + b * u)] + [-9] * 14
+    model.screens = True
+    assert model.top(np.ones((1, 64), "f4"), np.array([1]), 1) == top
