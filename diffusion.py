@@ -361,7 +361,8 @@ def main():
     record.update(nodes=n, nlabelled_images=nl, ntest=nt, nclass=C, entries=W.nnz, test_nodes=len(test_nodes))
 
     # ---- L <- W L, a panel of classes at a time
-    width = widest_panel(args.lslice, n, W.panel, W.free_memory())
+    # beside entries in a file narrow panels are the quicker ones: what they leave of the memory keeps parts of it
+    width = widest_panel(args.lslice, n, W.panel if empty is aligned_zeros else 16, W.free_memory())
     pieces = panels(split.is_novel, width)
     L, out = W.zeros(width), W.zeros(width)
     best = [BestClasses(test_labels) for _ in range(args.niter + 1)]
