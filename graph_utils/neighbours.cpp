@@ -1,10 +1,7 @@
 #include "neighbours.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "entries.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -1198,13 +1196,7 @@ void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d
     parallel_blocks(n, 64, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             if (rows[i] < 0 || rows[i] >= nrow) continue;
-            char* to = (char*)(out + i * d);
-            for (int64_t done = 0; done < bytes;) {
-                const ssize_t got = pread(file, to + done, bytes - done, rows[i] * bytes + done);
-                if (got == 0) throw std::invalid_argument("the file ends before the end of row " + std::to_string(rows[i]));
-                if (got < 0 && errno != EINTR) throw std::runtime_error("row " + std::to_string(rows[i]) + ": " + std::strerror(errno));
-                done += std::max<ssize_t>(got, 0);
-            }
+            read_at(file, out + i * d, bytes, rows[i] * bytes, [&] { return "row " + std::to_string(rows[i]); });
         }
     });
 }

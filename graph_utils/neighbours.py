@@ -252,7 +252,7 @@ def descent_round(X, keys, R=32, seed=0, progress=None, part=None, empty=np.empt
     core.start_round(n, K, keys, lists, worst)
     inserted, parts = 0, [slice(i, min(i + (part or n), n)) for i in range(0, n, part or n)]
     offsets = np.empty(n + 1, np.int64)
-    reverse = empty(core.reverse_offsets(n, K, lists, offsets) or 1, np.int32)      # no file is empty
+    reverse = empty(core.reverse_offsets(n, K, lists, offsets), np.int32)
     for nodes in parts:
         first, last = offsets[[nodes.start, nodes.stop]]
         own = reverse if part is None else np.empty(last - first, np.int32)     # written in no order: not to a file

@@ -91,6 +91,7 @@ class SymmetricGraph:
 
     indptr int64 (n + 1,), indices int32 (nnz,), nsingle int32 (n,): the neighbours of row i are
     indices[indptr[i]:indptr[i + 1]], first the nsingle[i] with entries 1, then those with entries 2, each in order.
+    Where indices is an array in a file, whose descriptor is its attribute `file`, they are read from it some rows at a time.
     """
 
     def __init__(self, I, rank=None):
@@ -109,6 +110,8 @@ class SymmetricGraph:
 
     def _take(self, indptr, indices, nsingle):
         self.n, self.indptr, self.indices, self.nsingle = len(nsingle), indptr, indices, nsingle
+        file = getattr(indices, "file", None)
+        self._csr = (indptr, indices, -1) if file is None else (indptr, None, file)
 
     @property
     def arrays(self):
@@ -158,7 +161,7 @@ class SymmetricGraph:
     def mass(self):
         """1^T diag(1 / row sums) W, float32 (n,): weights of `product` that make it foretell the next column sums."""
         out = np.empty(self.n, np.float32)
-        core.mass(self.n, self.indptr, self.indices, self.nsingle, out)
+        core.mass(self.n, *self._csr, self.nsingle, out)
         return out
 
     def reach(self, rows, reached, most):
@@ -167,7 +170,7 @@ class SymmetricGraph:
         _check_range(rows, 0, self.n, "rows")
         _check(reached, np.uint8, (self.n,), "reached")
         found = np.empty(most, np.int32)
-        count = core.reach(self.indptr, self.indices, len(rows), rows, reached, most, found)
+        count = core.reach(*self._csr, len(rows), rows, reached, most, found)
         return None if count < 0 else found[:count]
 
     def product(self, L, out, scale=None, rows=None, weights=None):
@@ -190,7 +193,7 @@ class SymmetricGraph:
         if weights is not None:
             _check(weights, np.float32, (self.n,), "weights")
         colsum = np.empty(L.shape[1], np.float64)
-        core.product(self.n, self.indptr, self.indices, self.nsingle, L.shape[1], L, scale,
+        core.product(self.n, *self._csr, self.nsingle, L.shape[1], L, scale,
                      0 if rows is None else len(rows), rows, weights, out, colsum)
         return colsum
 

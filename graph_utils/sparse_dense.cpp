@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "entries.h"
 #include "parallel.h"
 
 #ifdef GRAPH_UTILS_MKL
@@ -26,6 +27,7 @@ typedef float Vector __attribute__((vector_size(64)));
 constexpr int64_t kAheadLines = 256, kAheadBytes = 1 << 18;
 constexpr int64_t kNearBytes = 1 << 19;     // with what is nearer an L2 cache of 1 MB can cope
 constexpr int64_t kShortestRun = 4, kLongestRun = 32;   // blocks that a thread takes at a time: from how many on this pays
+constexpr int64_t kGap = 1024;      // entries of a file that are read for nothing rather than to read twice
 
 // Into the L2 cache: it can wait for more lines at a time than L1, where so many would push out what is in use.
 // always_inline: GCC takes functions that only prefetch for functions without effect, and leaves their calls out.
@@ -359,13 +361,14 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
     });
 }
 
-void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t ncol,
+void product(int64_t n, const int64_t* indptr, const int32_t* indices, int file, const int32_t* nsingle, int64_t ncol,
              const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,
              double* colsum) {
     if (ncol < 16 || ncol > 64 || ncol % 16) throw std::invalid_argument("ncol must be 16, 32, 48 or 64");
     if (n && (reinterpret_cast<uintptr_t>(L) | reinterpret_cast<uintptr_t>(out)) % 64)
         throw std::invalid_argument("L and out must be aligned to 64 bytes");
-    const int64_t NV = ncol / 16, nnz = indptr[n];
+    const Entries entries(indices, file);
+    const int64_t NV = ncol / 16;
     alignas(64) float factors[64];
     for (int64_t c = 0; c < ncol; c++) factors[c] = scale ? scale[c] : 1.0f;
     const int64_t count = rows ? nrow : n;
@@ -379,13 +382,24 @@ void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int
     const int64_t distance = kNearBytes / (ncol * (int64_t)sizeof(float));
     // a thread takes many blocks that follow each other, so that what it fetches ahead is for itself
     const int64_t run = std::clamp<int64_t>(nblock / (8 * omp_get_max_threads()), 1, kLongestRun);
-    parallel_blocks(count, run * kBlock, [&](int64_t r0, int64_t r1) {
-        for (int64_t i0 = r0; i0 < r1; i0 += kBlock) {
-            const int64_t i1 = std::min(r1, i0 + kBlock);
-            const bool near = !rows && run >= kShortestRun && all_near(indptr, indices, nsingle, i0, i1, distance);
+    auto begin = [&](int64_t r) { return indptr[rows ? rows[r] : r]; };
+    auto end = [&](int64_t r) { return indptr[(rows ? rows[r] : r) + 1]; };
+    // rows from i on that are computed together: of a block, and as far as they follow each other in a file
+    auto stop = [&](int64_t i, int64_t r1) {
+        const int64_t most = std::min(r1, (i / kBlock + 1) * kBlock);
+        if (!entries.in_file() || !rows) return most;
+        for (i++; i < most && begin(i) >= end(i - 1) && begin(i) - end(i - 1) <= kGap;) i++;
+        return i;
+    };
+    parallel_blocks<std::vector<int32_t>>(count, run * kBlock, [&](int64_t r0, int64_t r1, std::vector<int32_t>& buffer) {
+        for (int64_t i0 = r0, i1; i0 < r1; i0 = i1) {
+            i1 = stop(i0, r1);
+            const int32_t* const some = entries.get(begin(i0), end(i1 - 1), buffer);
+            const bool near = !rows && run >= kShortestRun && all_near(indptr, some, nsingle, i0, i1, distance);
             const auto kernel = (near ? in_turn : each)[NV - 1];
-            kernel(n, indptr, indices, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
-                   nnz, rows, i0, i1, reinterpret_cast<Vector*>(out), weights, partial.data() + i0 / kBlock * ncol);
+            kernel(n, indptr, some, nsingle, reinterpret_cast<const Vector*>(L), reinterpret_cast<const Vector*>(factors),
+                   entries.in_file() ? end(i1 - 1) : indptr[n], rows, i0, i1, reinterpret_cast<Vector*>(out), weights,
+                   partial.data() + i0 / kBlock * ncol);
         }
     });
     std::fill(colsum, colsum + ncol, 0.0);
@@ -393,29 +407,36 @@ void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int
         for (int64_t c = 0; c < ncol; c++) colsum[c] += partial[b * ncol + c];
 }
 
-void mass(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, float* out) {
+void mass(int64_t n, const int64_t* indptr, const int32_t* indices, int file, const int32_t* nsingle, float* out) {
+    const Entries entries(indices, file);
     auto row_sum = [&](int64_t i) { return 2 * (indptr[i + 1] - indptr[i]) - nsingle[i]; };
-    parallel_blocks(n, kBlock, [&](int64_t i0, int64_t i1) {
+    parallel_blocks<std::vector<int32_t>>(n, kBlock, [&](int64_t i0, int64_t i1, std::vector<int32_t>& buffer) {
+        const int32_t* const some = entries.get(indptr[i0], indptr[i1], buffer);
         for (int64_t i = i0; i < i1; i++) {
             double sum = 0;
             const int64_t middle = indptr[i] + nsingle[i];
-            for (int64_t e = indptr[i]; e < indptr[i + 1]; e++) sum += (e < middle ? 1.0 : 2.0) / row_sum(indices[e]);
+            for (int64_t e = indptr[i]; e < indptr[i + 1]; e++) sum += (e < middle ? 1.0 : 2.0) / row_sum(some[e]);
             out[i] = (float)sum;
         }
     });
 }
 
-int64_t reach(const int64_t* indptr, const int32_t* indices, int64_t nrow, const int32_t* rows, uint8_t* reached,
+int64_t reach(const int64_t* indptr, const int32_t* indices, int file, int64_t nrow, const int32_t* rows, uint8_t* reached,
               int64_t most, int32_t* found) {
+    const Entries entries(indices, file);
+    std::vector<int32_t> buffer;
     int64_t count = 0;
-    for (int64_t r = 0; r < nrow; r++)
-        for (int64_t e = indptr[rows[r]]; e < indptr[rows[r] + 1]; e++) {
-            const int32_t j = indices[e];
+    for (int64_t r = 0; r < nrow; r++) {
+        const int64_t begin = indptr[rows[r]], end = indptr[rows[r] + 1];
+        const int32_t* const some = entries.get(begin, end, buffer);
+        for (int64_t e = begin; e < end; e++) {
+            const int32_t j = some[e];
             if (reached[j]) continue;
             if (count == most) return -1;
             reached[j] = 1;
             found[count++] = j;
         }
+    }
     return count;
 }
 

@@ -53,6 +53,7 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
 // out = diag(1 / row sums of W) W L diag(scale), and the column sums of out.
 //
 // W has entries 1 and 2 as laid out by symmetrise_fill; rows without neighbours give zeros.
+// indices, file   in   the entries in memory, or where file is not -1, in that file from its beginning (for mass and reach, too)
 // ncol     columns of L and out: a multiple of 16, at most 64; both 64-byte aligned
 // L        in   n x ncol
 // scale    in   ncol factors, or null for ones
@@ -60,16 +61,16 @@ void change_fill(int64_t n0, const int64_t* indptr, const int32_t* indices, cons
 // weights  in   n factors of the rows in the column sums, or null for ones
 // out      out  n x ncol, no part of it in L
 // colsum   out  ncol sums of out over the rows computed
-void product(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, int64_t ncol,
+void product(int64_t n, const int64_t* indptr, const int32_t* indices, int file, const int32_t* nsingle, int64_t ncol,
              const float* L, const float* scale, int64_t nrow, const int32_t* rows, const float* weights, float* out,
              double* colsum);
 
 // out = 1^T diag(1 / row sums of W) W, n numbers: with them as weights, one product gives the column sums of the next.
-void mass(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, float* out);
+void mass(int64_t n, const int64_t* indptr, const int32_t* indices, int file, const int32_t* nsingle, float* out);
 
 // Neighbours of `rows` that are not reached yet: marked in `reached` (n flags, in and out) and listed in `found`.
 // Returns their number, or -1 as soon as there are more than `most` (found has room for that many).
-int64_t reach(const int64_t* indptr, const int32_t* indices, int64_t nrow, const int32_t* rows, uint8_t* reached,
+int64_t reach(const int64_t* indptr, const int32_t* indices, int file, int64_t nrow, const int32_t* rows, uint8_t* reached,
               int64_t most, int32_t* found);
 
 // Take the scores of some classes into account for the best classes of each query.

@@ -8,6 +8,7 @@ import struct
 import tempfile
 import threading
 import time
+import weakref
 
 import numpy as np
 
@@ -154,10 +155,17 @@ def check_index(index, vectors, path, remedy):
 
 
 def scratch(folder, shape, dtype):
-    """An array of zeros in a file that has no name, and is gone with the array. OSError where the disk has no room for it."""
+    """An array of zeros in a file that has no name, and is gone with the array, which has its descriptor as attribute `file`.
+    OSError where the disk has no room for it."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if not nbytes:      # no file of no bytes is mapped
+        return np.empty(shape, dtype)
     with tempfile.TemporaryFile(dir=folder) as f:
-        reserve(f.fileno(), int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, folder)
-        return np.memmap(f, dtype, "r+", shape=shape)
+        reserve(f.fileno(), nbytes, folder)
+        array = np.memmap(f, dtype, "r+", shape=shape)
+        array.file = os.dup(f.fileno())
+    weakref.finalize(array, os.close, array.file)
+    return array
 
 
 def allocator(nbytes, folder):

@@ -1,4 +1,5 @@
 import mmap
+import os
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ import graph_utils
 from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums, panel_widths
 from reference import random_graph, transition_matrix
 from reference import top5 as slow_top5
+
+from lowshot.index_files import scratch
 
 
 def panel(rs, n, ncol):
@@ -363,7 +366,7 @@ def test_bad_panels():
     with pytest.raises(ValueError, match="best classes is less than 1"):
         BestClasses([0, 0], nbest=0).update(L, np.arange(16))
     with pytest.raises(TypeError):
-        graph_utils.core.mass(2, graph.indptr, graph.indices.astype(np.int64), graph.nsingle, np.empty(2, np.float32))
+        graph_utils.core.mass(2, graph.indptr, graph.indices.astype(np.int64), -1, graph.nsingle, np.empty(2, np.float32))
 
 
 def test_large_arrays_are_aligned():
@@ -416,3 +419,28 @@ def test_a_neighbour_that_is_not_there():
     none = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8)
     with pytest.raises(ValueError, match="out of range or not in increasing order"):
         SymmetricGraph.changed((indptr, np.where(indices == 2, 3, indices).astype("i4"), nsingle), 3, *none)
+
+
+@pytest.mark.parametrize("ncol", [16, 48])
+@pytest.mark.parametrize("n, k", [(2, 5), (50, 7), (9000, 12)])
+def test_entries_in_a_file(tmp_path, n, k, ncol):
+    """Read from it some rows at a time, what is asked for of them in any order: the same as in memory."""
+    rs = np.random.RandomState(n)
+    graph, L, weights = SymmetricGraph(random_graph(rs, n, k)), panel(rs, n, ncol), rs.rand(n).astype(np.float32)
+    none = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8)
+    entries = scratch(str(tmp_path), graph.nnz, np.int32)
+    in_file = SymmetricGraph.changed(graph.arrays, n, *none, empty=lambda shape, dtype: entries)
+    assert in_file.indices is entries and isinstance(entries, np.memmap)
+    np.testing.assert_array_equal(in_file.mass(), graph.mass())
+    seeds = rs.permutation(n)[:3].astype(np.int32)
+    reached = [np.zeros(n, np.uint8) for _ in range(2)]
+    np.testing.assert_array_equal(in_file.reach(seeds, reached[0], n), graph.reach(seeds, reached[1], n))
+    some = rs.permutation(n)[:n // 2]
+    for rows in (None, seeds, np.sort(some), some, np.arange(n), np.repeat(seeds, 2)):
+        out = [aligned_zeros((n, ncol)) for _ in range(2)]
+        sums = [g.product(L, o, None, rows, weights) for g, o in zip((in_file, graph), out)]
+        np.testing.assert_array_equal(*out)
+        np.testing.assert_allclose(*sums, rtol=1e-6)
+    os.truncate(entries.file, 4 * (graph.nnz - 1))
+    with pytest.raises(ValueError, match="the file ends before the end of the entries"):
+        in_file.product(L, out[0])
