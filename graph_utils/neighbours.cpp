@@ -144,6 +144,20 @@ class Lists {
             if (keys[j]) add(i, (uint64_t)keys[j]);
         if (K_ > 1 && count[i] == K_) cut_exactly(i);
     }
+    // load() of what may have the same vectors; those that it has not are marked as new.
+    void join(int64_t i, const int64_t* keys) {
+        uint64_t* list = best(i);
+        auto known = [&](uint32_t number) {
+            bool hit = false;
+            for (int64_t j = 0; j < K_; j++) hit |= number_of(keys[j]) == number;
+            return hit;
+        };
+        const uint64_t* const end = list + count[i];
+        count[i] = 0;
+        for (uint64_t *from = list; from < end; from++)
+            if (!known(number_of(*from))) list[count[i]++] = *from | kNewKey;
+        load(i, keys);
+    }
     void store(int64_t i, int64_t* keys) {
         const uint64_t* list = best(i);
         for (int64_t j = 0; j < K_; j++) keys[j] = j < count[i] ? (int64_t)list[j] : 0;
@@ -511,7 +525,7 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
 
 template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
-                       Near near, int64_t nprobe, const int64_t* begin, const int64_t* end,
+                       Near near, int64_t nprobe, int64_t before, const int64_t* begin, const int64_t* end,
                        const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers,
                        uint64_t* x_keys, float* x_worst) {
     const int64_t stride = Kernel::Format::stride(np);
@@ -536,16 +550,17 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
             else
                 t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists, NoLists{});
             for (int64_t i = 0; i < mj; i++) {
-                const uint64_t* best = t.coarse.lists.best(i);
-                const size_t before = t.visits.size();
+                uint64_t* const best = t.coarse.lists.best(i);
+                if (before) std::sort(best, best + t.coarse.lists.count[i], std::greater<uint64_t>());
+                const size_t visits = t.visits.size();
                 int64_t have = 0;
                 for (int64_t j = 0; j < t.coarse.lists.count[i]; j++) {
                     const int32_t c = (int32_t)number_of(best[j]);
                     have += end[c] - begin[c];
-                    t.visits.emplace_back(c, (int32_t)(j0 + i));
+                    if (j >= before) t.visits.emplace_back(c, (int32_t)(j0 + i));
                 }
                 if (have < K && nprobe < nlist) {
-                    t.visits.resize(before);
+                    t.visits.resize(visits);
                     more_cells((int32_t)(j0 + i), group + (j0 + i) * stride, np, nlist, centroids, nprobe, K, begin,
                                end, t);
                 }
@@ -569,7 +584,11 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
         });
         Lists& lists = t.fine.lists;
         lists.start(m, K);
-        for (int64_t i = 0; i < m; i++) lists.load(i, keys + (i0 + i) * K);
+        for (int64_t i = 0; i < m; i++)
+            if (const int64_t* list = keys + (i0 + i) * K; before)
+                lists.worst[i] = product_of(*std::min_element((const uint64_t*)list, (const uint64_t*)list + K));
+            else
+                lists.load(i, list);
         for (const int32_t c : t.cells) {
             for (int64_t e = t.first[c]; e < t.first[c + 1]; e += kGroup) {
                 const int32_t* members = t.members.data() + e;
@@ -581,7 +600,10 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                     t.fine.scan(X, begin[c], end[c], 0, lists, NoLists{});
             }
         }
-        for (int64_t i = 0; i < m; i++) lists.store(i, keys + (i0 + i) * K);
+        for (int64_t i = 0; i < m; i++) {
+            if (before) lists.join(i, keys + (i0 + i) * K);
+            lists.store(i, keys + (i0 + i) * K);
+        }
     });
 }
 
@@ -966,17 +988,18 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t before,
                   const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
     if (K < 1 || nprobe < 1 || nlist < 1)
         throw std::invalid_argument("search_cells: K, nprobe or the number of cells is less than 1");
+    if (before < 0 || (before && x_keys)) throw std::invalid_argument("search_cells: `before` is negative, or beside x_keys");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
     const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
     DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
-             std::min(nprobe, nlist), begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
+             std::min(nprobe, nlist), before, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
              x_worst);
 }
 

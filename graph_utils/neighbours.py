@@ -180,7 +180,7 @@ def group_sums(x, order, end):
     return out
 
 
-def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=None):
+def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=None, before=0):
     """Join to keys (nq, K) the best of rows begin[c]..end[c]-1 of X for the nprobe cells c that are nearest to each
     query, and of more cells until they hold K vectors.
 
@@ -189,6 +189,8 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
     are the worst products in x_keys, see worst_products; both are updated.
     near: None, or (own int32 (nq,), listed int32 (nlist, m)): a cell near each query, and m >= nprobe near each cell. The
     nearest to a query are then looked for among those listed for its own alone; successive queries should have the same.
+    before: of the nprobe cells, so many of the nearest are left out: they were searched. keys may then hold vectors of the
+    others as well, and what enters is marked as new (NEW). Not with insert.
     """
     nq = len(Q)
     own = offsets = listed = None
@@ -206,7 +208,7 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
             raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
         own, _, offsets, listed = _listed(*near, nq)
     core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), own, offsets, listed, nprobe,
-                      begin, end, _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
+                      before, begin, end, _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
 
 
 def worst_products(keys, block=1 << 16):

@@ -108,10 +108,16 @@ def test_as_many_cells_as_it_takes_where_rounds_find_nothing(monkeypatch):
     x, lines = clustered(6000, d=64, spread=3.), []
     monkeypatch.setattr(knn, "ROUND", 0)
     monkeypatch.setattr(knn.nb, "descent_round", lambda *args: 0)
-    D, I, info = knn.build_knn_graph(None, 12, recall=.9, cells=Cells.train(Vectors(x), 150), say=lines.append)
+    search_cells, before = nb.search_cells, []
+    monkeypatch.setattr(knn.nb, "search_cells", lambda *a, **k: before.append(k["before"]) or search_cells(*a, **k))
+    cells = Cells.train(Vectors(x), 150)
+    D, I, info = knn.build_knn_graph(None, 12, recall=.9, cells=cells, say=lines.append)
     searched = [int(line.split()[0]) for line in lines if "cells of" in line]
     assert len(searched) > 1 and searched[0] < searched[1] < 3 * searched[0] and info["nprobe"] == searched[-1]
     assert info["recall"] >= .9 and recall(I, x, x, 12) >= .89
+    assert before == [0, *searched[:-1]]        # and none of them twice
+    at_once = knn.build_knn_graph(None, 12, recall=.9, cells=cells, nprobe=searched[-1])
+    assert (np.sort(I) == np.sort(at_once[1])).mean() > .999
 
 
 def test_longer_lists_are_compared_in_all_dimensions(monkeypatch):

@@ -669,6 +669,7 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_self(x, 0), "K is less than 1"),
     (lambda x: nb.search_all(x, x, 3, insert=(np.zeros((8, 0), "i8"), np.zeros(8, "f4"))), "K is less than 1"),
     (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 0), "i8")), "K, nprobe"),
+    (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"), before=-1), "`before`"),
     (lambda x: nb.search_all(np.zeros((2, 0), "i4"), np.zeros((2, 0), "i4"), 1), "multiple of 16 words"),
     (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.zeros((9, 2), "i4"), 0,
                               np.zeros((8, 3), "i8")), "more known lists"),
@@ -860,3 +861,37 @@ def test_numbers_too_small_for_a_step_are_zero():
     residual = np.empty(1, np.float32)
     words = nb.to_bytes(np.array([[1e-38, 0, -1e-38]], "f4"), residual=residual)
     assert (words[:, :-1].view(np.uint8) == 128).all() and words[0, -1] == 0 and np.isfinite(residual).all()
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("K, first, then", [(1, 1, 3), (7, 2, 5), (7, 6, 20), (40, 3, 4)])
+def test_search_of_further_cells(K, first, then, stored):
+    """Finds what all at once do, though lists may have some of it already; what enters is new."""
+    convert, _ = FORMATS[stored]
+    nq, n, nlist = 700, 900, 20
+    q, x, centroids = (convert(unit_vectors(m, 48, seed)) for seed, m in enumerate((nq, n, nlist)))
+    end = np.sort(np.random.RandomState(3).permutation(n)[:nlist])
+    end[-1] = n
+    begin = np.concatenate([[0], end[:-1]])
+
+    def search(keys, nprobe, before=0):
+        keys = keys.copy()
+        nb.search_cells(q, centroids, nprobe, begin, end, x, keys, before=before)
+        return -np.sort(-nb.numbers(keys)), keys
+
+    nothing = np.zeros((nq, K), np.int64)
+    _, keys = search(nothing, first)
+    want, all_at_once = search(nothing, then)
+    known = keys.copy()         # some have found all there is
+    known[::3] = all_at_once[::3]
+    found, joined = search(known, then, first)
+    assert (np.sort(nb.numbers(joined)) == found[:, ::-1]).all()
+    new = (joined & nb.NEW) != 0
+    for i in range(nq):
+        assert len(set(found[i][found[i] >= 0])) == (found[i] >= 0).sum()
+        was = np.isin(nb.numbers(joined[i]), nb.numbers(known[i]))
+        assert (new[i] == ~was).all()
+    # products of floats may be rounded otherwise where others are computed with them
+    np.testing.assert_allclose(np.sort(nb.similarities(joined)), np.sort(nb.similarities(all_at_once)), atol=2e-6)
+    assert (found == want).mean() > .999
+    assert new.any()
