@@ -33,7 +33,8 @@ from lowshot.features import FeatureFile, labels_of_both, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, release_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
-                            provenance, remove_left_behind, run, size, warn_of_memory, whole, within_memory, write_json)
+                            provenance, remove_left_behind, reserve, run, size, warn_of_memory, whole, within_memory,
+                            write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -146,13 +147,14 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
     changed = 24 * k * min(n // 2, k * nnovel)      # lists, before and after, and as they are collected
     steps = {"add novel images": vectors + blocks + lists + changed + (looked_up if exact else 0),
-             # the graph without the novel images, and with them
-             "symmetrise": 2 * in_memory + (Backend.entry_bytes - 4) * edges + 40 * n + 400 * k * nnovel,
+             # the graph without the novel images, in memory where it was made just now, and with them
+             "symmetrise": (in_memory if stored else 4 * edges) + in_memory + (Backend.entry_bytes - 4) * edges + 40 * n
+             + 400 * k * nnovel,
              "diffuse": memory_of_diffusion(n, nt, edges, width, Backend, niter, least) + examples}
     if not stored:
         listed = sampling.longest_list(k)
         steps["add novel images"] += 4 * edges + 24 * n
-        steps["symmetrise"] += vectors + lists + 4 * edges - in_memory
+        steps["symmetrise"] += vectors + lists
         # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
         steps["complete"] = vectors + lists + max(
             4 * nbase * words(dim) + 28 * nbase * (k + exact_search.SPARE),
@@ -229,8 +231,8 @@ class StoredL:
         self.file = stack.enter_context(open(temporary, "wb"))
         self.panels = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(temporary)))
         np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for f in (self.file, self.panels):      # a full disk is told now
-            os.posix_fallocate(f.fileno(), f.tell(), 4 * shape[0] * shape[1])
+        for f in (self.file, self.panels):
+            reserve(f.fileno(), f.tell() + 4 * shape[0] * shape[1], path)
 
     def write(self, classes, rows, W, L, scale):
         self.classes.append(classes)
