@@ -117,8 +117,9 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             break               # more cells do not find what rounding hides
         # so many that it suffices if rounds find the same share of what these miss, and a few for that they find less
         missed = .9 * (1 - wanted) * (1 - curve[p - 1]) / (1 - have)
-        before, p, rounds = p, min(max(cells_reaching(curve, 1 - missed), p + p // 8 + 1), 4 * p, len(curve)), 0
-        if n0:
+        before, rounds = p, 0
+        p = min(max(cells_reaching(curve, 1 - missed), p + p // 8 + 1), 4 * p, len(curve))
+        if n0:          # what has entered the lists of known nodes is not told apart
             lists.restart()
             before = 0
     if have < recall and not nprobe:
@@ -170,15 +171,12 @@ class Lists:
             self.restart()
 
     def restart(self):
-        """Empty lists, but for those that were given."""
+        """The lists that were given, and nothing else."""
         if self.checkpoint is not None:
             self.checkpoint.give_up()
         self.searched, self.rounds = 0, 0
-        if self.n0:
-            # further places are for what may be among the k best, not for whatever comes first
-            nb.known_lists(self.cells.X, self.cells.order, self.position, self.initial[1], BAR * self.error, self.keys)
-        else:
-            self.keys[:] = 0
+        # further places are for what may be among the k best, not for whatever comes first
+        nb.known_lists(self.cells.X, self.cells.order, self.position, self.initial[1], BAR * self.error, self.keys)
 
     def search(self, nprobe, progress, near=None, before=0):
         """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells(). before: the nearest
