@@ -208,7 +208,8 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
             raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
         own, _, offsets, listed = _listed(*near, nq)
     core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), own, offsets, listed, nprobe,
-                      before, begin, end, _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
+                      before, begin, end, _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys,
+                      x_worst)
 
 
 def worst_products(keys, block=1 << 16):

@@ -76,7 +76,8 @@ bool all_near(const int64_t* indptr, const int32_t* indices, const int32_t* nsin
 }
 
 // Columns are NV vectors wide, so that the accumulators of a row live in registers. Sums over rows are kept in float for
-// a few rows only. in_turn: fetch the rows in turn, not each neighbour. weights: null, or n factors of the rows in the sums.
+// a few rows only. in_turn: fetch the rows in turn, not each neighbour. nnz: where the entries that are there end. weights: null,
+// or n factors of the rows in the sums.
 template <int NV, bool in_turn>
 void product_rows(int64_t n, const int64_t* indptr, const int32_t* indices, const int32_t* nsingle, const Vector* L,
                   const Vector* scale, int64_t nnz, const int32_t* rows, int64_t i0, int64_t i1, Vector* out,

@@ -6,10 +6,9 @@ import pytest
 
 import graph_utils
 from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums, panel_widths
+from lowshot.index_files import scratch
 from reference import random_graph, transition_matrix
 from reference import top5 as slow_top5
-
-from lowshot.index_files import scratch
 
 
 def panel(rs, n, ncol):
