@@ -22,7 +22,7 @@ while one is written.
 import os
 import time
 
-from lowshot.features import MatrixFile, NormalisedRows
+from lowshot.features import MatrixFile
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
 from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
@@ -71,7 +71,7 @@ def main():
     record, start = provenance(args), time.time()
     n, d = args.nbg, args.dim
     raw = ddir.raw(d)
-    rows = NormalisedRows(MatrixFile(raw, "<f4", d, n, pca_command("apply", d)))
+    rows = MatrixFile(raw, "<f4", d, n, pca_command("apply", d))
     # after the checks: these load Faiss and the compiled library
     from graph_utils import neighbours as nb
     from lowshot import exact_search, knn
@@ -101,7 +101,7 @@ def main():
             have = os.path.getsize(path) if os.path.exists(path) else 0
             if have != 4 * n * k:
                 raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
-        vectors = Vectors(rows)
+        vectors = Vectors(rows, normalise=True)
         check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
         if os.path.exists(lists):       # of a run that was killed at its last step
             Checkpoint(lists, None).remove()
@@ -114,7 +114,7 @@ def main():
             log(f"{path_I} was completed by another run meanwhile")
             return
         if not complete:
-            vectors = Vectors(rows)
+            vectors = Vectors(rows, normalise=True)
         index, cells = stored_index(ddir.index(n), vectors, args, progress)
         if args.overwrite:
             remove(path_I)

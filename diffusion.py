@@ -28,7 +28,7 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
+from lowshot.evaluate import accuracies, notes_of_images
 from lowshot.features import FeatureFile, labels_of_both, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, release_memory
@@ -141,7 +141,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     edges = ENTRIES * k * n
     in_memory = 0 if least else 4 * edges       # entries of W, besides what the backend adds to them
     mapped = 0 if least else 4 * dim * nbg
-    exact = n - nnovel < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * nbase + nt, n - nnovel, dim)
+    exact = exact_search.compares_all(2 * nbase + nt, n - nnovel, dim)
     # I and D: in memory where they are made exact, else D may be in a file; both are where they are stored
     lists = 8 * k * nt + (8 if exact or not least else 4) * k * n * (not (least and stored))
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
@@ -330,9 +330,7 @@ def main():
         f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
     if args.k > n:
         log(f"note: --k is {args.k}, there are {n} nodes: all of them are neighbours")
-    if any(unreadable):
-        log(note_of_unreadable(*unreadable))
-    for note in notes_of_test_images(test_labels, split):
+    for note in notes_of_images(unreadable, test_labels, split):
         log(note)
 
     # ---- the graph over all images; nodes are numbered background, base, novel
@@ -342,7 +340,7 @@ def main():
         fixed = key.make(log) if args.nocache else key.stored_or_made(log)
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
-    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base")), novel)
+    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base"), fixed.load("scale")), novel)
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W
     with fixed.errors_name_folder():

@@ -29,13 +29,13 @@ import zipfile
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_test_images
-from lowshot.experiments import as_text
+from lowshot.evaluate import accuracies, notes_of_images
 from lowshot.features import FeatureFile, SLAB_BYTES, labels_of_both
 from lowshot.layout import DataDir
-from lowshot.machine import available_memory, peak_memory, wait_briefly
-from lowshot.script import (Parser, Progress, allocate, check_outputs, exclusive, file_identities, file_name, log, number,
-                            print_header, provenance, remove, remove_left_behind, run, size, warn_of_memory, whole, write_json)
+from lowshot.machine import available_memory, peak_memory, torch_device, wait_briefly
+from lowshot.script import (Parser, Progress, allocate, as_text, check_outputs, exclusive, file_identities, file_name, log,
+                            number, print_header, provenance, remove, remove_left_behind, run, size, warn_of_memory, whole,
+                            write_json)
 from lowshot.split import labelled_images, load_split, test_images
 
 wait_briefly()
@@ -170,7 +170,7 @@ def parse_arguments():
                        help="report every so many iterations and at the end, 0: at the end only; "
                             "500 in validation mode and 0 in test mode unless given")
     group = parser.add_argument_group("computation")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:0, ...; auto: a GPU if there is one")
     group.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
                        help="of the products in training, on a CPU. bfloat16: factors are rounded to 8 binary digits, which "
                             "CPUs with products of such numbers multiply twice as fast or more; parameters and sums "
@@ -199,15 +199,6 @@ def default_record(ddir, args):
     rest = (f"_mom{as_text(args.mom)}" if args.mom != 0.9 else "") + (f"_{args.precision}" if args.precision != "float32" else "")
     return ddir.log("logreg", f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_bs{args.batchsize}_lr{lr}_wd{wd}"
                               f"_mi{args.maxiter}{rest}.json")
-
-
-def choose_device(name):
-    """"cuda" where there is a GPU, and --device is not cpu. On CPUs torch is not needed, and not loaded."""
-    from lowshot.gpu_search import gpu_available
-    available = name != "cpu" and gpu_available()
-    if name == "cuda" and not available:
-        raise ValueError("--device cuda: PyTorch sees no GPU")
-    return "cuda" if available else "cpu"
 
 
 def read_rows(file, rows, what):
@@ -270,7 +261,7 @@ def experiment(args, ddir, record, points):
         unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
         record["unreadable"] = unreadable
 
-        device = choose_device(args.device)
+        device = torch_device(args.device)
         if device != "cpu" and args.precision != "float32":
             raise ValueError(f"--precision {args.precision} is for CPUs: add --device cpu")
         predicted = predict_memory(peak_memory(), len(rows), len(test_rows), d, C, len(points), args.batchsize,
@@ -279,9 +270,7 @@ def experiment(args, ddir, record, points):
         warn_of_memory(predicted)
         log(f"{C} classes{ddir.of_label_idx()} ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base "
             f"classes), {len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
-        if any(unreadable):
-            log(note_of_unreadable(*unreadable))
-        for note in notes_of_test_images(test_labels, split):
+        for note in notes_of_images(unreadable, test_labels, split):
             log(note)
         X = read_rows(train_file, rows, "labelled images")                                         # (n, d)
         Xtest = read_rows(val_file, test_rows, "test images")                                      # (nt, d)

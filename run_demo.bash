@@ -41,7 +41,7 @@ def main():
     k = e.diffusion["k"]
     print(f"NBG='{' '.join(map(str, nbg))}' most={max(nbg)} k={k} columns={padded_to_power_of_two(k)}")
     print(f"folder={shlex.quote(e.folder('diffusion', DataDir()))} table={shlex.quote(DataDir().log(e.name + '.md'))}")
-    print(f"dim={e.diffusion.get('dim', 256)} seed={e.seeds[0]} nlabeled=({' '.join(map(str, e.nlabeled))})")
+    print(f"dim={e.diffusion['dim']} seed={e.seeds[0]} nlabeled=({' '.join(map(str, e.nlabeled))})")
 run(main)
 END
 )
@@ -82,8 +82,7 @@ step "graphs of the background"
 for nbg in $NBG; do
     graph=$DDIR/knngraph/ndis${nbg}_k${columns}_I_11.int32
     if [ "$nbg" -gt 0 ] && { [ ! -e "$graph" ] || [ "$raw" -nt "$graph" ]; }; then
-        rm -f "$DDIR"/knngraph/ndis"$nbg".index "$DDIR"/knngraph/ndis"$nbg"_k*
-        show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim"
+        show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim" --overwrite
     fi
 done
 

@@ -20,11 +20,6 @@
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; exit ;; esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-case "${1:-}" in
-    1|2|3|4) ;;
-    *) echo "run_diffusion.bash: error: ${1:+unknown phase '$1', }the phases are 1 (validate), 2 (choose), 3 (test), 4 (report)" >&2
-       exit 2 ;;
-esac
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$here/.venv/bin/python" ]; then PYTHON=$here/.venv/bin/python; else PYTHON=python3; fi
 fi

@@ -32,10 +32,9 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.machine import cpus, peak_memory
+from lowshot.machine import cpus, peak_memory, torch_device
 from lowshot.script import Parser, Progress, check_outputs, clock, file_name, log, number, print_header, run, size
 
-FOR_GPU = 4             # times the configuration's images at a time are quicker there
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
 IMAGES_ON_CPU = 256         # the same, as files may be large where what is kept of them is small
 AHEAD = 2               # batches that each loading process is ahead
@@ -54,8 +53,9 @@ def main():
     config = load_config(args.cfg)
     check_outputs(args.outfile, inputs=[args.modelfile])
     loader, transforms = config["loader"], config["transforms"]
-    device = choose_device(args.device)
-    workers = choose_workers(args.workers if args.workers is not None else loader["workers"], device)
+    device = torch_device(args.device)
+    # on a CPU threads; with a GPU processes, which leave a CPU to this one
+    workers = args.workers or loader["workers"] or max(1, cpus() - (device != "cpu"))
 
     network = make_network(args.model, pretrained=not args.modelfile)
     if args.modelfile:
@@ -86,7 +86,7 @@ def main():
         rounds = -(-n // (workers * most))
         quickest = -(-n // (workers * rounds))
     else:
-        quickest = FOR_GPU * loader["batchsize"]
+        quickest = loader["batchsize"]
     batchsize = min(args.batchsize or quickest, n)
     shape = (batchsize, transforms["crop"], transforms["crop"], 3)
     print_header(args, device=device, workers=workers, images=f"{i0}..{i1 - 1}", output=size(n * (4 * d + 5)))
@@ -161,25 +161,11 @@ def arguments():
     group.add_argument("--device", default="auto", help="cpu, cuda (all GPUs), cuda:0, ...; auto: all GPUs if there are "
                        "any")
     group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, of each worker "
-                       "(default: on a CPU what its caches hold, on a GPU four times as many as the configuration)")
+                       "(default: on a CPU what its caches hold, on a GPU what the configuration says)")
     group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
                        "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
                        "CPU, but for one that feeds the GPU)")
     return parser.parse_args()
-
-
-def choose_device(name):
-    """The torch device for --device, checked to be there."""
-    import torch
-    from lowshot.backends import torch_device
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return torch_device(name)
-
-
-def choose_workers(workers, device):
-    """Number of worker threads, one per CPU unless given, or, with a GPU, of processes, which leave a CPU to this one."""
-    return workers or max(1, cpus() - (device != "cpu"))
 
 
 def block(args, length):

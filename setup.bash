@@ -85,18 +85,16 @@ install_requirements() {
     hash=$(cat "$REQUIREMENTS" requirements-demo.txt | sha256sum)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ] && return
     rm -f "$stamp" 2> /dev/null || true
-    if requirements_met && packages_load; then
-        { echo "$hash" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"; } 2> /dev/null || true
-        return
+    if ! { requirements_met && packages_load; }; then
+        echo "setup: installing the packages of $REQUIREMENTS into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
+        # builds of faiss share their files: others have to go before one comes
+        "$PYTHON" -m pip uninstall -q -y $(grep -q '^faiss-gpu' "$REQUIREMENTS" && echo faiss-cpu || echo faiss-gpu) \
+            faiss-gpu-cu12 2> /dev/null || true
+        # trdg is wanted for the fonts inside it alone, so without what it depends on
+        "$PYTHON" -m pip install --disable-pip-version-check -r "$REQUIREMENTS" &&
+            "$PYTHON" -m pip install --disable-pip-version-check --no-deps -r requirements-demo.txt &&
+            packages_load || return 1
     fi
-    echo "setup: installing the packages of $REQUIREMENTS into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
-    # builds of faiss share their files: others have to go before one comes
-    "$PYTHON" -m pip uninstall -q -y $(grep -q '^faiss-gpu' "$REQUIREMENTS" && echo faiss-cpu || echo faiss-gpu) faiss-gpu-cu12 \
-        2> /dev/null || true
-    # trdg is wanted for the fonts inside it alone, so without what it depends on
-    "$PYTHON" -m pip install --disable-pip-version-check -r "$REQUIREMENTS" &&
-        "$PYTHON" -m pip install --disable-pip-version-check --no-deps -r requirements-demo.txt &&
-        packages_load || return 1
     # an environment where we may not write is asked again each time, which costs a few seconds
     { echo "$hash" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"; } 2> /dev/null || true
 }

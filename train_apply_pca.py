@@ -49,7 +49,10 @@ def arguments():
                         "(default: all; takes their memory)")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that were made from something else. "
                         "After train comes apply: diffusion.py refuses vectors of another PCA")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.ntrain and "train" not in args.steps:
+        parser.error("--ntrain is for train")
+    return args
 
 
 def check_blocks(blocks):
@@ -243,8 +246,7 @@ def complete(path, origin, overwrite, check, nbytes=None):
         return False
     note = path + ".json"
     noted = note_of(note)
-    # notes of PCAs did not always tell the network
-    if origin in (noted, {"network": origin.get("network"), **noted}) and nbytes in (None, os.path.getsize(path)):
+    if origin == noted and nbytes in (None, os.path.getsize(path)):
         try:
             check()
         except ValueError:

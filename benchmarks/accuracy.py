@@ -9,14 +9,12 @@ $DDIR exceeds it, after each iteration, on average over seeds.
     DDIR=/path/to/data python benchmarks/accuracy.py --nbg 1000000 --exact /path/to/exact --out accuracy.md
 """
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-from lowshot.layout import DataDir, padded_to_power_of_two  # noqa: E402
-from lowshot.script import Parser, Progress, log, number, print_header, run  # noqa: E402
-from runs import ROOT, diffusion, show, timed  # noqa: E402
+from runs import ROOT, diffusion, show, timed
+
+import numpy as np
+from lowshot.layout import DataDir, padded_to_power_of_two
+from lowshot.script import Parser, Progress, log, number, print_header, run
 
 # a program that runs a script, given by its arguments, with exact search for any number of vectors
 EXACTLY = ["-c", f"""import runpy, sys

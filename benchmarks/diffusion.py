@@ -17,18 +17,15 @@ They work on all classes at once in float64: where that needs more memory than t
 
     DDIR=/path/to/data python benchmarks/diffusion.py --nbg 1000000 --out diffusion.md
 """
-import os
 import signal
-import sys
 import time
 import warnings
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-from lowshot.machine import available_memory  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run, size  # noqa: E402
-from runs import diffusion, show, threads  # noqa: E402
+from runs import diffusion, show, threads
+
+import numpy as np
+from lowshot.machine import available_memory
+from lowshot.script import Parser, log, number, print_header, run, size
 
 
 def arguments():
@@ -71,8 +68,8 @@ class Problem:
         fixed = FixedKey(self.ddir, "test", args.nbg, args.k, args.dim, rows[:nbase], test_rows).stored_or_made(log)
         novel = read_features(self.ddir.train, rows[nbase:], self.ddir.pca(args.dim), "novel images read")
         base, self.test = fixed.load("base"), fixed.load("test")
-        self.x = fixed_vectors(self.ddir, args.nbg, args.dim, base)
-        changes = add_novel(fixed, self.x, novel)
+        self.vectors = fixed_vectors(self.ddir, args.nbg, args.dim, base, fixed.load("scale"))
+        changes = add_novel(fixed, self.vectors, novel)
         I = changes.of_neighbours(fixed.load("I"))
         self.labelled = np.concatenate([base, novel])
         self.n, self.nl, self.nt = len(I), len(rows), len(test_rows)
@@ -125,7 +122,7 @@ def paper_way(problem):
         if isinstance(index, faiss.IndexIVF):
             index.nprobe = args.nprobe
         first = rs.randint(max(1, args.nbg - args.queries))
-        background = np.ascontiguousarray(p.x[first:min(first + args.queries, args.nbg)])
+        background = p.vectors.scaled_rows(np.arange(first, min(first + args.queries, args.nbg)))
         for name, queries, count in (("labelled", labelled, p.nl), ("test", test, p.nt)):
             steps[f"{name} images in the background"] = seconds_of(lambda: index.search(queries, args.k)) * count / len(queries)
         steps["background against labelled images"] = exact(background, args.nbg)

@@ -13,15 +13,11 @@ several rounds counts, timed by events on the GPU. Every result is compared with
 
 Memory of the GPU: 12 bytes x nodes x columns, 6.2 GB for 1,000,000 nodes and 512 columns, and 20 bytes per entry of W.
 """
-import os
-import sys
+from runs import show
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
-from runs import show  # noqa: E402
-from product import SAMPLE, graph_arguments, read_graph  # noqa: E402
+import numpy as np
+from lowshot.script import Parser, log, number, print_header, run
+from product import SAMPLE, graph_arguments, read_graph
 
 
 def arguments():

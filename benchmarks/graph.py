@@ -12,16 +12,14 @@ multiplied by n over their number: the table says so. pynndescent runs whole (nu
 the building of hnswlib's index.
 """
 import os
-import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-from lowshot.features import matrix_rows  # noqa: E402
-from lowshot.script import Parser, number, run  # noqa: E402
-from runs import show, threads, timed  # noqa: E402
+from runs import show, threads, timed
+
+import numpy as np
+from lowshot.features import MatrixFile
+from lowshot.script import Parser, number, run
 
 K = 30
 PEERS = ("float32", "faiss", "batch", "pynndescent30", "pynndescent60", "hnswlib")
@@ -169,7 +167,7 @@ def main():
         if not equals:
             raise ValueError(f"NAME=DDIR was expected, found {name_and_path!r}")
         raw = os.path.join(os.path.abspath(path), "features", "f100m", f"concatenated_PCAR{args.dim}.raw")
-        matrix_rows(raw, "<f4", args.dim, args.n, f"python benchmarks/make_data.py {path} --raw --nbg {args.n}")
+        MatrixFile(raw, "<f4", args.dim, args.n, f"python benchmarks/make_data.py {path} --raw --nbg {args.n}")
         data = Data(raw, args.n, args.dim)
         with tempfile.TemporaryDirectory() as ddir:
             first = None

@@ -7,18 +7,15 @@ alternate and the best of each counts. bfloat16: with --precision bfloat16.
 
     python benchmarks/logreg.py --out logreg.md
 """
-import os
-import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-import torch  # noqa: E402, I001     before logreg.py, whose setting of OpenMP would make it slower
-from graph_utils import FusedSGD  # noqa: E402
-from logreg import Sampler  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
-from runs import show  # noqa: E402
+from runs import show
+
+import numpy as np
+import torch     # before logreg.py, whose setting of OpenMP would make it slower
+from graph_utils import FusedSGD
+from logreg import Sampler
+from lowshot.script import Parser, log, number, print_header, run
 
 LEARNING_RATES, WEIGHT_DECAYS = (0.01, 0.001, 0.0001), (0, 0.01, 0.1)
 

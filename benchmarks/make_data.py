@@ -16,12 +16,11 @@ Easy data: --modes 16 --spread 0.3 (tight clusters). Hard data: --spread 1.8 (hi
 hard to find, and the graph has little locality; low-shot accuracies like the paper's).
 """
 import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-from lowshot.script import Parser, Progress, log, number, print_header, read_json, run, whole, write_json  # noqa: E402
+import runs  # noqa: F401     it finds the project
+
+import numpy as np
+from lowshot.script import Parser, Progress, log, number, print_header, read_json, run, whole, write_json
 
 ROWS = 20000        # made at a time: part of what "the same bytes" means
 

@@ -12,17 +12,15 @@ Memory: 16 bytes x nodes x k for W twice, and the lists, 4 bytes x nodes x k, in
 take back: 17 GB and 4.3 GB for the default.
 """
 import os
-import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
+from runs import show
 
-from lowshot.machine import peak_memory  # noqa: E402
-from lowshot.script import Parser, allocate, log, number, print_header, run, size  # noqa: E402
-from runs import show  # noqa: E402
+import numpy as np
+
+from lowshot.machine import peak_memory
+from lowshot.script import Parser, allocate, log, number, print_header, run, size
 
 NCOL, BLOCK, SAMPLE = 16, 1 << 20, 1000
 

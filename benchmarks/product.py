@@ -22,15 +22,13 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 import warnings
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
-import numpy as np  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, run  # noqa: E402
-from runs import show, threads  # noqa: E402
+from runs import show, threads
+
+import numpy as np
+from lowshot.script import Parser, log, number, print_header, run
 
 SAMPLE = 500        # rows that are compared with float64, and nodes that recall is measured on
 
@@ -66,17 +64,14 @@ def read_graph(args):
         return np.ascontiguousarray(I[:, :args.k]), None
     from lowshot.cells import Vectors
     from lowshot.exact_search import exact_knn
-    from lowshot.features import MatrixFile, NormalisedRows, matrix_rows
+    from lowshot.features import MatrixFile
     from lowshot.layout import DataDir
     ddir = DataDir()
-    path, _, columns = ddir.find_graph(args.nbg, args.k)
-    rows = matrix_rows(path, "<i4", columns)
-    if rows != args.nbg:
-        raise ValueError(f"{path} has {rows} rows, {args.nbg} expected")
+    path, _, columns = ddir.find_graph(args.nbg, args.k, args.dim)
     I = np.ascontiguousarray(MatrixFile(path, "<i4", columns, args.nbg)[:][:, :args.k])
     if not os.path.exists(ddir.raw(args.dim)):
         return I, None
-    vectors = Vectors(NormalisedRows(MatrixFile(ddir.raw(args.dim), "<f4", args.dim, args.nbg)))
+    vectors = Vectors(MatrixFile(ddir.raw(args.dim), "<f4", args.dim, args.nbg), normalise=True)
     nodes = np.sort(np.random.RandomState(0).choice(args.nbg, min(SAMPLE, args.nbg), replace=False))
     _, exact = exact_knn(vectors.scaled_rows(nodes), vectors, min(args.k, args.nbg))
     return I, float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact, I[nodes])]))

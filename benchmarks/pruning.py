@@ -6,12 +6,9 @@ accuracies of both runs have to be equal, up to rounding.
 
     DDIR=/path/to/data python benchmarks/pruning.py --nbg 1000000 --nlabeled 2
 """
-import os
-import sys
+from runs import diffusion, show, threads
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from lowshot.script import Parser, log, number, run  # noqa: E402
-from runs import diffusion, show, threads  # noqa: E402
+from lowshot.script import Parser, log, number, run
 
 
 def arguments():

@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs of the project's scripts, and how results are shown."""
+"""What the benchmarks share: where the project is, runs of its scripts, and how results are shown. To be imported first."""
 import json
 import os
 import subprocess
@@ -6,10 +6,10 @@ import sys
 import tempfile
 import time
 
-from lowshot.machine import cpus, named_threads
-from lowshot.script import log, write_text
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from lowshot.machine import cpus, named_threads  # noqa: E402     the package, before numpy: it names the number of threads
+from lowshot.script import log, write_text  # noqa: E402
 
 
 def threads():

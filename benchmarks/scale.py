@@ -11,12 +11,11 @@ the figures are read from its record; --anew removes these graphs from $DDIR/knn
 import glob
 import os
 import shutil
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from lowshot.layout import DataDir, padded_to_power_of_two  # noqa: E402
-from lowshot.script import Parser, log, number, print_header, read_json, run, size  # noqa: E402
-from runs import diffusion, show, threads, timed  # noqa: E402
+from runs import diffusion, show, threads, timed
+
+from lowshot.layout import DataDir, padded_to_power_of_two
+from lowshot.script import Parser, log, number, print_header, read_json, run, size
 
 
 def arguments():

@@ -127,7 +127,7 @@ def load_glyphs(ddir, args, pool):
             raise ValueError(f"{ddir.root} holds a data set drawn with other {name}{change}: "
                              "name another DDIR, or remove that one")
     else:
-        for name in ("yfcc100m", "imagenet", "label_idx.json"):
+        for name in ("yfcc100m", "imagenet", "features", "knngraph", "label_idx.json"):
             if os.path.exists(ddir.path(name)):
                 raise ValueError(f"{ddir.path(name)} exists and was not drawn by this script: name another DDIR")
         drawn, distinct = map(list, zip(*pool.map(coverage, paths, chunksize=4)))

@@ -82,16 +82,14 @@ def _format(X):
     return width - width % 16, 32 if X.dtype == np.float32 else 8 if width % 16 else 16
 
 
-def to_bfloat16(x, scale=None, out=None, residual=None):
+def to_bfloat16(x, scale=None, residual=None):
     """x float32 (n, d), each row times scale (n,) if given, as int32 (n, words(d)).
 
     residual: float32 (n,) that receives the L2 norm of what rounding took from each row.
     """
     x = np.ascontiguousarray(x, np.float32)
     n, d = x.shape
-    if out is None:
-        out = aligned_zeros((n, words(d)), np.int32)
-    _check(out, np.int32, (n, words(d)), "out")
+    out = aligned_zeros((n, words(d)), np.int32)
     _check_factors(n, scale, residual)
     core.to_bfloat16(n, d, x, scale, words(d), out, residual)
     return out

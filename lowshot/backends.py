@@ -22,7 +22,7 @@ import numpy as np
 
 from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, has_mkl, mkl_product, neighbour_sums
 from lowshot import gpu_search
-from lowshot.machine import available_memory
+from lowshot.machine import available_memory, torch_device
 from lowshot.script import log, size
 
 ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutual, 2 would be the most
@@ -153,28 +153,13 @@ class TritonGraph(TorchGraph):
         scores[:] = self.gpu.neighbour_sums(self._kept("test_I", test_I), L, self._tensor(scale)).cpu().numpy()
 
 
-def torch_device(name):
-    """The torch device of this name, "cpu" or "cuda...", checked to be there."""
-    import torch
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}: auto, cpu, cuda, or cuda:0 and so on was expected")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
-    return name if device.type == "cuda" else "cpu"
-
-
 def choose_backend(name, device, n, k):
     """The backend class for --backend and --device; "auto" takes a GPU where there is one, and the graph of n nodes with k
     neighbours fits in its memory, else the own kernel."""
     choose = name == device == "auto"
-    if device == "auto":
-        device = "cuda" if name in ("auto", "torch", "triton") and gpu_search.gpu_available() else "cpu"
-    if device != "cpu":
-        device = torch_device(device)
+    if device == "auto" and name in ("own", "mkl"):
+        device = "cpu"
+    device = torch_device(device)
     if name == "auto":
         name = "own" if device == "cpu" else "triton" if importlib.util.find_spec("triton") else "torch"
     if name == "triton" and device == "cpu":

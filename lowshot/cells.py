@@ -6,7 +6,7 @@ import numpy as np
 
 from graph_utils import neighbours as nb
 from lowshot import machine
-from lowshot.features import MatrixFile, NormalisedRows, row_norms, spread_rows
+from lowshot.features import MatrixFile, row_norms, spread_rows
 from lowshot.packages import faiss
 from lowshot.script import silent
 
@@ -23,33 +23,30 @@ SAME_CELL = .997                    # share of a sample whose nearest centroid i
 
 
 class Vectors:
-    """Vectors where they are: one or two float32 arrays or files of float32 that follow each other.
+    """Vectors where they are: one or two float32 arrays (., d) or files of float32 (MatrixFile) that follow each other.
 
-    x: float32 array (n, d), normalised by the caller; or NormalisedRows, whose rows are divided by their norm when
-    they are used. Files are read plainly, but for `arrays`, memory maps whose pages release() gives back. Raises
-    ValueError where a row holds NaN or infinity.
+    normalise: whether rows are divided by their L2 norm when they are used; otherwise the caller has done that. Files are read
+    plainly, but for `arrays`, memory maps whose pages release() gives back. Raises ValueError where a row holds NaN or
+    infinity.
 
     n, d; scale float32 (n,) factor of each row, or None; longest: the largest norm of a scaled row.
-    scale, as an argument: that of the same NormalisedRows, if it is known: then these are not read through for it.
+    scale, as an argument: that of the same vectors, if it is known: then these are not read through for it.
     Memory: 4 bytes per vector.
     """
 
-    def __init__(self, x, scale=None):
-        self.scale = scale
-        normalise = isinstance(x, NormalisedRows)
+    def __init__(self, *parts, normalise=False, scale=None):
+        self.scale, self.d = scale, parts[0].shape[1]
         self.sources = [m if isinstance(m, MatrixFile) else np.ascontiguousarray(m, np.float32)
-                        for m in (x.matrices if normalise else [x])]
+                        for m in parts if len(m)] or [np.empty((0, self.d), np.float32)]
         if len(self.sources) > 2:
             raise ValueError(f"{len(self.sources)} arrays of vectors, at most two are supported")
-        self.d = x.shape[1]
-        self.sources = self.sources or [np.empty((0, self.d), np.float32)]
         self._arrays = None
         self.starts = np.cumsum([0] + [len(m) for m in self.sources])
         self.n = int(self.starts[-1])
         if self.n >= 2 ** 31:
             raise ValueError(f"{self.n} vectors: node numbers have 32 bits")
         if scale is not None:
-            if not normalise or scale.shape != (self.n,):
+            if scale.shape != (self.n,):
                 raise ValueError(f"{scale.shape} factors given for {self.n} vectors")
             self.longest = 1.0
             return

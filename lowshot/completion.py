@@ -17,7 +17,7 @@ from graph_utils import SymmetricGraph, check_permutation, locality_order
 from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
-from lowshot.features import FeatureFile, MatrixFile, NormalisedRows, at_once, check_readable, normalise_rows, read_into
+from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
 from lowshot.index_files import SIMILAR, allocator, cells_of_index, check_graph, open_index
 from lowshot.layout import graph_command, pca_command
 from lowshot.machine import release_memory
@@ -29,22 +29,6 @@ from lowshot.script import Progress, exclusive, file_identities, read_json, show
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 9
 BLOCK = 65536
-
-
-@dataclass
-class Graph:
-    """k nearest nodes by inner product, best first, the node itself included; -1 where there are fewer.
-
-    I int32 (n, k) and D float32 (n, k): nodes; test_I, test_D (nt, k): test images, which are no nodes.
-    order: int32 (n,) the nodes in an order that puts near nodes next to each other, or None.
-    scale: float32 (n,) one over the norms of the nodes' vectors as they are read, or None.
-    """
-    I: np.ndarray
-    D: np.ndarray
-    test_I: np.ndarray
-    test_D: np.ndarray
-    order: np.ndarray = None
-    scale: np.ndarray = None
 
 
 def read_features(path, rows, pca_path, what):
@@ -83,11 +67,10 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     check_graph(vectors, nbg, path_I, path_D, columns, again)
 
 
-def fixed_vectors(ddir, nbg, dim, base):
-    """Vectors of the background and, after it, of the base images, normalised as they are read."""
-    if not nbg:
-        return NormalisedRows(base)
-    return NormalisedRows(MatrixFile(ddir.raw(dim), "<f4", dim, nbg, pca_command("apply", dim)), base)
+def fixed_vectors(ddir, nbg, dim, base, scale=None):
+    """Vectors of the background and, after it, of the base images, normalised as they are read. scale: theirs, if it is known."""
+    background = [MatrixFile(ddir.raw(dim), "<f4", dim, nbg, pca_command("apply", dim))] if nbg else []
+    return Vectors(*background, base, normalise=True, scale=scale)
 
 
 def cells_of_nodes(ddir, nbg, vectors, progress):
@@ -102,16 +85,16 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
     return Cells.train(vectors, progress=progress)
 
 
-def fixed_graph(ddir, nbg, k, x, base, test, log):
-    """Graph of background and base images, and test images against both.
+def fixed_graph(ddir, nbg, k, vectors, base, test, log):
+    """Graph of background and base images, and test images against both: a dict of arrays of FixedPart.
 
     Exact below 131,072 nodes, and where a GPU in use holds them (exact_search.use_gpu); otherwise base images are searched for
     among near cells, and neighbours of neighbours, at recall@k >= 0.97, and test images among near cells at recall@k >= 0.995, as
     measured on samples of both: accuracies are then within about .002 of those of an exact graph (benchmarks/accuracy.py).
-    x: the vectors of the nodes (NormalisedRows); base float32 (nb, d), test float32 (nt, d), normalised.
+    vectors: of the nodes; base float32 (nb, d), test float32 (nt, d), normalised.
     """
-    n, vectors, folder = len(x), Vectors(x), ddir.path("knngraph")
-    exact = n < exact_search.EXACT_BELOW or exact_search.all_on_gpu(2 * len(base) + len(test), n, vectors.d)
+    n, folder = vectors.n, ddir.path("knngraph")
+    exact = exact_search.compares_all(2 * len(base) + len(test), n, vectors.d)
     I = np.full((n, k), -1, np.int32)
     # little is looked at in D, and that in order: it is the first to go to a file
     D = allocator(4 * k * n + knn.memory_of_graph(n, k, vectors.d), None if exact else folder)((n, k), np.float32)
@@ -120,20 +103,24 @@ def fixed_graph(ddir, nbg, k, x, base, test, log):
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
     with show_progress() as progress:
         if exact:
-            background = Vectors(NormalisedRows(x.matrices[0]), vectors.scale[:nbg]) if nbg else Vectors(x[:0])
+            background = Vectors(vectors.sources[0], normalise=True, scale=vectors.scale[:nbg]) if nbg else Vectors(base[:0])
             D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
             background.release()
             test_D, test_I = exact_search.exact_knn(test, vectors, k, progress)
-            return Graph(I, D, test_I, test_D, locality_order(I) if n >= exact_search.EXACT_BELOW else None, vectors.scale)
-        cells = cells_of_nodes(ddir, nbg, vectors, progress)
-        # before codes are chosen; and the graph gives the vectors in cells up
-        new = Sample(vectors, vectors, k, 0, progress, size=COMPLETION_SAMPLE, first=nbg if len(base) else 0, cells=cells)
-        search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
-        knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                            progress=progress, say=log, release=True, sample=new, folder=folder)
-        test_D, test_I, info = search_done()
-        log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
-        return Graph(I, D, test_I, test_D, locality_order(I), vectors.scale)
+        else:
+            cells = cells_of_nodes(ddir, nbg, vectors, progress)
+            # before codes are chosen; and the graph gives the vectors in cells up
+            new = Sample(vectors, vectors, k, 0, progress, size=COMPLETION_SAMPLE, first=nbg, cells=cells) if len(base) else None
+            search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
+            if len(base):
+                knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
+                                    progress=progress, say=log, release=True, sample=new, folder=folder)
+            test_D, test_I, info = search_done()
+            log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
+    rank = np.arange(n, dtype=np.int32)
+    if n >= exact_search.EXACT_BELOW:
+        rank[locality_order(I)] = rank.copy()
+    return dict(I=I, D=D, test_I=test_I, test_D=test_D, scale=vectors.scale, rank=rank)
 
 
 @dataclass
@@ -176,18 +163,18 @@ class Changes:
         return (entry // n).astype(np.int32), (entry % n).astype(np.int32), by
 
 
-def add_novel(fixed, x, novel):
+def add_novel(fixed, vectors, novel):
     """The novel images as further nodes, numbered after the others. Returns Changes.
 
     Exact: each novel image is compared with all nodes, which also tells whose neighbour it becomes.
-    fixed: FixedPart; x: vectors of its nodes; novel float32 (m, d).
+    fixed: FixedPart; vectors: of its nodes; novel float32 (m, d).
     """
     I, D = fixed.mapped("I"), fixed.mapped("D")
     (n, k), m = D.shape, len(novel)
     changed = [(np.empty(0, np.int32), np.empty((0, k), np.int32))]
     with show_progress() as progress:
         _, novel_I = exact_search.cross_insert(
-            novel, Vectors(x, fixed.load("scale")), D, I, n, k, progress, fixed.load("worst"),
+            novel, vectors, D, I, n, k, progress, fixed.load("worst"),
             lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
     release_memory()
     found_D, found_I = exact_search.exact_knn(fixed.load("test"), novel, k)
@@ -201,10 +188,11 @@ def add_novel(fixed, x, novel):
 class FixedPart:
     """The part of a run that no seed changes: vectors of base and test images, and their completed graph.
 
-    Arrays: base (nb, d), test (nt, d), I, D, test_I, test_D, scale as in Graph, worst (n,) as of
-    exact_search.worst_neighbours(); rank int32 (n,): node i is row rank[i] of W = W0 + W0^T, near ones near each other; indptr,
-    indices, nsingle as of SymmetricGraph. They are in memory, or in the files of a folder, from where they are read when asked
-    for.
+    Arrays: base (nb, d), test (nt, d); I, D (n, k), of the nodes, and test_I, test_D (nt, k), of the test images, which are no
+    nodes: the k nearest nodes by inner product, best first, the node itself included, -1 where there are fewer; scale (n,): one
+    over the norms of the nodes' vectors; worst (n,) as of exact_search.worst_neighbours(); rank (n,): node i is row rank[i] of
+    W = W0 + W0^T, near ones near each other; indptr, indices, nsingle as of SymmetricGraph. They are in memory, or in the files
+    of a folder, from where they are read when asked for.
     """
 
     # dtype, and a letter for each dimension
@@ -318,14 +306,10 @@ class FixedKey:
         """Compute the fixed part. Its arrays are in memory."""
         base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
-        graph = fixed_graph(self.ddir, self.nbg, self.k, fixed_vectors(self.ddir, self.nbg, self.dim, base), base, test,
-                            log)
-        rank = np.arange(len(graph.I), dtype=np.int32)
-        if graph.order is not None:
-            rank[graph.order] = rank.copy()
-        indptr, indices, nsingle = SymmetricGraph(graph.I, rank).arrays
-        return FixedPart(dict(base=base, test=test, I=graph.I, D=graph.D, test_I=graph.test_I, test_D=graph.test_D,
-                              scale=graph.scale, worst=exact_search.worst_neighbours(graph.D, graph.I), rank=rank,
+        vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base)
+        graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test, log)
+        indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
+        return FixedPart(dict(base=base, test=test, **graph, worst=exact_search.worst_neighbours(graph["D"], graph["I"]),
                               indptr=indptr, indices=indices, nsingle=nsingle))
 
     def stored_or_made(self, log):

@@ -1,21 +1,16 @@
 """Top-5 accuracy, over all test images and over those of the novel classes (paper, section 4.1)."""
 import numpy as np
 
-NO_NOVEL = "note: no test image is of a novel class, accuracies on novel are 0 for want of any"
 
-
-def note_of_unreadable(labelled, test):
-    """Words for how many labelled and test images could not be read."""
-    return f"note: {labelled} labelled and {test} test images could not be read, and have the features of a black image"
-
-
-def notes_of_test_images(labels, split):
-    """Yield lines about what the test images lack: some of novel classes, or of some classes, or classes that can be wrong.
-    labels: int (nt,), 0..C-1."""
+def notes_of_images(unreadable, labels, split):
+    """Yield lines about images that could not be read (unreadable: how many labelled and test images), and what the test images
+    lack: some of novel classes, or of some classes, or classes that can be wrong. labels: int (nt,), 0..C-1, of test images."""
+    if any(unreadable):
+        yield "note: {} labelled and {} test images could not be read, and have the features of a black image".format(*unreadable)
     if len(split.classes) <= 5:
         yield f"note: there are {len(split.classes)} classes, all of which are among the five best"
     if not split.is_novel[labels].any():
-        yield NO_NOVEL
+        yield "note: no test image is of a novel class, accuracies on novel are 0 for want of any"
     lacking = np.setdiff1d(split.classes, split.classes[labels]) + 1
     if len(lacking):
         yield (f"note: {len(lacking)} of {len(split.classes)} classes have no test image: class "

@@ -2,7 +2,7 @@
 
 Neighbour lists are pairs (D float32 (n, k), I int32 (n, k)): inner products and row numbers, best first; where there
 are fewer than k neighbours, I is -1 and D is -inf. Negative similarities are neighbours like any other. Vectors `x`
-are a float32 array (n, d), L2-normalised by the caller, or NormalisedRows (lowshot/features.py) over files and arrays.
+are a float32 array (n, d), L2-normalised by the caller, or Vectors (lowshot/cells.py) over files and arrays.
 `progress` is called with (what, done, total); script.show_progress() makes such a function.
 
     exact_knn(xq, x, k) -> D, I
@@ -46,6 +46,11 @@ def all_on_gpu(nq, n, d, self=False):
     """Whether there is a GPU in use that compares so many queries with all of n vectors sooner than other ways find the
     nearest. self: these are the same."""
     return _gpu is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if self else nq + n, d, _gpu)
+
+
+def compares_all(nq, n, d):
+    """Whether so many queries are compared with all of n vectors: where these are few, or there is a GPU that is quick at it."""
+    return n < EXACT_BELOW or all_on_gpu(nq, n, d)
 
 
 def _on_gpu(Q, X, self=False):

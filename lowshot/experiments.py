@@ -19,7 +19,7 @@ import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
 from lowshot.machine import cpus, end_with_parent, named_threads
-from lowshot.script import changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
+from lowshot.script import as_text, changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
 
 SYSTEMS = ("logreg", "diffusion")
 SETTINGS = {"logreg.py": ("mom", "precision"), "diffusion.py": ("k", "dim")}    # that parameters are chosen for
@@ -31,17 +31,17 @@ class Experiment:
 
         e = Experiment("configs/paper.yaml")
         e.nlabeled, e.seeds                     lists of int
-        e.logreg                                {"lr": [..], "wd": [..], "batchsize": [..], "maxiter": int} and, at will,
-                                                "mom", "evalevery", "precision"
-        e.diffusion                             {"nbg": [..], "k": int, "niter": int} and, at will, "dim", "niter_test"
+        e.logreg                                {"lr": [..], "wd": [..], "batchsize": [..], "maxiter": int, and what the file
+                                                need not name: "mom", "evalevery", "precision"}
+        e.diffusion                             {"nbg": [..], "k": int, "niter": int, and the same way "dim", "niter_test"}
         e.published                             {} or the content of a file like configs/paper_results.json
 
     NLABELED, SEEDS and NBG in `environment` replace these lists (numbers separated by spaces or commas). The grids of
     systems that are not among `systems` may be missing: then e has no such attribute.
     """
 
-    KEYS = {"logreg": ({"lr", "wd", "batchsize", "maxiter"}, {"mom", "evalevery", "precision"}),
-            "diffusion": ({"nbg", "k", "niter"}, {"dim", "niter_test"})}
+    KEYS = {"logreg": ({"lr", "wd", "batchsize", "maxiter"}, {"mom": 0.9, "evalevery": 500, "precision": "float32"}),
+            "diffusion": ({"nbg", "k", "niter"}, {"dim": 256, "niter_test": 0})}
     LISTS = {"nlabeled", "seeds", "lr", "wd", "batchsize", "nbg"}
     REALS = {"lr", "wd", "mom"}
     CHOICES = {"precision": ("float32", "bfloat16")}
@@ -67,10 +67,11 @@ class Experiment:
         for system in (s for s in SYSTEMS if s in systems or s in content):
             required, optional = self.KEYS[system]
             grid = content.get(system)
-            if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - optional:
+            if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - set(optional):
                 raise ValueError(f"{path}: {system} must have the entries {', '.join(sorted(required))}"
                                  f" and may have {', '.join(sorted(optional))}")
-            setattr(self, system, {key: self._value(grid, key, system + ": ") for key in grid})
+            found = {key: self._value(grid, key, system + ": ") for key in grid}
+            setattr(self, system, {**found, **{key: optional[key] for key in optional if key not in found}})
         published = content.get("published")
         if published is not None and not isinstance(published, str):
             raise ValueError(f"{path}: published must be the name of a JSON file, found {published!r}")
@@ -147,8 +148,7 @@ class Job:
             return None
         if not isinstance(record, dict) or not record.get("complete") or not isinstance(record.get("arguments"), dict):
             return None
-        have = {**defaults(self), **record["arguments"]}
-        if not all(as_text(have.get(k)) == as_text(v) for k, v in self.settings.items()):
+        if not all(as_text(record["arguments"].get(k)) == as_text(v) for k, v in self.arguments.items()):
             return None
         if not has_figures(record, self):
             return None
@@ -157,18 +157,6 @@ class Job:
     def files(self):
         """Identities of the inputs that are there."""
         return file_identities(self.inputs)
-
-    @property
-    def settings(self):
-        """The arguments, with what the script takes for those that an experiment need not name."""
-        return {**defaults(self), **self.arguments}
-
-
-def defaults(job):
-    """What the script takes for arguments that an experiment need not name."""
-    evalevery = 500 if job.arguments.get("mode") == "val" else 0
-    return {"diffusion.py": {"dim": 256}, "logreg.py": {"mom": 0.9, "precision": "float32", "evalevery": evalevery}}.get(
-        job.script, {})
 
 
 def has_figures(record, job):
@@ -186,7 +174,7 @@ def has_figures(record, job):
 
 def reported(job):
     """The points (lr, wd) that a job trains, None of diffusion.py, and the numbers of iterations after which it reports."""
-    a = job.settings
+    a = job.arguments
     if job.script != "logreg.py":
         return None, list(range(a["niter"] + 1))
     lr, wd = (value if isinstance(value, list) else [value] for value in (a["lr"], a["wd"]))
@@ -196,13 +184,6 @@ def reported(job):
 
 def is_number(value):
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def as_text(value):
-    """A value as it stands on a command line: lists with commas, whole floats as whole numbers."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(as_text, value))
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def short_path(path):
@@ -224,13 +205,10 @@ def make_job(e, system, ddir, name, arguments, *more):
 
 
 def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
-    k, dim = e.diffusion["k"], e.diffusion.get("dim")
-    arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter}
-    if dim:
-        arguments["dim"] = dim
-    return make_job(e, "diffusion", ddir, name, arguments, lambda: [ddir.pca(dim or 256)],
-                    lambda: [ddir.raw(dim or 256)] if nbg else [],
-                    lambda: ddir.find_graph(nbg, k, dim or 256)[:2] if nbg else [])
+    k, dim = e.diffusion["k"], e.diffusion["dim"]
+    arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter, "dim": dim}
+    return make_job(e, "diffusion", ddir, name, arguments, lambda: [ddir.pca(dim)], lambda: [ddir.raw(dim)] if nbg else [],
+                    lambda: ddir.find_graph(nbg, k, dim)[:2] if nbg else [])
 
 
 def validation_jobs(e, system, ddir):
@@ -247,13 +225,8 @@ def validation_jobs(e, system, ddir):
         for batchsize in e.logreg["batchsize"]:
             for seed in e.seeds:
                 jobs.append(make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}", {
-                    "mode": "val", "nlabeled": n, "seed": seed, "maxiter": e.logreg["maxiter"], "lr": e.logreg["lr"],
-                    "wd": e.logreg["wd"], "batchsize": batchsize, **logreg_options(e, "mom", "evalevery", "precision")}))
+                    "mode": "val", "nlabeled": n, "seed": seed, **e.logreg, "batchsize": batchsize}))
     return jobs
-
-
-def logreg_options(e, *names):
-    return {name: e.logreg[name] for name in names if name in e.logreg}
 
 
 def test_jobs(e, system, ddir, parameters, source):
@@ -276,7 +249,7 @@ def test_jobs(e, system, ddir, parameters, source):
     if system == "diffusion":
         for nbg in e.diffusion["nbg"]:
             for n in e.nlabeled:
-                niter = max(get(parameters, nbg, n)["niter"], e.diffusion.get("niter_test", 0))
+                niter = max(get(parameters, nbg, n)["niter"], e.diffusion["niter_test"])
                 for seed in e.seeds:
                     jobs.append(diffusion_job(e, ddir, f"{prefix}_nbg{nbg}_nl{n}_seed{seed}", "test", nbg, n, seed,
                                               niter))
@@ -285,8 +258,8 @@ def test_jobs(e, system, ddir, parameters, source):
         p = get(parameters, n)
         for seed in e.seeds:
             jobs.append(make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}", {
-                "mode": "test", "nlabeled": n, "seed": seed, "maxiter": p["maxiter"], "lr": p["lr"], "wd": p["wd"],
-                "batchsize": p["batchsize"], **logreg_options(e, "mom", "precision")}))
+                "mode": "test", "nlabeled": n, "seed": seed, **e.logreg, "evalevery": 0,
+                **{key: p[key] for key in ("lr", "wd", "batchsize", "maxiter")}}))
     return jobs
 
 
@@ -298,7 +271,7 @@ def check_chosen(e, parameters, jobs, path):
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
         other = changed_file(job.inputs, p["files"]) or outside(e, p) if "files" in p else None
-        settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != job.settings[key])
+        settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != a[key])
         other = other or next(settings, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
@@ -502,7 +475,7 @@ def choose(e, system, ddir):
         else:
             parameters = {"lr": setting[0], "wd": setting[1], "batchsize": setting[2], "maxiter": iteration}
         job = jobs_of[nbg, n]
-        parameters.update((key, job.settings[key]) for key in SETTINGS[job.script])
+        parameters.update((key, job.arguments[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
         where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": job.files()}
     return chosen

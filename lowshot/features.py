@@ -227,7 +227,7 @@ class FeatureFile:
         self.close()
 
 
-def labels_of_both(train, val, known=None):
+def labels_of_both(train, val, known):
     """(labels of train, labels of val), two FeatureFile, int64, as labels(known) gives them; classes that have names are known as
     well. ValueError where the files come from different networks, or count the classes in different ways."""
     check_same_network(train.path, train.network, val.path, val.network)
@@ -235,8 +235,7 @@ def labels_of_both(train, val, known=None):
         if name != other:
             raise ValueError(f"class {c + 1} is {name} in {train.path}, but {other} in {val.path}: save_features.py makes both "
                              "anew, of the same folders of classes")
-    if known is not None:
-        known = max(known, len(train.class_names))
+    known = max(known, len(train.class_names))
     return train.labels(known), val.labels(known)
 
 
@@ -273,33 +272,23 @@ def read_into(fd, array, position, path):
         at_once(read, range(0, len(buffer), part))
 
 
-def matrix_rows(path, dtype, columns, rows=None, maker=None):
-    """Check the size of a headerless row-major matrix and return its number of rows.
-
-    rows: rows the file must have at least, or None. maker: command line that makes the file, for the error text.
-    Raises ValueError on a wrong size.
-    """
-    if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist{f': {maker} makes it' if maker else ''}")
-    width = np.dtype(dtype).itemsize * columns
-    have = os.path.getsize(path)
-    if have % width or (rows is not None and have < rows * width) or have == 0:
-        want = f"at least {rows * width} ({rows} rows of {width})" if rows else f"a multiple of {width}"
-        partial = have % width or not have
-        why = "truncated or of another shape" if partial else f"it holds {have // width} rows"
-        again = f"; {maker} --overwrite makes it again" if maker and partial else ""
-        raise ValueError(f"{path} has {have} bytes, {want} expected: {why}{again}")
-    return have // width
-
-
 class MatrixFile:
-    """The first `rows` rows of a headerless matrix, read where they are asked for: x[i:j] is a new array (j - i, columns).
+    """The first `rows` rows of a headerless row-major matrix, read where they are asked for: x[i:j] is a new array
+    (j - i, columns).
 
-    Plain reads, unlike those of a memory map, do not count as this process's memory.
+    Plain reads, unlike those of a memory map, do not count as this process's memory. maker: command line that makes the file,
+    for the ValueError where its size is another.
     """
 
     def __init__(self, path, dtype, columns, rows, maker=None):
-        matrix_rows(path, dtype, columns, rows, maker)
+        if not os.path.exists(path):
+            raise ValueError(f"{path} does not exist{f': {maker} makes it' if maker else ''}")
+        have, width = os.path.getsize(path), np.dtype(dtype).itemsize * columns
+        if have % width or have < rows * width or have == 0:
+            partial = have % width or not have
+            why = "truncated or of another shape" if partial else f"it holds {have // width} rows"
+            again = f"; {maker} --overwrite makes it again" if maker and partial else ""
+            raise ValueError(f"{path} has {have} bytes, at least {rows * width} ({rows} rows of {width}) expected: {why}{again}")
         self.filename, self.dtype, self.shape = path, np.dtype(dtype), (rows, columns)
 
     def __len__(self):
@@ -315,34 +304,6 @@ class MatrixFile:
             read_into(fd, x, start * self.shape[1] * self.dtype.itemsize, self.filename)
         finally:
             os.close(fd)
-        return x
-
-
-class NormalisedRows:
-    """The rows of headerless matrices, one after the other, L2-normalised as they are read.
-
-    x[i:j] is a new float32 array (j - i, d); rows already normalised stay as they are, to rounding.
-    """
-
-    def __init__(self, *matrices):
-        self.matrices = [m for m in matrices if len(m)]
-        self.first = np.cumsum([0] + [len(m) for m in self.matrices])
-        self.shape = (int(self.first[-1]), matrices[0].shape[1])
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        start, stop, step = rows.indices(len(self))
-        if step != 1:
-            raise IndexError("only stretches of rows can be read")
-        x = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
-        for matrix, first in zip(self.matrices, self.first):
-            i, j = max(start - first, 0), min(stop - first, len(matrix))
-            if i < j:
-                part = x[first + i - start:first + j - start]
-                part[:] = matrix[i:j]
-                normalise_rows(part, getattr(matrix, "filename", "the features"), i)
         return x
 
 

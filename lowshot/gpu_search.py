@@ -3,13 +3,12 @@
 Products are of vectors in float16. They give some more candidates than neighbours, which are compared in float32 by the
 library's code for CPUs, as those of other searches are, while the GPU goes on with the next queries.
 """
-import glob
 import importlib.util
-import os
 
 import numpy as np
 
 from graph_utils import neighbours as nb
+from lowshot.machine import gpu_available
 
 SPARE = 8                   # candidates beyond k
 BLOCK = 1 << 14             # queries at a time, at most
@@ -17,14 +16,6 @@ LISTED = 1 << 21            # candidates at a time, at most
 MAXIMA = 1 << 31            # bytes of GPU memory for what the GPU finds on the way
 GPU_LIBRARIES = 900e6       # bytes of the host's memory that torch and CUDA take
 LONGEST = 100.0             # norms beyond this are left to the CPU: float16 ends at 65504
-
-
-def gpu_available():
-    """Whether torch sees a GPU. It is imported only where there may be one: that takes longer than a small run."""
-    if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):       # the latter in Windows' Linux
-        return False
-    import torch
-    return torch.cuda.is_available()
 
 
 def search_device(name="auto"):

@@ -21,7 +21,7 @@ A configuration has three parts, all but `dataset` optional:
       mean: [0.485, 0.456, 0.406]
       std: [0.229, 0.224, 0.225]
     loader:
-      batchsize: 64             # images at a time; a GPU takes four times as many, a CPU what its caches hold
+      batchsize: 256            # images at a time on a GPU; a CPU takes what its caches hold
       workers: null             # threads or processes that read and decode; null: one per CPU
       open_zips: 8              # zip files that a process keeps open
 """
@@ -62,7 +62,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", 
 DATASET_KEYS = {"yfcc100m": {"root", "length"}, "imagenet": {"meta", "root"}, "folder": {"root", "classes"},
                 "cifar10": {"root", "train", "download"}, "cifar100": {"root", "train", "download"}}
 TRANSFORMS = {"resize": 256, "crop": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-LOADER = {"batchsize": 64, "workers": None, "open_zips": 8}
+LOADER = {"batchsize": 256, "workers": None, "open_zips": 8}
 
 
 class Missing(Exception):

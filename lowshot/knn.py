@@ -17,7 +17,7 @@ import numpy as np
 from graph_utils import aligned_zeros, neighbours as nb
 from lowshot import exact_search, machine, sampling
 from lowshot.cells import BLOCK, Cells, as_vectors, nearest_cell
-from lowshot.exact_search import all_on_gpu, best_of
+from lowshot.exact_search import best_of, compares_all
 from lowshot.index_files import allocator
 from lowshot.sampling import (MISSED, REVERSE, SPARE_LISTED, Sample, cells_reaching, compared_by, longest_list,
                               with_margin)
@@ -43,8 +43,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     that is quicker, until recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known
     lists stay as they are. Deterministic for a seed, and whatever the number of threads but for rounding in projections by BLAS.
 
-    initial: (D, I) known lists of the first nodes (n0, >= k), which are then compared with the other nodes only; recall
-    is that of the other nodes.
+    initial: (D, I) known lists of the first nodes (n0, >= k), not of all, which are then compared with the other nodes only;
+    recall is that of the other nodes. No copies are written then.
     cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
     release: give up the vectors in cells before the similarities are computed, to save memory.
     sample: Sample of the nodes, of those that are new if lists are given; made here if None.
@@ -63,16 +63,16 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     if cells is None:
         cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
-    n0 = len(initial[0]) if initial is not None and len(initial[0]) < n else 0
+    n0 = len(initial[0]) if initial is not None else 0
     # known lists are as they are: it is the new nodes, and their entries in these lists, that have to be found
     sample = sample or Sample(vectors, vectors, min(k, n), seed, progress, first=n0, cells=cells)
     wanted, reverse = with_margin(recall), REVERSE
     comparison = compared_by(sample, cells, recall, progress, say)
     needed = comparison.needed(recall)
     curve = sample.recall_by_nprobe(cells, position)
-    if initial is not None and len(initial[0]):
+    if n0:
         K = max(needed, initial[0].shape[1] + SPARE_LISTED)
-        lists = Lists(cells, position, K, initial, checkpoint, comparison.error, folder, say)
+        lists = Lists(cells, position, K, initial, comparison.error, None, folder, say)
         # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
         # little further, as codes err; and as far as it takes a second or two
         affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
@@ -91,7 +91,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             curve = sample.recall_by_nprobe(cells, position)
             p, K, reverse = cells_reaching(curve, WIDE_START), max(needed, longest_list(k)), 2 * REVERSE
             say(f"neighbours are far and wide: {K} candidates are kept for each, compared in all dimensions")
-        lists = Lists(cells, position, K, None, checkpoint, folder=folder, say=say)
+        lists = Lists(cells, position, K, checkpoint=checkpoint, folder=folder, say=say)
 
     def near(p):
         # a cell's own nodes have to be enough for the work on its list
@@ -150,7 +150,7 @@ class Lists:
     `folder`, unless that is None.
     """
 
-    def __init__(self, cells, position, K, initial=None, checkpoint=None, error=0.0, folder=None, say=lambda line: None):
+    def __init__(self, cells, position, K, initial=None, error=0.0, checkpoint=None, folder=None, say=lambda line: None):
         self.cells, self.position, self.checkpoint = cells, position, checkpoint
         self.initial, self.error = initial, error
         self.n0 = len(initial[0]) if initial is not None else 0
@@ -167,14 +167,11 @@ class Lists:
             self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, K, cells.X.shape[1], self.empty)
         else:
             self.keys, self.searched, self.rounds, self.nprobe = self.empty((n, K), np.int64), 0, 0, 0
-        if self.n0 and not self.searched:
+        if self.n0:
             self.restart()
 
     def restart(self):
         """The lists that were given, and nothing else."""
-        if self.checkpoint is not None:
-            self.checkpoint.give_up()
-        self.searched, self.rounds = 0, 0
         # further places are for what may be among the k best, not for whatever comes first
         nb.known_lists(self.cells.X, self.cells.order, self.position, self.initial[1], BAR * self.error, self.keys)
 
@@ -286,7 +283,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, progress=None, say=lambda 
     """
     progress = progress or silent
     Q, X = as_vectors(xq), cells.vectors
-    if Q.n <= 2 * sampling.SAMPLE or X.n < exact_search.EXACT_BELOW or all_on_gpu(Q.n, X.n, X.d):
+    if Q.n <= 2 * sampling.SAMPLE or compares_all(Q.n, X.n, X.d):
         found = *exact_search.exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
     sample = Sample(Q, X, k, 0, progress, size=sampling.COMPLETION_SAMPLE, cells=cells)

@@ -82,7 +82,7 @@ class DataDir:
         stem = self.path("knngraph", f"ndis{nbg}_k{k}")
         return f"{stem}_I_11.int32", f"{stem}_D_11.float32"
 
-    def find_graph(self, nbg, k, dim=256):
+    def find_graph(self, nbg, k, dim):
         """(I path, D path, columns) of a stored background graph that has at least k columns, fewest columns first.
 
         dim: dimensions of its vectors, for the command that makes it.

@@ -1,6 +1,7 @@
-"""What this process may use of the machine: CPUs and memory."""
+"""What this process may use of the machine: CPUs, memory and GPUs."""
 import contextlib
 import ctypes
+import glob
 import math
 import os
 import pathlib
@@ -131,6 +132,31 @@ def available_memory():
 def fits(size):
     """Whether so many bytes may be taken, and leave a tenth of what is free for what is not counted."""
     return size <= .9 * available_memory()
+
+
+def gpu_available():
+    """Whether torch sees a GPU. It is imported only where there may be one: that takes longer than a small run."""
+    if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):       # the latter in Windows' Linux
+        return False
+    import torch
+    return torch.cuda.is_available()
+
+
+def torch_device(name):
+    """The torch device of this name, "cpu" or "cuda...", checked to be there; "auto": "cuda" where there is a GPU. For CPUs torch
+    is not loaded."""
+    if name in ("auto", "cpu"):
+        return "cuda" if name == "auto" and gpu_available() else "cpu"
+    import torch
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: auto, cpu, cuda, or cuda:0 and so on was expected")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return name if device.type == "cuda" else "cpu"
 
 
 def end_with_parent():

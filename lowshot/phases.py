@@ -15,11 +15,11 @@ import os
 import re
 import sys
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, as_text, check_chosen, choose, merge,
-                                 parameters_and_jobs, read_parameters, run_jobs, validation_jobs)
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, choose, merge, parameters_and_jobs,
+                                 read_parameters, run_jobs, validation_jobs)
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
-from lowshot.script import Parser, log, run, write_json
+from lowshot.script import Parser, as_text, log, run, write_json
 
 PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
 
@@ -54,9 +54,9 @@ def main():
     p.add_argument("what", choices=(*SYSTEMS, "compare"), help="one system, or a table of all of them")
     p.add_argument("phase", nargs="?", help="1 validate, 2 choose, 3 test, 4 report; with compare there is none")
     p.add_argument("experiment", nargs="?", help="experiment file (default: configs/paper.yaml)")
+    if sys.argv[1:2] and sys.argv[1] in SYSTEMS:
+        p.prog = sys.argv[0] = f"run_{sys.argv[1]}.bash"        # which errors name
     args = p.parse_args()
-    if args.what in SYSTEMS:
-        sys.argv[0] = f"run_{args.what}.bash"       # which errors name
     if args.what == "compare":
         if args.experiment:
             p.error(f"compare takes one experiment file, found {args.experiment} as well")

@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 
-from lowshot.experiments import SYSTEMS, as_text, check_none_lacks, parameters_and_jobs
-from lowshot.script import log, write_json, write_text
+from lowshot.experiments import SYSTEMS, check_none_lacks, parameters_and_jobs
+from lowshot.script import as_text, log, write_json, write_text
 
 
 def final_accuracies(system, jobs, parameters):

@@ -88,11 +88,11 @@ def log(*words):
     print(*words, flush=True)
 
 
-def provenance(args=None):
+def provenance(args):
     """What made a result: version, machine and arguments, as a JSON-ready dict."""
     return {"script": os.path.basename(sys.argv[0]), "version": __version__, "python": platform.python_version(),
             "cpus": cpus(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": dict(vars(args)) if args else {}}
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": dict(vars(args))}
 
 
 def print_header(args, **more):
@@ -393,6 +393,13 @@ def check_outputs(*paths, inputs=()):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
             raise OSError(f"{path} cannot be written: {folder} is {'not writable' if os.path.isdir(folder) else 'a file'}")
+
+
+def as_text(value):
+    """A value as it stands on a command line: lists with commas, whole floats as whole numbers."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(as_text, value))
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def size(nbytes):

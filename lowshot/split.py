@@ -13,7 +13,6 @@ class Split:
 
     known: the file lists no class from this number on, of any mode, nor has a name for one.
     """
-    mode: str
     base: np.ndarray
     novel: np.ndarray
     known: int = None
@@ -58,7 +57,7 @@ def load_split(path, mode):
     known = [n for key, numbers in info.items() if "classes" in key and isinstance(numbers, list)
              for n in numbers if type(n) is int]
     names = info.get("label_names")
-    return Split(mode, base, novel, max(known + [len(names)] if isinstance(names, list) else known))
+    return Split(base, novel, max(known + [len(names)] if isinstance(names, list) else known))
 
 
 def labelled_images(train_labels, split, nlabeled, seed):

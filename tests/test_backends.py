@@ -2,20 +2,20 @@
 import pytest
 import torch
 
-from lowshot import backends, gpu_search
+from lowshot import backends, machine
 from lowshot.backends import MklGraph, OwnGraph, TorchGraph, TritonGraph, choose_backend
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU that has 8 GB free."""
-    monkeypatch.setattr(gpu_search.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(machine.glob, "glob", lambda pattern: ["/dev/nvidia0"])
     for name, value in (("is_available", True), ("device_count", 1), ("mem_get_info", (8 * 10 ** 9, 80 * 10 ** 9))):
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
 
 
 def test_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(gpu_search.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(machine.glob, "glob", lambda pattern: [])
     assert choose_backend("auto", "auto", 10, 5) is OwnGraph and choose_backend("auto", "cpu", 10, 5) is OwnGraph
     assert not backends.has_mkl() or choose_backend("mkl", "auto", 10, 5) is MklGraph
     assert choose_backend("torch", "auto", 10, 5).device == "cpu"

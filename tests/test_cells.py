@@ -5,7 +5,7 @@ import pytest
 from graph_utils import neighbours as nb
 from lowshot import cells as cells_module, exact_search, knn
 from lowshot.cells import Cells, Codes, Vectors, chained, main_directions, train_centroids, ways_to_cells
-from lowshot.features import MatrixFile, NormalisedRows
+from lowshot.features import MatrixFile
 from vectors import check_exact, clustered, with_energies
 
 pytestmark = pytest.mark.usefixtures("products")
@@ -16,7 +16,7 @@ def test_maps_of_files_larger_than_memory_are_not_read_ahead(tmp_path, monkeypat
     monkeypatch.setattr("lowshot.machine.available_memory", lambda: free)
     x = clustered(700, seed=1)
     x.tofile(tmp_path / "raw")
-    vectors = Vectors(NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700)))
+    vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), normalise=True)
     check_exact(*exact_search.exact_knn(vectors, vectors, 9, self=True), x, x, 9)
     with open("/proc/self/smaps") as f:
         maps = f.read().split(str(tmp_path / "raw"))
@@ -47,7 +47,7 @@ def test_cells_hold_each_vector_once_near_its_centroid():
 def test_cells_found_by_way_of_few_centroids_are_the_nearest(spread, few, monkeypatch):
     """Where few would have to be nearly all, all are compared."""
     x = clustered(5000, clusters=200, spread=spread)
-    vectors = Vectors(NormalisedRows(x))
+    vectors = Vectors(x, normalise=True)
     y = clustered(900, clusters=200, spread=spread, seed=1)
     plain, _ = train_centroids(vectors, 400)
     monkeypatch.setattr(cells_module, "FEW_CELLS", 60)

@@ -32,7 +32,7 @@ def complete(ddir, nbg, base_rows, test_rows, novel, train, stored=False):
     """(nodes' I, test images' I, rank) of background, base and novel images, in this order; W is checked to be theirs."""
     key = completion.FixedKey(ddir, "val", nbg, K, DIM, base_rows, test_rows)
     fixed = (key.stored_or_made if stored else key.make)(lambda line: None)
-    x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"))
+    x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"), fixed.load("scale"))
     changes = completion.add_novel(fixed, x, train[novel])
     np.testing.assert_array_equal(fixed.load("I")[changes.rows], changes.before)
     I = changes.of_neighbours(fixed.load("I"))
@@ -218,7 +218,7 @@ def test_neighbours_that_are_none_and_lists_out_of_order_are_refused(tmp_path):
     ddir = DataDir(small_directory(tmp_path / "ddir"))
     stem = ddir.path("knngraph", "ndis60_k8_")
     I, D = np.fromfile(stem + "I_11.int32", np.int32), np.fromfile(stem + "D_11.float32", np.float32)
-    x = completion.Vectors(completion.fixed_vectors(ddir, 60, DIM, np.empty((0, DIM), np.float32)))
+    x = completion.fixed_vectors(ddir, 60, DIM, np.empty((0, DIM), np.float32))
     out = np.empty((60, 8), np.int32), np.empty((60, 8), np.float32)
     completion.read_background_graph(ddir, 60, 8, *out, x)
     for wrong in (60, -2):

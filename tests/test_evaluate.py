@@ -1,6 +1,6 @@
 import numpy as np
 
-from lowshot.evaluate import NO_NOVEL, accuracies, notes_of_test_images
+from lowshot.evaluate import accuracies, notes_of_images
 from lowshot.split import Split
 
 
@@ -11,14 +11,21 @@ def test_accuracies():
 
 
 def test_notes_of_classes_without_test_images():
-    split = Split("val", np.arange(4, 10), np.arange(20, 23))
-    assert list(notes_of_test_images(np.arange(9), split)) == []
-    assert list(notes_of_test_images(np.array([0, 1, 2, 4, 5, 7, 8]), split)) == [
+    split = Split(np.arange(4, 10), np.arange(20, 23))
+    assert list(notes_of_images((0, 0), np.arange(9), split)) == []
+    assert list(notes_of_images((0, 0), np.array([0, 1, 2, 4, 5, 7, 8]), split)) == [
         "note: 2 of 9 classes have no test image: class 8, 21"]
-    assert list(notes_of_test_images(np.array([1, 1]), split)) == [
-        NO_NOVEL, "note: 8 of 9 classes have no test image: class 5, 7, 8, 9, 10 ..."]
+    assert list(notes_of_images((0, 0), np.array([1, 1]), split)) == [
+        "note: no test image is of a novel class, accuracies on novel are 0 for want of any",
+        "note: 8 of 9 classes have no test image: class 5, 7, 8, 9, 10 ..."]
 
 
 def test_few_classes_cannot_be_wrong():
-    split = Split("val", np.array([0, 4]), np.array([2, 3, 7]))
-    assert list(notes_of_test_images(np.arange(5), split)) == ["note: there are 5 classes, all of which are among the five best"]
+    split = Split(np.array([0, 4]), np.array([2, 3, 7]))
+    assert list(notes_of_images((0, 0), np.arange(5), split)) == ["note: there are 5 classes, all of which are among the five best"]
+
+
+def test_images_that_could_not_be_read_are_counted():
+    split = Split(np.arange(6), np.arange(6, 12))
+    assert list(notes_of_images((3, 1), np.arange(12), split)) == [
+        "note: 3 labelled and 1 test images could not be read, and have the features of a black image"]

@@ -5,7 +5,7 @@ import pytest
 from graph_utils import neighbours as nb
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, as_vectors
-from lowshot.features import MatrixFile, NormalisedRows
+from lowshot.features import MatrixFile, normalise_rows
 from vectors import check_exact, clustered
 
 pytestmark = pytest.mark.usefixtures("products")
@@ -80,16 +80,16 @@ def test_files_are_normalised_as_they_are_read(tmp_path):
     x, more = 7 * clustered(300, seed=1), clustered(50, seed=2)
     x[17] = 0
     x.tofile(tmp_path / "raw")
-    rows = NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 300), more)
-    whole = rows[:]
-    check_exact(*exact_search.exact_knn(more, rows, 9), more, whole, 9)
-    D, I, info = knn.build_knn_graph(rows, 9)
+    parts = MatrixFile(str(tmp_path / "raw"), "<f4", 32, 300), more
+    vectors, whole = Vectors(*parts, normalise=True), normalise_rows(np.concatenate([x, more]))
+    check_exact(*exact_search.exact_knn(more, vectors, 9), more, whole, 9)
+    D, I, info = knn.build_knn_graph(vectors, 9)
     check_exact(D, I, whole, whole, 9)
     assert info["exact"] and (I == np.arange(350)[:, None]).any(axis=1).all()
     x[123, 4] = np.nan
     x.tofile(tmp_path / "raw")
     with pytest.raises(ValueError, match="raw: row 123 holds NaN"):
-        Vectors(rows)
+        Vectors(*parts, normalise=True)
 
 
 def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
@@ -97,14 +97,14 @@ def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
     monkeypatch.setattr(exact_search, "LOOKED_UP", 500)      # eleven queries at a time, of those with all candidates
     x, more = 7 * clustered(700, seed=1), clustered(150, seed=2)
     x.tofile(tmp_path / "raw")
-    rows, new, q = NormalisedRows(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), more), clustered(90, seed=3), clustered(60)
-    whole = rows[:]
-    for a, b in zip(exact_search.exact_knn(q, rows, 9), exact_search.exact_knn(q, whole, 9)):
+    vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), more, normalise=True)
+    new, q, whole = clustered(90, seed=3), clustered(60), normalise_rows(np.concatenate([x, more]))
+    for a, b in zip(exact_search.exact_knn(q, vectors, 9), exact_search.exact_knn(q, whole, 9)):
         np.testing.assert_allclose(a, b, atol=1e-6)
     D, I = exact_search.exact_knn(whole, whole, 6)
-    check_exact(*exact_search.cross_insert(new, rows, D, I, 850, 6), new, np.concatenate([whole, new]), 6)
+    check_exact(*exact_search.cross_insert(new, vectors, D, I, 850, 6), new, np.concatenate([whole, new]), 6)
     check_exact(D, I, whole, np.concatenate([whole, new]), 6)
-    cells = Cells.train(Vectors(rows), 20)
+    cells = Cells.train(vectors, 20)
     D, I, info = knn.search_begun(cells, np.concatenate([q] * 40), 7, recall=.999, nprobe=20)()
     check_exact(D[:60], I[:60], q, whole, 7)
     assert np.array_equal(I, np.tile(I[:60], (40, 1))) and info["recall"] > .99
@@ -124,7 +124,7 @@ def test_cross_insert_of_duplicates():
     old = clustered(400, seed=1)
     new = np.concatenate([old[:150], np.tile(old[7], (100, 1)), np.zeros((3, 32), "f4")])
     D, I = exact_search.exact_knn(old, old, 6)
-    D_new, I_new = exact_search.cross_insert(new, NormalisedRows(old), D, I, 400, 6)
+    D_new, I_new = exact_search.cross_insert(new, Vectors(old, normalise=True), D, I, 400, 6)
     check_exact(D_new, I_new, new, np.concatenate([old, new]), 6)
     check_exact(D, I, old, np.concatenate([old, new]), 6)
 

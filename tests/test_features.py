@@ -10,8 +10,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features, write_made_from  # noqa: E402
 from lowshot import features  # noqa: E402
-from lowshot.features import (FeatureFile, MatrixFile, NormalisedRows, check_same_network, labels_of_both,  # noqa: E402
-                              matrix_rows, normalise_rows)
+from lowshot.features import (FeatureFile, MatrixFile, check_same_network, labels_of_both,  # noqa: E402
+                              normalise_rows)
 
 N, D = 53, 7
 
@@ -259,17 +259,19 @@ def test_size_of_a_matrix(tmp_path):
     path = str(tmp_path / "m.raw")
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     x.tofile(path)
-    assert np.array_equal(MatrixFile(path, np.float32, 3, 4)[:], x)
-    assert matrix_rows(path, np.float32, 3, rows=4) == 4 and matrix_rows(path, np.float32, 3, rows=2) == 4
-    for arguments, message in [((5,), "48 bytes, a multiple of 20 expected"), ((3, 5), r"at least 60 \(5 rows of 12\)"),
-                               ((5, 2, "make it"), "expected: truncated or of another shape; make it --overwrite makes it again")]:
+    assert np.array_equal(MatrixFile(path, np.float32, 3, 4)[:], x) and len(MatrixFile(path, np.float32, 3, 2)[:]) == 2
+    with pytest.raises(IndexError):
+        MatrixFile(path, np.float32, 3, 4)[::2]
+    for arguments, message in [((5, 1), r"48 bytes, at least 20 \(1 rows of 20\) expected: truncated or of another shape"),
+                               ((3, 5), r"at least 60 \(5 rows of 12\) expected: it holds 4 rows"),
+                               ((5, 2, "make it"), "truncated or of another shape; make it --overwrite makes it again")]:
         with pytest.raises(ValueError, match=message):
-            matrix_rows(path, np.float32, *arguments)
+            MatrixFile(path, np.float32, *arguments)
     open(path, "w").close()
     with pytest.raises(ValueError, match="has 0 bytes"):
-        matrix_rows(path, np.float32, 3)
+        MatrixFile(path, np.float32, 3, 0)
     with pytest.raises(ValueError, match="gone does not exist: train makes it"):
-        matrix_rows(str(tmp_path / "gone"), np.float32, 3, maker="train")
+        MatrixFile(str(tmp_path / "gone"), np.float32, 3, 1, maker="train")
 
 
 @pytest.mark.parametrize("at_once", [1, 1000, 4000, 1 << 20])
@@ -300,23 +302,6 @@ def test_normalise_rows():
         normalise_rows(x)
 
 
-def test_normalised_rows_of_several_matrices(tmp_path):
-    rs = np.random.RandomState(0)
-    parts = [rs.randn(n, 4).astype(np.float32) for n in (5, 0, 3, 1)]
-    x = NormalisedRows(*parts)
-    full = normalise_rows(np.concatenate(parts))
-    assert len(x) == 9 and x.shape == (9, 4)
-    for i, j in [(0, 9), (0, 5), (4, 6), (5, 5), (7, 9), (8, 9), (3, 100)]:
-        assert np.allclose(x[i:j], full[i:j]) and x[i:j].shape == full[i:j].shape
-    with pytest.raises(IndexError):
-        x[::2]
-    path = str(tmp_path / "m.raw")
-    parts[2][1, 2] = np.nan
-    parts[2].tofile(path)
-    with pytest.raises(ValueError, match="m.raw: row 1 holds NaN"):
-        NormalisedRows(parts[0], MatrixFile(path, np.float32, 4, 3))[2:8]
-
-
 def test_data_directory_is_the_same_each_time(tmp_path):
     a, b = (make_data_directory(tmp_path / name, raw=True, pca_dim=16) for name in "ab")
     names = [os.path.relpath(os.path.join(folder, f), a) for folder, _, files in os.walk(a) for f in files]
@@ -326,7 +311,7 @@ def test_data_directory_is_the_same_each_time(tmp_path):
             assert f.read() == g.read(), name
     x = np.concatenate([read_features(os.path.join(a, f"features/f100m/block{i}.hdf5"))[0] for i in (0, 1)])
     assert x.shape == (500, 64) and (x >= 0).all()
-    assert matrix_rows(os.path.join(a, "features/f100m/concatenated_PCAR16.raw"), np.float32, 16) == 500
+    assert os.path.getsize(os.path.join(a, "features/f100m/concatenated_PCAR16.raw")) == 500 * 16 * 4
 
 
 def test_features_of_the_other_byte_order(tmp_path):
@@ -369,4 +354,4 @@ def test_class_names_and_labels_of_two_files(tmp_path):
     write_made_from(str(tmp_path / "b"), model="ResNet50")
     with FeatureFile(str(tmp_path / "b")) as b, FeatureFile(str(tmp_path / "d")) as d:
         with pytest.raises(ValueError, match="same network"):
-            labels_of_both(b, d)
+            labels_of_both(b, d, 2)

@@ -59,21 +59,21 @@ def test_blocks_are_in_number_order_without_gaps(root):
 def test_find_graph_takes_the_narrowest_that_serves(root):
     d = DataDir(str(root))
     with pytest.raises(ValueError, match=r"no graph of 50 .*\(none\): python build_graph.py 50 --k 30"):
-        d.find_graph(50, 30)
+        d.find_graph(50, 30, 256)
     for k in (8, 64, 32):
         for path in d.graph(50, k):
             open(path, "w").close()
     for path in d.graph(500, 30):
         open(path, "w").close()
-    assert d.find_graph(50, 30) == (*d.graph(50, 32), 32) and d.find_graph(50, 33)[2] == 64
+    assert d.find_graph(50, 30, 256) == (*d.graph(50, 32), 32) and d.find_graph(50, 33, 256)[2] == 64
     os.unlink(d.graph(50, 32)[1])                       # D is missing: not a graph
-    assert d.find_graph(50, 30)[2] == 64
+    assert d.find_graph(50, 30, 256)[2] == 64
     with pytest.raises(ValueError, match="only k = 8, 32, 64"):
-        d.find_graph(50, 65)
+        d.find_graph(50, 65, 256)
     with pytest.raises(ValueError, match="build_graph.py 50 --k 65 --dim 16 makes it"):
         d.find_graph(50, 65, 16)
     with pytest.raises(ValueError, match="k is 1025, graphs of background images have at most 1024 neighbours"):
-        d.find_graph(50, 1025)
+        d.find_graph(50, 1025, 256)
 
 
 def test_stored_columns():

@@ -329,7 +329,7 @@ def test_default_record_name(ddir, monkeypatch):
     (["--wd", "0,0.0"], "repeats a value"),
     (["--mom", "2"], "at most 1"),
     (["--mode", "train"], "invalid choice"),
-    (["--device", "cuda"], "sees no GPU"),
+    (["--device", "cuda"], "sees 0 GPUs"),
 ])
 def test_bad_arguments_take_one_line(ddir, words, message):
     if "cuda" in words and torch.cuda.is_available():

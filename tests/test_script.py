@@ -395,3 +395,9 @@ def test_outputs_in_a_folder_that_is_not_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)         # as for another user than root
     with pytest.raises(OSError, match="cannot be written: .* is not writable"):
         script.check_outputs(str(tmp_path / "new" / "file"))
+
+
+def test_as_text():
+    assert script.as_text([0.01, 1.0, 0, 5]) == "0.01,1,0,5"
+    assert script.as_text(75000) == "75000"
+    assert script.as_text("test") == "test"

@@ -60,7 +60,7 @@ def test_split_file_that_is_no_json(tmp_path):
 
 # the images of class c are the rows where this holds c; base classes 1 and 4, novel ones 0 and 3
 LABELS = np.array([3, 1, 0, 4, 0, 3, 1, 2, 0, 3, 0, 4, 1, 3])
-SPLIT = Split("test", np.array([1, 4]), np.array([0, 3]))
+SPLIT = Split(np.array([1, 4]), np.array([0, 3]))
 
 
 def test_order_worked_by_hand():
@@ -82,9 +82,9 @@ def test_more_labels_of_the_same_seed_contain_the_fewer():
 
 
 def test_without_base_or_without_novel_classes():
-    rows, labels, nbase = labelled_images(LABELS, Split("val", np.array([], int), np.array([2])), 1, 1)
+    rows, labels, nbase = labelled_images(LABELS, Split(np.array([], int), np.array([2])), 1, 1)
     assert rows.tolist() == [7] and labels.tolist() == [0] and nbase == 0
-    rows, labels, nbase = labelled_images(LABELS, Split("val", np.array([4]), np.array([], int)), 3, 1)
+    rows, labels, nbase = labelled_images(LABELS, Split(np.array([4]), np.array([], int)), 3, 1)
     assert rows.tolist() == [3, 11] and nbase == 2
 
 
@@ -92,7 +92,7 @@ def test_too_few_images():
     with pytest.raises(ValueError, match="nlabeled is 5, but novel class 1 has 4 training images"):
         labelled_images(LABELS, SPLIT, 5, 1)
     with pytest.raises(ValueError, match="class 8 of the split has no image"):
-        labelled_images(LABELS, Split("test", np.array([7]), np.array([0])), 1, 1)
+        labelled_images(LABELS, Split(np.array([7]), np.array([0])), 1, 1)
 
 
 def test_test_images_are_those_of_the_split():

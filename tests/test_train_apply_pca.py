@@ -12,7 +12,7 @@ import train_apply_pca
 from data_directory import write_features, write_made_from
 from lowshot import pca
 from lowshot.packages import faiss
-from lowshot.script import exclusive, read_json, write_json
+from lowshot.script import exclusive, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 D, DIM = 24, 10
@@ -137,15 +137,6 @@ def test_blocks_of_different_networks_are_refused(root):
     for b in range(3):
         write_made_from(path(root, f"block{b}.hdf5"), model="ResNet50", modelfile_sha256="a")
     assert f"block0.hdf5 and {path(root, f'PCAR{DIM}.vt')} (says its .json) must come from" in run(root, "apply", ok=False)
-
-
-def test_a_pca_whose_notes_do_not_tell_the_network_is_complete(root):
-    run(root, "train")
-    notes = path(root, f"PCAR{DIM}.vt.json")
-    content = read_json(notes)
-    assert content.pop("network") == {}
-    write_json(notes, content)
-    assert "complete, nothing to do" in run(root, "train")
 
 
 def test_blocks_that_do_not_continue_each_other_are_refused(root):
