@@ -31,7 +31,7 @@ import numpy as np
 from lowshot.evaluate import accuracies, notes_of_images
 from lowshot.features import FeatureFile, labels_of_both, read_into
 from lowshot.layout import DataDir
-from lowshot.machine import available_memory, peak_memory, release_memory
+from lowshot.machine import peak_memory, release_memory, spendable_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
                             provenance, remove_left_behind, reserve, run, size, warn_of_memory, whole, within_memory,
                             write_json)
@@ -293,7 +293,7 @@ def main():
     record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
     store_at = stored_iterations(args)
     record = provenance(args)
-    steps, free = Steps(), available_memory()
+    steps = Steps()
     # after the arguments: these load faiss and the compiled library
     from graph_utils import BestClasses, aligned_zeros
     from lowshot.backends import choose_backend
@@ -301,6 +301,7 @@ def main():
     from lowshot.exact_search import use_gpu
     from lowshot.gpu_search import search_device
     from lowshot.index_files import allocator
+    free = spendable_memory()
 
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)

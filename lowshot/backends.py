@@ -22,7 +22,7 @@ import numpy as np
 
 from graph_utils import PANEL, WIDEST, SymmetricGraph, aligned_zeros, has_mkl, mkl_product, neighbour_sums
 from lowshot import gpu_search
-from lowshot.machine import available_memory, torch_device
+from lowshot.machine import spendable_memory, torch_device
 from lowshot.script import log, size
 
 ENTRIES = 1.6       # of W, for each node and neighbour: most edges are not mutual, 2 would be the most
@@ -48,7 +48,7 @@ class OwnGraph(SymmetricGraph):
         return L[rows] * scale
 
     def free_memory(self):
-        return available_memory()
+        return spendable_memory()
 
 
 class MklGraph(OwnGraph):
@@ -119,7 +119,7 @@ class TorchGraph(SymmetricGraph):
     def free_memory(cls):
         if cls.device.startswith("cuda"):
             return int(gpu_search.free_memory(cls.device) * cls.share)
-        return available_memory()
+        return spendable_memory()
 
     @classmethod
     def fits(cls, n, k):

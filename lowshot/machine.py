@@ -129,9 +129,14 @@ def available_memory():
     return free
 
 
+def spendable_memory():
+    """Bytes that arrays may take: what is available, but for a tenth of it for what is not counted."""
+    return int(.9 * available_memory())
+
+
 def fits(size):
-    """Whether so many bytes may be taken, and leave a tenth of what is free for what is not counted."""
-    return size <= .9 * available_memory()
+    """Whether arrays of so many bytes fit in the memory that is free."""
+    return size <= spendable_memory()
 
 
 def gpu_available():

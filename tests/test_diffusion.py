@@ -126,7 +126,7 @@ def test_entries_of_W_in_a_file(root, tmp_path, monkeypatch, backend):
     monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a) or scratch(*a))
     for fits, writable in ((True, True), (False, True), (False, False)):
         monkeypatch.setattr(machine, "fits", lambda size: fits)
-        monkeypatch.setattr("diffusion.available_memory", lambda: fits << 40)
+        monkeypatch.setattr("diffusion.spendable_memory", lambda: fits << 40)
         with monkeypatch.context() as m:
             if not writable:
                 m.setattr(os, "access", lambda path, mode: not path.endswith("knngraph"))
