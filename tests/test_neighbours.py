@@ -609,6 +609,11 @@ def test_merge_lists(k1, k2, k):
         assert list(D[row]) == [-d for d, _ in want] + [-np.inf] * (k - len(want))
 
 
+def test_of_equal_ones_those_of_the_first_lists_come_first():
+    D, I = nb.merge_lists(np.float32([[.5, .5, .2]]), np.int32([[7, 8, 9]]), np.float32([[.5, .2]]), np.int32([[1, 2]]), 5)
+    assert I.tolist() == [[7, 8, 1, 9, 2]] and D.tolist() == [[.5, .5, .5, np.float32(.2), np.float32(.2)]]
+
+
 def test_no_queries_and_no_vectors():
     empty, x = nb.to_bfloat16(np.empty((0, 32), "f4")), nb.to_bfloat16(unit_vectors(3, 32))
     assert nb.search_all(empty, x, 4).shape == (0, 4)
