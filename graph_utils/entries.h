@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 // Read so many bytes of a file. what(): what they are, for the error where they are not there.
@@ -17,7 +17,7 @@ void read_at(int file, void* to, int64_t bytes, int64_t offset, What what) {
     for (int64_t done = 0; done < bytes;) {
         const ssize_t got = pread(file, (char*)to + done, bytes - done, offset + done);
         if (got == 0) throw std::invalid_argument("the file ends before the end of " + what());
-        if (got < 0 && errno != EINTR) throw std::runtime_error(what() + ": " + std::strerror(errno));
+        if (got < 0 && errno != EINTR) throw std::system_error(errno, std::generic_category(), what());
         done += std::max<ssize_t>(got, 0);
     }
 }
@@ -34,7 +34,7 @@ class Entries {
         if (!in_file()) return memory_;
         buffer.resize(end - begin);
         read_at(file_, buffer.data(), 4 * (end - begin), 4 * begin, [] { return std::string("the entries"); });
-        return buffer.data() - begin;
+        return reinterpret_cast<const int32_t*>(reinterpret_cast<uintptr_t>(buffer.data()) - 4 * begin);
     }
 
   private:

@@ -471,9 +471,9 @@ struct Near {
 
     // Compares the scanner's queries with what is listed for query i.
     template <class Kernel>
-    void scan(Scanner<Kernel>& scanner, const uint32_t* X, int64_t i) const {
+    void scan(Scanner<Kernel>& scanner, const uint32_t* X, int64_t i, Lists& lists) const {
         const int64_t* offset = offsets + group[i];
-        scanner.scan_listed(X, offset[1] - offset[0], listed + offset[0], scanner.lists);
+        scanner.scan_listed(X, offset[1] - offset[0], listed + offset[0], lists);
     }
 };
 
@@ -488,7 +488,7 @@ void search_near_with(int64_t nq, const uint32_t* Q, const int32_t* order, int64
             next = near.run(i, std::min(i1, i + kGroup));
             scanner.lists.start(next - i, K);
             scanner.queries(next - i, np, [&](int64_t j) { return Q + row(i + j) * stride; }, [](int64_t j) { return j; });
-            near.scan(scanner, X, i);
+            near.scan(scanner, X, i, scanner.lists);
             for (int64_t j = i; j < next; j++) scanner.lists.store(j - i, keys + row(j) * K);
         }
     });
@@ -499,6 +499,8 @@ struct CellScratch {
     Scanner<Kernel> coarse, fine;
     std::vector<int64_t> first;                                 // where the queries of each cell begin in `members`
     std::vector<int32_t> members, cells;
+    Lists before;                                               // cells that were searched
+    std::vector<int64_t> searched;                              // the last query that a cell was searched for, plus one
     std::vector<std::pair<int32_t, int32_t>> visits;            // (cell, query)
     std::vector<std::pair<float, int32_t>> order;
 };
@@ -525,8 +527,8 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
 
 template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
-                       Near near, int64_t nprobe, int64_t before, const int64_t* begin, const int64_t* end,
-                       const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers,
+                       Near near, int64_t nprobe, Near near_before, int64_t before, const int64_t* begin,
+                       const int64_t* end, const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers,
                        uint64_t* x_keys, float* x_worst) {
     const int64_t stride = Kernel::Format::stride(np);
     std::unique_ptr<Inserter> inserter;
@@ -540,24 +542,33 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
         const int64_t m = i1 - i0;
         const uint32_t* group = Q + i0 * stride;
         t.visits.clear();
+        t.searched.assign(nlist, 0);
         for (int64_t j0 = 0, mj; j0 < m; j0 += mj) {
             mj = std::min(kGroup, m - j0);
-            if (near.listed) mj = near.run(i0 + j0, i0 + j0 + mj) - (i0 + j0);
-            t.coarse.lists.start(mj, nprobe);
+            for (const Near& n : {near, near_before})
+                if (n.listed) mj = n.run(i0 + j0, i0 + j0 + mj) - (i0 + j0);
             t.coarse.queries(mj, np, [&](int64_t i) { return group + (j0 + i) * stride; }, [](int64_t i) { return i; });
-            if (near.listed)
-                near.scan(t.coarse, centroids, i0 + j0);
-            else
-                t.coarse.scan(centroids, 0, nlist, 0, t.coarse.lists, NoLists{});
+            auto nearest = [&](const Near& n, int64_t count, Lists& lists) {
+                lists.start(mj, count);
+                if (n.listed)
+                    n.scan(t.coarse, centroids, i0 + j0, lists);
+                else
+                    t.coarse.scan(centroids, 0, nlist, 0, lists, NoLists{});
+            };
+            nearest(near, nprobe, t.coarse.lists);
+            if (before) nearest(near_before, before, t.before);
             for (int64_t i = 0; i < mj; i++) {
-                uint64_t* const best = t.coarse.lists.best(i);
-                if (before) std::sort(best, best + t.coarse.lists.count[i], std::greater<uint64_t>());
+                if (before) {
+                    const uint64_t* const searched = t.before.best(i);
+                    for (int64_t j = 0; j < t.before.count[i]; j++) t.searched[number_of(searched[j])] = j0 + i + 1;
+                }
+                const uint64_t* const best = t.coarse.lists.best(i);
                 const size_t visits = t.visits.size();
                 int64_t have = 0;
                 for (int64_t j = 0; j < t.coarse.lists.count[i]; j++) {
                     const int32_t c = (int32_t)number_of(best[j]);
                     have += end[c] - begin[c];
-                    if (j >= before) t.visits.emplace_back(c, (int32_t)(j0 + i));
+                    if (t.searched[c] != j0 + i + 1) t.visits.emplace_back(c, (int32_t)(j0 + i));
                 }
                 if (have < K && nprobe < nlist) {
                     t.visits.resize(visits);
@@ -988,8 +999,9 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t before,
-                  const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, const int32_t* own_before,
+                  const int64_t* offsets_before, const int32_t* listed_before, int64_t before, const int64_t* begin,
+                  const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst) {
     check_width(np);
     check_numbers(nlist);
@@ -998,9 +1010,11 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nl
     if (before < 0 || (before && x_keys)) throw std::invalid_argument("search_cells: `before` is negative, or beside x_keys");
     if (x_keys && !(middle && numbers && x_worst)) throw std::invalid_argument("search_cells: an array is missing");
     const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
+    const Near near_before =
+        own_before ? checked_near(nq, own_before, nlist, offsets_before, listed_before, nlist) : Near{};
     DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
-             std::min(nprobe, nlist), before, begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys,
-             x_worst);
+             std::min(nprobe, nlist), near_before, std::min(before, nlist), begin, end, (const uint32_t*)X, K, keys, middle, numbers,
+             (uint64_t*)x_keys, x_worst);
 }
 
 void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* order, int64_t ngroup, const int64_t* end,

@@ -64,8 +64,8 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 // centroids  in  nlist x np words, or np + 1 in bytes; Q and X alike
 // own        in  nq, or null: a cell near each query. Only cells listed for that one, as in search_near, are then looked at for
 //                the nearest. Quick if successive queries have the same
-// before     in  so many of the nearest cells are left out: they were searched, and keys may hold vectors of the others as well.
-//                What enters is marked as new then. Not with x_keys
+// before     in  the nearest cells, so many of those listed for own_before, or of all if that is null, are left out, as they were
+//                searched. keys may hold vectors of the others as well, and what enters is marked as new. Not with x_keys
 // begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
 //
 // x_keys     in/out  null, or the lists of the rows of X, n x K: the queries enter those of the rows that they are
@@ -73,8 +73,9 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 // middle     in  nlist; numbers in: nq, what the queries are called in x_keys. Null if x_keys is
 // x_worst    in/out  n: the worst product in each of x_keys, -inf where it is not full. Null if x_keys is
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
-                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, int64_t before,
-                  const int64_t* begin, const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
+                  const int32_t* own, const int64_t* offsets, const int32_t* listed, int64_t nprobe, const int32_t* own_before,
+                  const int64_t* offsets_before, const int32_t* listed_before, int64_t before, const int64_t* begin,
+                  const int64_t* end, const int32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
                   const int32_t* numbers, int64_t* x_keys, float* x_worst);
 
 // Sums of rows of x, group by group.

@@ -178,7 +178,7 @@ def group_sums(x, order, end):
     return out
 
 
-def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=None, before=0):
+def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=None, before=None):
     """Join to keys (nq, K) the best of rows begin[c]..end[c]-1 of X for the nprobe cells c that are nearest to each
     query, and of more cells until they hold K vectors.
 
@@ -187,11 +187,10 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
     are the worst products in x_keys, see worst_products; both are updated.
     near: None, or (own int32 (nq,), listed int32 (nlist, m)): a cell near each query, and m >= nprobe near each cell. The
     nearest to a query are then looked for among those listed for its own alone; successive queries should have the same.
-    before: of the nprobe cells, so many of the nearest are left out: they were searched. keys may then hold vectors of the
-    others as well, and what enters is marked as new (NEW). Not with insert.
+    before: None, or (nprobe, near) of a search whose cells are left out. keys may hold vectors of the others as well, and what
+    enters is marked as new (NEW). Not with insert.
     """
     nq = len(Q)
-    own = offsets = listed = None
     nlist, K = len(centroids), keys.shape[1]
     middle, numbers, x_keys, x_worst = insert or (None,) * 4
     for rows, name in ((begin, "begin"), (end, "end"), *([(middle, "middle")] if insert else [])):
@@ -200,14 +199,20 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
         _check_range(_check(numbers, np.int32, (nq,), "numbers"), 0, NONE, "numbers")
         _check(x_keys, np.int64, (len(X), K), "x_keys")
         _check(x_worst, np.float32, (len(X),), "x_worst")
-    if near:
+
+    def cells_near(near, nprobe):
+        if near is None:
+            return None, None, None
         _check(near[1], np.int32, (nlist, None), "listed")
         if near[1].shape[1] < min(nprobe, nlist):
             raise ValueError(f"{near[1].shape[1]} cells are listed for each, fewer than nprobe {nprobe}")
         own, _, offsets, listed = _listed(*near, nq)
-    core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), own, offsets, listed, nprobe,
-                      before, begin, end, _words(X, "X", Q), K, _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys,
-                      x_worst)
+        return own, offsets, listed
+
+    nprobe_before, near_before = before or (0, None)
+    core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), *cells_near(near, nprobe), nprobe,
+                      *cells_near(near_before, nprobe_before), nprobe_before, begin, end, _words(X, "X", Q), K,
+                      _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
 
 
 def worst_products(keys, block=1 << 16):
@@ -285,6 +290,8 @@ def read_rows(path, rows, nrow, out):
             core.read_rows(f.fileno(), nrow, len(rows), rows, out.shape[1], out)
         except ValueError as e:
             raise ValueError(f"{path} is truncated: {e}")
+        except OSError as e:
+            raise OSError(f"{path}: {e}")
 
 
 def _two_parts(parts, name, d=None):

@@ -111,7 +111,11 @@ class SymmetricGraph:
     def _take(self, indptr, indices, nsingle):
         self.n, self.indptr, self.indices, self.nsingle = len(nsingle), indptr, indices, nsingle
         file = getattr(indices, "file", None)
-        self._csr = (indptr, indices, -1) if file is None else (indptr, None, file)
+        if file is None:
+            self._csr = indptr, indices, -1
+        else:
+            indices.flush()         # an error of the disk is one now, and would be wrong entries later
+            self._csr = indptr, None, file
 
     @property
     def arrays(self):

@@ -97,10 +97,10 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         # a cell's own nodes have to be enough for the work on its list
         return None if nprobe or n - n0 < 16 * len(curve) else sample.near_cells(cells, position, p, curve[p - 1])
 
-    rounds, have, before = lists.rounds, 0.0, 0
+    rounds, have, further = lists.rounds, 0.0, False
     p = lists.nprobe or p           # of a run that was killed
     while True:
-        lists.search(p, progress, near(p), before)
+        lists.search(p, progress, near(p), further)
         have = lists.recall(sample, needed)
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
         gained = 1.0
@@ -117,11 +117,10 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             break               # more cells do not find what rounding hides
         # so many that it suffices if rounds find the same share of what these miss, and a few for that they find less
         missed = .9 * (1 - wanted) * (1 - curve[p - 1]) / (1 - have)
-        before, rounds = p, 0
+        further, rounds = not n0, 0
         p = min(max(cells_reaching(curve, 1 - missed), p + p // 8 + 1), 4 * p, len(curve))
         if n0:          # what has entered the lists of known nodes is not told apart
             lists.restart()
-            before = 0
     if have < recall and not nprobe:
         say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.codes.format} gives here")
     if release:
@@ -175,22 +174,25 @@ class Lists:
         # further places are for what may be among the k best, not for whatever comes first
         nb.known_lists(self.cells.X, self.cells.order, self.position, self.initial[1], BAR * self.error, self.keys)
 
-    def search(self, nprobe, progress, near=None, before=0):
-        """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells(). before: the nearest
-        of them, that were searched. Meanwhile no copy is written, as a killed run could not tell which lists have more."""
+    def search(self, nprobe, progress, near=None, further=False):
+        """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells(). further: but for
+        those of the search before this one. Copies that are written meanwhile are of what that one left, and perhaps more."""
         c, n = self.cells, self.cells.n
-        self.nprobe = nprobe
         if self.n0:
             self._search_new(nprobe, progress, near)
-        for i in range(0 if before else self.searched, n, sampling.SEARCH_BLOCK):
-            block = slice(i, min(i + sampling.SEARCH_BLOCK, n))
-            nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.stop, c.X, self.keys[block],
-                            near=self._near(near, np.arange(i, block.stop)), before=before)
-            self.searched = block.stop
-            if self.checkpoint is not None and not before:
+        if not further:
+            self.nprobe, self.before = nprobe, None
+        for i in range(0 if further else self.searched, n, sampling.SEARCH_BLOCK):
+            block, rows = slice(i, min(i + sampling.SEARCH_BLOCK, n)), np.arange(i, min(i + sampling.SEARCH_BLOCK, n))
+            nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.stop, c.X, self.keys[block], near=self._near(near, rows),
+                            before=self.before and (self.before[0], self._near(self.before[1], rows)))
+            if not further:
+                self.searched = block.stop
+            if self.checkpoint is not None:
                 self.checkpoint.save(self)
             progress("nodes compared with near cells", block.stop, n)
-        if not before:
+        self.nprobe, self.before = nprobe, (nprobe, near)
+        if not further:
             self._mark_new()
 
     def _near(self, near, rows):

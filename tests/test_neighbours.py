@@ -674,7 +674,7 @@ def test_no_queries_and_no_vectors():
     (lambda x: nb.search_self(x, 0), "K is less than 1"),
     (lambda x: nb.search_all(x, x, 3, insert=(np.zeros((8, 0), "i8"), np.zeros(8, "f4"))), "K is less than 1"),
     (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 0), "i8")), "K, nprobe"),
-    (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"), before=-1), "`before`"),
+    (lambda x: nb.search_cells(x, x, 1, np.zeros(8, "i8"), np.zeros(8, "i8"), x, np.zeros((8, 2), "i8"), before=(-1, None)), "`before`"),
     (lambda x: nb.search_all(np.zeros((2, 0), "i4"), np.zeros((2, 0), "i4"), 1), "multiple of 16 words"),
     (lambda x: nb.known_lists(x, np.arange(8, dtype="i4"), np.arange(8, dtype="i4"), np.zeros((9, 2), "i4"), 0,
                               np.zeros((8, 3), "i8")), "more known lists"),
@@ -835,7 +835,7 @@ def test_products_that_are_not_known(name):
 
 
 def test_a_file_that_cannot_be_read():
-    with pytest.raises(RuntimeError, match="row 0: Input/output error"):
+    with pytest.raises(OSError, match="row 0: Input/output error"):
         nb.read_rows("/proc/self/mem", [0], 1, np.empty((1, 4), "f4"))
 
 
@@ -879,7 +879,7 @@ def test_search_of_further_cells(K, first, then, stored):
     end[-1] = n
     begin = np.concatenate([[0], end[:-1]])
 
-    def search(keys, nprobe, before=0):
+    def search(keys, nprobe, before=None):
         keys = keys.copy()
         nb.search_cells(q, centroids, nprobe, begin, end, x, keys, before=before)
         return -np.sort(-nb.numbers(keys)), keys
@@ -889,7 +889,7 @@ def test_search_of_further_cells(K, first, then, stored):
     want, all_at_once = search(nothing, then)
     known = keys.copy()         # some have found all there is
     known[::3] = all_at_once[::3]
-    found, joined = search(known, then, first)
+    found, joined = search(known, then, (first, None))
     assert (np.sort(nb.numbers(joined)) == found[:, ::-1]).all()
     new = (joined & nb.NEW) != 0
     for i in range(nq):
@@ -900,3 +900,35 @@ def test_search_of_further_cells(K, first, then, stored):
     np.testing.assert_allclose(np.sort(nb.similarities(joined)), np.sort(nb.similarities(all_at_once)), atol=2e-6)
     assert (found == want).mean() > .999
     assert new.any()
+
+
+@pytest.mark.parametrize("first, then", [((3, 4), (8, None)), ((2, 5), (6, 12)), ((4, 6), (30, None)), ((5, None), (9, 18))])
+def test_further_cells_where_few_were_looked_at(first, then):
+    """All cells are searched in the end, also those that are nearer than some that were searched before, but were not looked
+    at: (nprobe, cells listed for each; None: all)."""
+    q, x, centroids = (nb.to_bytes(unit_vectors(m, 48, seed)) for seed, m in enumerate((700, 900, 30)))
+    own = np.sort(np.random.RandomState(4).randint(0, 30, 700)).astype(np.int32)
+    end = np.linspace(0, 900, 31).astype(np.int64)[1:]
+    begin = end - 30
+    S = nb.similarities(np.sort(nb.search_all(centroids, centroids, 30).view(np.uint64))[:, ::-1].view(np.int64))
+    nearest = nb.numbers(np.sort(nb.search_all(centroids, centroids, 30).view(np.uint64))[:, ::-1].view(np.int64)).astype(np.int32)
+    assert (np.diff(S) <= 0).all()
+
+    def near(m):
+        return None if m is None else (own, np.ascontiguousarray(nearest[:, :m]))
+
+    def search(keys, nprobe, m, before=None):
+        nb.search_cells(q, centroids, nprobe, begin, end, x, keys, near=near(m), before=before)
+
+    keys, want = np.zeros((2, 700, 20), np.int64)
+    search(keys, *first)
+    search(want, *first)
+    search(keys, *then, before=(first[0], near(first[1])))
+    all_at_once = np.zeros((700, 20), np.int64)
+    search(all_at_once, *then)
+    # the best of what either search finds
+    for i in range(700):
+        both = {**dict(zip(nb.numbers(want[i]), nb.similarities(want[i]))),
+                **dict(zip(nb.numbers(all_at_once[i]), nb.similarities(all_at_once[i])))}
+        best = sorted((s for number, s in both.items() if number >= 0), reverse=True)[:20]
+        assert sorted(nb.similarities(keys[i]), reverse=True) == best

@@ -41,7 +41,7 @@ def test_product_equals_dense(n, k, ncol):
 
 
 @pytest.mark.parametrize("ncol", [16, 32, 48, 64])
-def test_product_of_near_and_of_far_neighbours(ncol):
+def test_product_of_near_and_of_far_neighbours(tmp_path, ncol):
     """Blocks of rows whose neighbours have near numbers are computed in another way than those with far ones."""
     rs, n, k = np.random.RandomState(ncol), 40000, 6
     steps = np.array([rs.choice(60, k, replace=False) - 30 for _ in range(n)])
@@ -60,6 +60,18 @@ def test_product_of_near_and_of_far_neighbours(ncol):
     expected /= np.maximum(degree, 1)[:, None]
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(colsum, expected.sum(axis=0), rtol=1e-6)
+    entries = scratch(str(tmp_path), graph.nnz, np.int32)
+    none = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8)
+    in_file = SymmetricGraph.changed(graph.arrays, n, *none, empty=lambda shape, dtype: entries)
+    threads, sums = graph_utils.get_num_threads(), []
+    for number in (1, 2, 5):
+        graph_utils.set_num_threads(number)
+        found = aligned_zeros((n, ncol))
+        sums.append(in_file.product(L, found))
+        np.testing.assert_array_equal(found, out)
+        np.testing.assert_array_equal(sums[-1], sums[0])
+    graph_utils.set_num_threads(threads)
+    np.testing.assert_allclose(sums[0], colsum, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ncol", [16, 48])
