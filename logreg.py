@@ -87,13 +87,13 @@ def evaluate(classifiers, X, labels, is_novel, store=None):
 
 
 def predict_memory(now, n, nt, d, C, G, batchsize, on_gpu=False):
-    """Peak memory in bytes of this process: `now` (interpreter and libraries), the features of the n labelled and nt
-    test images once, and the larger of what reading and what training hold beside them."""
+    """Peak memory in bytes of this process: `now` (interpreter and libraries), and the larger of what is held while the features
+    of the n labelled images are read, then those of the nt test images, and while these are there once and training goes on."""
     from graph_utils import FusedSGD
-    features = 4 * d * (n + nt)
-    reading = 2 * min(SLAB_BYTES, 4 * d * max(n, nt)) + 24 * (n + nt)
+    labelled, test = 4 * d * n, 4 * d * nt
+    reading = max(labelled + min(SLAB_BYTES, labelled), labelled + test + min(SLAB_BYTES, test)) + 24 * (n + nt)
     drawn = 16 * Sampler.DRAWN * batchsize * 2
-    return int(now + features + max(reading, drawn + (0 if on_gpu else FusedSGD.memory(G, C, d, batchsize))))
+    return int(now + max(reading, labelled + test + drawn + (0 if on_gpu else FusedSGD.memory(G, C, d, batchsize))))
 
 
 def point_file(path, points, g):

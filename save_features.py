@@ -32,7 +32,7 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.machine import cpus, peak_memory, torch_device
+from lowshot.machine import peak_memory, thread_count, torch_device
 from lowshot.script import Parser, Progress, check_outputs, clock, file_name, log, number, print_header, run, size
 
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
@@ -55,7 +55,7 @@ def main():
     loader, transforms = config["loader"], config["transforms"]
     device = torch_device(args.device)
     # on a CPU threads; with a GPU processes, which leave a CPU to this one
-    workers = args.workers or loader["workers"] or max(1, cpus() - (device != "cpu"))
+    workers = args.workers or loader["workers"] or max(1, thread_count() - (device != "cpu"))
 
     network = make_network(args.model, pretrained=not args.modelfile)
     if args.modelfile:
@@ -163,8 +163,8 @@ def arguments():
     group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, of each worker "
                        "(default: on a CPU what its caches hold, on a GPU what the configuration says)")
     group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
-                       "network; with a GPU, processes that read and decode (default: of the configuration, or one per "
-                       "CPU, but for one that feeds the GPU)")
+                       "network; with a GPU, processes that read and decode (default: of the configuration, or as many as "
+                       "OMP_NUM_THREADS says or there are CPUs, but for one that feeds the GPU)")
     return parser.parse_args()
 
 

@@ -21,10 +21,10 @@ import signal
 import time
 import warnings
 
-from runs import diffusion, show, threads
+from runs import diffusion, show
 
 import numpy as np
-from lowshot.machine import available_memory
+from lowshot.machine import available_memory, thread_count
 from lowshot.script import Parser, log, number, print_header, run, size
 
 
@@ -228,7 +228,7 @@ def main():
     log(f"diffusion.py, further runs: {warm['wall']:.1f} s")
     problem = Problem(args)
     lines = [f"{args.nbg:,} background, {problem.nl:,} labelled, {problem.nt:,} test images, {problem.C} classes, k = {args.k}, "
-             f"{args.niter} iterations, {threads()} threads.", ""]
+             f"{args.niter} iterations, {thread_count()} threads.", ""]
     if cold:
         lines += paper_table(args, problem, cold, warm)
     if "peers" in args.parts:

@@ -15,10 +15,11 @@ import os
 import tempfile
 import time
 
-from runs import show, threads, timed
+from runs import show, timed
 
 import numpy as np
 from lowshot.features import MatrixFile
+from lowshot.machine import thread_count
 from lowshot.script import Parser, number, run
 
 K = 30
@@ -103,7 +104,8 @@ def pynndescent_row(data, n_neighbors):
     import pynndescent
     pynndescent.NNDescent(data.x[:5000], metric="dot", n_neighbors=n_neighbors)        # compiles
     start = time.time()
-    I = pynndescent.NNDescent(data.x, metric="dot", n_neighbors=n_neighbors, random_state=1, n_jobs=threads()).neighbor_graph[0]
+    I = pynndescent.NNDescent(data.x, metric="dot", n_neighbors=n_neighbors, random_state=1,
+                              n_jobs=thread_count()).neighbor_graph[0]
     seconds = time.time() - start
     return (f"pynndescent {pynndescent.__version__}, n_neighbors {n_neighbors}", seconds, data.recall(I[data.sample]),
             "whole")
@@ -114,7 +116,7 @@ def hnswlib_row(data, wanted):
     index = hnswlib.Index(space="ip", dim=data.x.shape[1])
     start = time.time()
     index.init_index(max_elements=data.n, M=16, ef_construction=100, random_seed=1)
-    index.set_num_threads(threads())
+    index.set_num_threads(thread_count())
     index.add_items(data.x)
     building = time.time() - start
     ef, rows = K, np.random.RandomState(5).choice(data.n, min(10000, data.n), replace=False)
@@ -160,7 +162,7 @@ def main():
     peers = args.peers.split(",")
     if set(peers) - set(PEERS):
         p.error(f"--peers: {', '.join(set(peers) - set(PEERS))} unknown")
-    lines = [f"k = {K}, {args.n:,} x {args.dim}, {threads()} threads", "",
+    lines = [f"k = {K}, {args.n:,} x {args.dim}, {thread_count()} threads", "",
              "| data | builder | seconds | recall@30 | times ours | measured |", "|---|---|---|---|---|---|"]
     for name_and_path in args.data:
         name, equals, path = name_and_path.partition("=")

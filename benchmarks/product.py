@@ -25,9 +25,10 @@ import platform
 import time
 import warnings
 
-from runs import show, threads
+from runs import show
 
 import numpy as np
+from lowshot.machine import thread_count
 from lowshot.script import Parser, log, number, print_header, run
 
 SAMPLE = 500        # rows that are compared with float64, and nodes that recall is measured on
@@ -49,7 +50,7 @@ def arguments():
     p.add_argument("--rounds", type=number(int, 1), default=4, help="rounds, the first of which does not count")
     p.add_argument("--patience", type=number(float, 0), default=10,
                    help="seconds: a product that takes longer is not repeated")
-    p.add_argument("--threads", type=number(int, 1), default=threads(), help="threads of all")
+    p.add_argument("--threads", type=number(int, 1), default=thread_count(), help="threads of all")
     p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose name contains one of these")
     p.add_argument("--out", help="file for the table")
     return p.parse_args()

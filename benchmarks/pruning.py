@@ -6,8 +6,9 @@ accuracies of both runs have to be equal, up to rounding.
 
     DDIR=/path/to/data python benchmarks/pruning.py --nbg 1000000 --nlabeled 2
 """
-from runs import diffusion, show, threads
+from runs import diffusion, show
 
+from lowshot.machine import thread_count
 from lowshot.script import Parser, log, number, run
 
 
@@ -38,7 +39,7 @@ def main():
             raise ValueError(f"the results differ after {niter} iterations: {a} {b}")
         lines.append(f"| {niter} | {full:.2f} | {pruned:.2f} | {1 - pruned / full:.0%} |")
         log(lines[-1])
-    table = "\n".join([f"{args.nbg:,} background images, {args.nlabeled} labels per novel class, {threads()} threads", "",
+    table = "\n".join([f"{args.nbg:,} background images, {args.nlabeled} labels per novel class, {thread_count()} threads", "",
                        *lines, ""])
     show(table, args.out)
 

@@ -8,13 +8,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from lowshot.machine import cpus, named_threads  # noqa: E402     the package, before numpy: it names the number of threads
-from lowshot.script import log, write_text  # noqa: E402
-
-
-def threads():
-    """How many threads all that is compared may use: OMP_NUM_THREADS, or one for each CPU."""
-    return int(named_threads().split(",")[0] or cpus())
+from lowshot.script import log, write_text  # noqa: E402     the package, before numpy: it names the number of threads
 
 
 def timed(record, script, *args, program=(), ddir=None, **variables):

@@ -12,9 +12,10 @@ import glob
 import os
 import shutil
 
-from runs import diffusion, show, threads, timed
+from runs import diffusion, show, timed
 
 from lowshot.layout import DataDir, padded_to_power_of_two
+from lowshot.machine import thread_count
 from lowshot.script import Parser, log, number, print_header, read_json, run, size
 
 
@@ -63,7 +64,7 @@ def main():
                          f"{size(record['peak_memory'])} | {size(record['predicted_memory'])} |")
             log(lines[-1])
     text = "\n".join([f"{args.niter} iterations, {args.nlabeled} labels per novel class, k = {args.k}, "
-                      f"{threads()} threads.", "", *lines, ""])
+                      f"{thread_count()} threads.", "", *lines, ""])
     show(text, args.out)
 
 

@@ -528,8 +528,8 @@ void more_cells(int32_t q, const uint32_t* x, int64_t np, int64_t nlist, const u
 template <class Kernel>
 void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist, const uint32_t* centroids,
                        Near near, int64_t nprobe, Near near_before, int64_t before, const int64_t* begin,
-                       const int64_t* end, const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle, const int32_t* numbers,
-                       uint64_t* x_keys, float* x_worst) {
+                       const int64_t* end, const uint32_t* X, int64_t K, int64_t* keys, const int64_t* middle,
+                       const int32_t* numbers, uint64_t* x_keys, float* x_worst) {
     const int64_t stride = Kernel::Format::stride(np);
     std::unique_ptr<Inserter> inserter;
     if (x_keys) inserter.reset(new Inserter(K, x_keys, x_worst));
@@ -1013,8 +1013,8 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nl
     const Near near_before =
         own_before ? checked_near(nq, own_before, nlist, offsets_before, listed_before, nlist) : Near{};
     DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
-             std::min(nprobe, nlist), near_before, std::min(before, nlist), begin, end, (const uint32_t*)X, K, keys, middle, numbers,
-             (uint64_t*)x_keys, x_worst);
+             std::min(nprobe, nlist), near_before, std::min(before, nlist), begin, end, (const uint32_t*)X, K, keys, middle,
+             numbers, (uint64_t*)x_keys, x_worst);
 }
 
 void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* order, int64_t ngroup, const int64_t* end,

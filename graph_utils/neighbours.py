@@ -210,8 +210,8 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
         return own, offsets, listed
 
     nprobe_before, near_before = before or (0, None)
-    core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), *cells_near(near, nprobe), nprobe,
-                      *cells_near(near_before, nprobe_before), nprobe_before, begin, end, _words(X, "X", Q), K,
+    core.search_cells(nq, _words(Q, "Q"), *_format(Q), nlist, _words(centroids, "centroids", Q), *cells_near(near, nprobe),
+                      nprobe, *cells_near(near_before, nprobe_before), nprobe_before, begin, end, _words(X, "X", Q), K,
                       _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
 
 

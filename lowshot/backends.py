@@ -32,7 +32,7 @@ class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
 
     device, panel, entry_bytes, follows = "cpu", PANEL, 4, True
-    libraries = 90e6                                        # bytes of memory of the process on a CPU, besides its arrays
+    libraries = 72e6                                        # bytes of memory of the process on a CPU, besides its arrays
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
@@ -71,7 +71,7 @@ class MklGraph(OwnGraph):
 class TorchGraph(SymmetricGraph):
     """torch's sparse product (cuSPARSE on a GPU), graph and panels on the device: kept for comparison."""
 
-    follows, libraries = False, 290e6
+    follows, libraries = False, 355e6
     device, panel, entry_bytes = "cuda", WIDEST, 16         # indices become int64 on their way to the device
     on_device = 12                                          # bytes per entry there
     share = .75         # of the device's free memory: cuSPARSE works in a buffer of its own, our kernel adds sums up

@@ -96,7 +96,7 @@ class DataDir:
                 return (*self.graph(nbg, kk), kk)
         for kk in columns:
             if kk >= k:
-                raise ValueError(f"{self.graph(nbg, kk)[1]} does not exist: {graph_command(nbg, kk, dim)} makes it")
+                raise ValueError(f"{self.graph(nbg, kk)[1]} does not exist: {graph_command(nbg, kk, dim)} --overwrite makes it")
         if k > MOST_COLUMNS:
             raise ValueError(f"k is {k}, graphs of background images have at most {MOST_COLUMNS} neighbours")
         have = f"only k = {', '.join(map(str, columns))}" if columns else "none"

@@ -56,6 +56,11 @@ def named_threads(environment=os.environ):
     return environment.get("OMP_NUM_THREADS", "").strip()
 
 
+def thread_count():
+    """How many threads to start: OMP_NUM_THREADS, or one for each CPU."""
+    return int(named_threads().split(",")[0] or cpus())
+
+
 def keep_to_quota(environment=os.environ):
     """Name as many threads as the cgroups' quotas are good for, where these are less than the CPUs and the user named none.
 

@@ -51,12 +51,11 @@ def pca_digest(path):
 
 def check_made_by(pca_path, raw, dim):
     """ValueError where the notes beside them tell that another PCA made the background's vectors. Published files have none:
-    they are believed, but for vectors one folder up beside a PCA that was trained here."""
+    they are believed, but for vectors beside a PCA that was trained here."""
     made_by = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         made_by = read_json(raw + ".json")["pca_sha256"]
-    trained_later = os.path.exists(pca_path + ".json") and os.path.dirname(raw) != os.path.dirname(pca_path)
-    if trained_later if made_by is None else made_by != pca_digest(pca_path):
+    if os.path.exists(pca_path + ".json") if made_by is None else made_by != pca_digest(pca_path):
         raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes "
                          "vectors, build_graph.py --overwrite then the graph; or, if both files were put there, delete the "
                          ".json beside them")

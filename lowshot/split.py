@@ -85,7 +85,7 @@ def labelled_images(train_labels, split, nlabeled, seed):
                 rs.shuffle(of_class)
                 of_class = of_class[:nlabeled]
             elif not len(of_class):
-                raise ValueError(f"class {c + 1} of the split has no image in the training features: "
+                raise ValueError(f"class {c + 1} of the split has no image in the training features: its folder is empty, or "
                                  "label_idx.json belongs to another data set")
             rows.append(of_class)
             labels.append(np.full(len(of_class), split.renumber([c])[0]))

@@ -148,7 +148,7 @@ def test_validation_jobs(tmp_path, ddir):
     jobs = experiments.validation_jobs(e, "logreg", ddir)
     assert len(jobs) == len({j.name for j in jobs}) == 8
     command = " ".join(jobs[0].command())
-    assert "logreg.py --mode val --nlabeled 1 --seed 1 --lr 0.01,0.001 --wd 0,0.1 --batchsize 16 --maxiter 1000 --mom 0.9" in command
+    assert "logreg.py --mode val --nlabeled 1 --seed 1 --lr 0.01,0.001 --wd 0,0.1 --batchsize 16 --maxiter 1000" in command
     e = experiment(tmp_path, TINY.replace("maxiter: 1000", "maxiter: 1000, precision: bfloat16"))
     assert "--precision bfloat16" in " ".join(experiments.validation_jobs(e, "logreg", ddir)[0].command())
     one = {"lr": 0.001, "wd": 0.1, "batchsize": 64, "maxiter": 500}
@@ -166,7 +166,8 @@ def test_test_jobs(tmp_path, ddir):
     one = {"lr": 0.001, "wd": 0.1, "batchsize": 64, "maxiter": 500}
     jobs = experiments.test_jobs(e, "logreg", ddir, {"1": one, "2": one}, "published")
     assert jobs[0].name == "test-published_nl1_seed1"
-    assert jobs[0].arguments == {"mode": "test", "nlabeled": 1, "seed": 1, **one, "mom": 0.9, "evalevery": 0, "precision": "float32"}
+    assert jobs[0].arguments == {"mode": "test", "nlabeled": 1, "seed": 1, **one, "mom": 0.9, "evalevery": 0,
+                                 "precision": "float32"}
     with pytest.raises(ValueError, match="no chosen parameters of diffusion for nbg=500, nlabeled=1"):
         experiments.test_jobs(e, "diffusion", ddir, {"0": chosen["0"]}, "chosen")
     with pytest.raises(ValueError, match="no published parameters of logreg for nlabeled=2"):

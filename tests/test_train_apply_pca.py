@@ -310,14 +310,15 @@ def test_bad_input_is_one_line_and_leaves_no_output(root, spoil, message):
     assert not os.path.exists(path(root))
 
 
-def test_vectors_one_folder_up_are_not_of_a_pca_that_was_trained_here(tmp_path):
+def test_published_vectors_are_not_of_a_pca_that_was_trained_here(tmp_path):
     (tmp_path / "f100m").mkdir()
-    vt = str(tmp_path / "f100m" / "PCAR8.vt")
-    pca.check_made_by(vt, str(tmp_path / "concatenated_PCAR8.raw"), 8)
+    vt, raws = str(tmp_path / "f100m" / "PCAR8.vt"), [str(f / "concatenated_PCAR8.raw") for f in (tmp_path, tmp_path / "f100m")]
+    for raw in raws:
+        pca.check_made_by(vt, raw, 8)
     write_json(vt + ".json", {})
-    pca.check_made_by(vt, str(tmp_path / "f100m" / "concatenated_PCAR8.raw"), 8)
-    with pytest.raises(ValueError, match="was made by another PCA than"):
-        pca.check_made_by(vt, str(tmp_path / "concatenated_PCAR8.raw"), 8)
+    for raw in raws:
+        with pytest.raises(ValueError, match="was made by another PCA than"):
+            pca.check_made_by(vt, raw, 8)
 
 
 def test_a_pca_of_other_columns_is_named(tmp_path):
