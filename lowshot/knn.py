@@ -183,7 +183,8 @@ class Lists:
         if not further:
             self.nprobe, self.before = nprobe, None
         for i in range(0 if further else self.searched, n, sampling.SEARCH_BLOCK):
-            block, rows = slice(i, min(i + sampling.SEARCH_BLOCK, n)), np.arange(i, min(i + sampling.SEARCH_BLOCK, n))
+            rows = np.arange(i, min(i + sampling.SEARCH_BLOCK, n))
+            block = slice(i, i + len(rows))
             nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.stop, c.X, self.keys[block], near=self._near(near, rows),
                             before=self.before and (self.before[0], self._near(self.before[1], rows)))
             if not further:
