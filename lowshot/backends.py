@@ -32,7 +32,7 @@ class OwnGraph(SymmetricGraph):
     """The library's kernel: no array of values, sums and scaling in the same pass, only the rows that are asked for."""
 
     device, panel, entry_bytes, follows = "cpu", PANEL, 4, True
-    libraries = 72e6                                        # bytes of memory of the process on a CPU, besides its arrays
+    libraries = 80e6                                        # bytes of memory of the process on a CPU, besides its arrays
 
     def zeros(self, ncol):
         return aligned_zeros((self.n, ncol))
