@@ -40,7 +40,7 @@ from PIL import Image, ImageFilter  # noqa: E402
 
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.machine import cpus, end_with_parent  # noqa: E402
+from lowshot.machine import end_with_parent, thread_count  # noqa: E402
 from lowshot.script import (Parser, Progress, exclusive, full_disk_named, log, number, print_header,  # noqa: E402
                             read_json, run, whole, write_json)
 
@@ -59,7 +59,7 @@ def arguments():
                         help="folder of .ttf and .otf files, also in folders below it; fewer fonts want a lower "
                              "--minfonts (default: the fonts inside the package trdg)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of all random choices")
-    parser.add_argument("--nproc", type=number(int, 1), default=cpus(),
+    parser.add_argument("--nproc", type=number(int, 1), default=thread_count(),
                         help="number of processes; the images do not depend on it")
     group = parser.add_argument_group("size of the labelled set, for quick trials")
     group.add_argument("--nclass", type=number(int, 4), default=300,
