@@ -543,6 +543,7 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
         const uint32_t* group = Q + i0 * stride;
         t.visits.clear();
         t.searched.assign(nlist, 0);
+        const bool among_nearest = !near.listed && !near_before.listed;     // what was searched is the first of what is now
         for (int64_t j0 = 0, mj; j0 < m; j0 += mj) {
             mj = std::min(kGroup, m - j0);
             for (const Near& n : {near, near_before})
@@ -556,13 +557,16 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
                     t.coarse.scan(centroids, 0, nlist, 0, lists, NoLists{});
             };
             nearest(near, nprobe, t.coarse.lists);
-            if (before) nearest(near_before, before, t.before);
+            if (before && !among_nearest) nearest(near_before, before, t.before);
             for (int64_t i = 0; i < mj; i++) {
-                if (before) {
-                    const uint64_t* const searched = t.before.best(i);
-                    for (int64_t j = 0; j < t.before.count[i]; j++) t.searched[number_of(searched[j])] = j0 + i + 1;
-                }
                 const uint64_t* const best = t.coarse.lists.best(i);
+                if (before) {
+                    Lists& lists = among_nearest ? t.coarse.lists : t.before;
+                    uint64_t* const searched = lists.best(i);
+                    const int64_t count = std::min<int64_t>(before, lists.count[i]);
+                    std::nth_element(searched, searched + count - 1, searched + lists.count[i], std::greater<uint64_t>());
+                    for (int64_t j = 0; j < count; j++) t.searched[number_of(searched[j])] = j0 + i + 1;
+                }
                 const size_t visits = t.visits.size();
                 int64_t have = 0;
                 for (int64_t j = 0; j < t.coarse.lists.count[i]; j++) {
