@@ -69,6 +69,8 @@ def read_graph(args):
     from lowshot.layout import DataDir
     ddir = DataDir()
     path, _, columns = ddir.find_graph(args.nbg, args.k, args.dim)
+    if os.path.getsize(path) != 4 * columns * args.nbg:
+        raise ValueError(f"{path} has {os.path.getsize(path)} bytes, {4 * columns * args.nbg} expected")
     I = np.ascontiguousarray(MatrixFile(path, "<i4", columns, args.nbg)[:][:, :args.k])
     if not os.path.exists(ddir.raw(args.dim)):
         return I, None

@@ -68,6 +68,10 @@ def test_find_graph_takes_the_narrowest_that_serves(root):
     assert d.find_graph(50, 30, 256) == (*d.graph(50, 32), 32) and d.find_graph(50, 33, 256)[2] == 64
     os.unlink(d.graph(50, 32)[1])                       # D is missing: not a graph
     assert d.find_graph(50, 30, 256)[2] == 64
+    os.rename(d.graph(50, 64)[1], root / "D")
+    with pytest.raises(ValueError, match=r"ndis50_k32_D_11.float32 does not exist: .*build_graph.py 50 --k 32 --overwrite makes it"):
+        d.find_graph(50, 30, 256)
+    os.rename(root / "D", d.graph(50, 64)[1])
     with pytest.raises(ValueError, match="only k = 8, 32, 64"):
         d.find_graph(50, 65, 256)
     with pytest.raises(ValueError, match="build_graph.py 50 --k 65 --dim 16 makes it"):
