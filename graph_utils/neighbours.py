@@ -24,6 +24,11 @@ def numbers(keys):
     return np.where(low == 0, -1, NONE - low)
 
 
+def listed(keys):
+    """Numbers of keys as rounds of neighbours-of-neighbours have them, int32: -1 for none, the top bit set in what is new."""
+    return (numbers(keys) | (keys & NEW) << 31).astype(np.int32)
+
+
 def similarities(keys):
     """Similarities of keys (those that they were found with), float32, -inf for none."""
     bits = (keys >> 32) & 0xffffffff
@@ -240,13 +245,14 @@ def known_lists(X, order, position, I, margin, keys):
     core.known_lists(n, _words(X, "X"), *_format(X), order, position, len(I), I.shape[1], I, margin, keys.shape[1], keys)
 
 
-def descent_round(X, keys, R=32, seed=0, progress=None, part=None, empty=np.empty, block=1 << 16):
+def descent_round(X, keys, R=32, seed=0, progress=None, part=None, empty=np.empty, block=1 << 16, started=None):
     """One round of neighbours-of-neighbours on the lists of all nodes, in place (NN-descent).
 
     For each node, its neighbours and up to R of its reverse neighbours are compared with each other, where at least
     one of the two entered its list since the last round. progress: called with the number of nodes done.
     part: work on the lists of so many nodes at a time, which are the same in the end; keys may then be a map of a file, and
-    what is read in order as well: empty(shape, dtype) makes these arrays.
+    what is read in order as well: empty(shape, dtype) makes these arrays. started: called with the lists that the round begins
+    with, int32 (n, K), in the form of listed(); they stay as they are while it lasts.
     Returns the number of insertions, which depends on when threads look, as the lists do not. Memory: 12 bytes per node, 8
     per entry of keys of what is read in order, and 8 per entry of a part.
     """
@@ -256,6 +262,8 @@ def descent_round(X, keys, R=32, seed=0, progress=None, part=None, empty=np.empt
     lists = empty((n, K), np.int32)
     worst = np.empty(n, np.float32)
     core.start_round(n, K, keys, lists, worst)
+    if started is not None:
+        started(lists)
     inserted, parts = 0, [slice(i, min(i + (part or n), n)) for i in range(0, n, part or n)]
     offsets = np.empty(n + 1, np.int64)
     reverse = empty(core.reverse_offsets(n, K, lists, offsets), np.int32)

@@ -16,7 +16,7 @@ from graph_utils import aligned_zeros
 from graph_utils import neighbours as nb
 from lowshot import machine
 from lowshot.cells import BLOCK
-from lowshot.features import MatrixFile, check_readable, read_into, spread_rows
+from lowshot.features import MatrixFile, check_readable, spread_rows
 from lowshot.packages import faiss
 from lowshot.script import allocate, log, read_json, remove, remove_left_behind, reserve, whole, write_json
 
@@ -177,62 +177,68 @@ def allocator(nbytes, folder):
 
 
 class Checkpoint:
-    """Copies of the candidate lists of build_knn_graph() in a file, from which a killed run goes on.
+    """Copies of the candidate lists of build_knn_graph() in a file, from which a killed run goes on, to the same graph.
 
-    A thread writes one every few minutes, while the lists change. A list is then of some moment or other, which is a list
-    all the same: in a shared map of the file every round would wait for the disk. (Lists that do not fit in memory are in
-    another file, which rounds read and write in parts.)
+    A thread writes one every few minutes, of what does not change meanwhile: the lists of nodes that were searched, or those
+    that a round of neighbours-of-neighbours begins with. Numbers are written, and compared again when they are read.
 
     path: the file; identity: what the lists depend on, JSON-ready.
     """
 
     EVERY = 300             # seconds from one copy to the next
-    PIECE = 64 << 20        # bytes written at a time
+    PIECE = 8 << 20         # bytes written at a time
 
     def __init__(self, path, identity):
         self.path, self.state_path, self.identity = path, path + ".json", identity
         self.writer, self.stopped = None, threading.Event()
 
-    def open(self, n, K, words, empty=aligned_zeros):
-        """(keys int64 (n, K), nodes searched, rounds done, nprobe) as saved, or from the beginning.
-
-        words: those of a vector's code, as products of one code do not compare with those of another. empty: makes the array of
-        keys, (shape, dtype) -> zeros.
-        """
-        self.fresh = {"identity": self.identity, "shape": [n, K], "words": words}
+    def open(self, keys, X, empty=aligned_zeros):
+        """Fill keys (n, K), zeros, with what was saved, and products of the codes X (n, words). Returns (nodes searched, rounds
+        done, nprobe), zeros where there is nothing. empty: makes an array for meanwhile, (shape, dtype) -> zeros."""
+        n, K = keys.shape
+        # which of one code are candidates does not tell those of another
+        self.fresh = {"identity": self.identity, "shape": [n, K], "words": X.shape[1]}
         self.saved, state = time.monotonic(), {}
         with contextlib.suppress(OSError, TypeError, ValueError):
             state = dict(read_json(self.state_path))
         remove_left_behind(self.path)
-        keys = empty((n, K), np.int64)
-        if {k: state.get(k) for k in self.fresh} == self.fresh and os.path.exists(self.path) \
-                and os.path.getsize(self.path) == keys.nbytes:
-            with open(self.path, "rb") as f:
-                read_into(f.fileno(), keys, 0, self.path)
-            if any(nb.numbers(keys[i:i + BLOCK]).max() >= n for i in range(0, n, BLOCK)):
-                raise ValueError(f"{self.path} is damaged: delete it to start afresh")
-        else:
-            state = {}
-        return keys, state.get("searched", 0), state.get("rounds", 0), state.get("nprobe", 0)
+        if ({k: state.get(k) for k in self.fresh} != self.fresh or not os.path.exists(self.path)
+                or os.path.getsize(self.path) != 4 * n * K):
+            return 0, 0, 0
+        saved = MatrixFile(self.path, "<i4", K, n)
+        numbers, nodes = empty((n, K), np.int32), np.arange(n, dtype=np.int32)
+        for i in range(0, n, BLOCK):
+            part = saved[i:i + BLOCK]
+            numbers[i:i + BLOCK] = np.where(part == -1, -1, part & nb.NONE)
+        try:
+            nb.known_lists(X, nodes, nodes, numbers[:state["searched"]], 0, keys)
+        except ValueError as e:
+            raise ValueError(f"{self.path} is damaged ({e}): delete it to start afresh")
+        for i in range(0, n, BLOCK):
+            keys[i:i + BLOCK] |= np.where(saved[i:i + BLOCK] < -1, nb.NEW, 0)
+        return state["searched"], state["rounds"], state["nprobe"]
 
-    def save(self, lists):
-        """Begin to write a copy, if it is time. Of nodes not searched yet there is none."""
+    def save(self, lists, searched, rounds, nprobe):
+        """Begin to write a copy, if it is time, of lists (n, K): of keys, those of the nodes searched, or of nb.listed(keys). They
+        must not change before wait() or give_up()."""
         if self.writer is not None and self.writer.is_alive() or time.monotonic() - self.saved < self.EVERY:
             return
-        state = {**self.fresh, "searched": lists.searched, "rounds": lists.rounds, "nprobe": lists.nprobe}
-        self.writer = threading.Thread(target=self._write, args=(lists.keys, state), daemon=True)
+        state = {**self.fresh, "searched": searched, "rounds": rounds, "nprobe": nprobe}
+        self.writer = threading.Thread(target=self._write, args=(lists, state), daemon=True)
         self.writer.start()
 
-    def _write(self, keys, state):
-        data = keys.reshape(-1).view(np.uint8)
-        size = keys.strides[0] * state["searched"]
+    def _write(self, lists, state):
+        n, K = lists.shape
+        searched = state["searched"]
+        size, step = 4 * K * searched, max(1, self.PIECE // (4 * K))
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             if shutil.disk_usage(os.path.dirname(self.path)).free < size:       # rather than fill the disk in trying
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
             with whole(self.path) as temporary, open(temporary, "wb", buffering=0) as f:
-                for i in range(0, size, self.PIECE):
-                    piece = data[i:min(i + self.PIECE, size)]
+                for i in range(0, searched, step):
+                    piece = lists[i:min(i + step, searched)]
+                    piece = (piece if piece.dtype == np.int32 else nb.listed(piece)).reshape(-1).view(np.uint8)
                     while len(piece):
                         piece = piece[f.write(piece):]
                     # what waits to be written would take the memory of others, and make them wait
@@ -240,7 +246,7 @@ class Checkpoint:
                     os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     if self.stopped.is_set():
                         raise InterruptedError
-                f.truncate(len(data))
+                f.truncate(4 * n * K)
                 remove(self.state_path)         # that of the copy before
             write_json(self.state_path, state)
         except InterruptedError:

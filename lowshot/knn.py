@@ -41,7 +41,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     Sets below exact_search.EXACT_BELOW are compared whole where no cells are given, and others if `exact`, for GPUs. Otherwise
     the vectors of each node's nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where
     that is quicker, until recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known
-    lists stay as they are. Deterministic for a seed, and whatever the number of threads but for rounding in projections by BLAS.
+    lists stay as they are. Deterministic for a seed, killed meanwhile or not, and whatever the number of threads but for rounding
+    in projections by BLAS.
 
     initial: (D, I) known lists of the first nodes (n0, >= k), not of all, which are then compared with the other nodes only;
     recall is that of the other nodes. No copies are written then.
@@ -97,27 +98,23 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         # a cell's own nodes have to be enough for the work on its list
         return None if nprobe or n - n0 < 16 * len(curve) else sample.near_cells(cells, position, p, curve[p - 1])
 
-    rounds, have, further = lists.rounds, 0.0, False
+    have, further = 0.0, False
     p = lists.nprobe or p           # of a run that was killed
     while True:
         lists.search(p, progress, near(p), further)
         have = lists.recall(sample, needed)
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
         gained = 1.0
-        while not nprobe and have < wanted and gained > .002 and rounds < 12:
-            inserted = nb.descent_round(cells.X, lists.keys, reverse, seed + rounds,
-                                        lambda done: progress("nodes' neighbours compared with each other", done, n),
-                                        lists.part(), lists.empty)
-            rounds += 1
-            lists.round_done(rounds)
+        while not nprobe and have < wanted and gained > .002 and lists.rounds < 12:
+            inserted = lists.descend(reverse, seed, progress)
             before, have = have, lists.recall(sample, needed)
             gained = have - before
-            say(f"neighbours of neighbours, round {rounds}: {inserted / n:.2f} insertions per node, recall@{k} {have:.4f}")
+            say(f"neighbours of neighbours, round {lists.rounds}: {inserted / n:.2f} insertions per node, recall@{k} {have:.4f}")
         if nprobe or have >= wanted or curve[p - 1] >= wanted or p == len(curve):
             break               # more cells do not find what rounding hides
         # so many that it suffices if rounds find the same share of what these miss, and a few for that they find less
         missed = .9 * (1 - wanted) * (1 - curve[p - 1]) / (1 - have)
-        further, rounds = not n0, 0
+        further, lists.rounds = not n0, 0
         p = min(max(cells_reaching(curve, 1 - missed), p + p // 8 + 1), 4 * p, len(curve))
         if n0:          # what has entered the lists of known nodes is not told apart
             lists.restart()
@@ -139,11 +136,12 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
         say(exact_search.IN_PARTS)
         exact_search.products_in_parts(vectors, lambda nodes: numbers[position[nodes]], D, I, progress, n0, cells.order)
     vectors.release()
-    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": rounds, "exact": False}
+    return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": lists.rounds, "exact": False}
 
 
 class Lists:
-    """The candidate lists of all nodes, in the order of cells.
+    """The candidate lists of all nodes, in the order of cells: how many nodes were `searched` in how many cells (`nprobe`), and
+    how many rounds of neighbours-of-neighbours were made since.
 
     Where they and what a round takes besides (memory_of_lists()) do not fit in the memory that is free, both are in files in
     `folder`, unless that is None.
@@ -162,10 +160,9 @@ class Lists:
         self.in_file = self.empty is not aligned_zeros
         if self.in_file:
             say("candidates are kept in files, as they do not fit in the memory that is free")
+        self.keys, self.searched, self.rounds, self.nprobe = self.empty((n, K), np.int64), 0, 0, 0
         if checkpoint is not None:
-            self.keys, self.searched, self.rounds, self.nprobe = checkpoint.open(n, K, cells.X.shape[1], self.empty)
-        else:
-            self.keys, self.searched, self.rounds, self.nprobe = self.empty((n, K), np.int64), 0, 0, 0
+            self.searched, self.rounds, self.nprobe = checkpoint.open(self.keys, cells.X, self.empty)
         if self.n0:
             self.restart()
 
@@ -176,7 +173,7 @@ class Lists:
 
     def search(self, nprobe, progress, near=None, further=False):
         """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells(). further: but for
-        those of the search before this one. Copies that are written meanwhile are of what that one left, and perhaps more."""
+        those of the search before this one; no copies are written then."""
         c, n = self.cells, self.cells.n
         if self.n0:
             self._search_new(nprobe, progress, near)
@@ -188,13 +185,12 @@ class Lists:
             nb.search_cells(c.X[block], c.C, nprobe, c.begin, c.stop, c.X, self.keys[block], near=self._near(near, rows),
                             before=self.before and (self.before[0], self._near(self.before[1], rows)))
             if not further:
+                self._mark_new(slice(j, min(j + BLOCK, block.stop)) for j in range(i, block.stop, BLOCK))
                 self.searched = block.stop
-            if self.checkpoint is not None:
-                self.checkpoint.save(self)
+                if self.checkpoint is not None:
+                    self.checkpoint.save(self.keys, self.searched, self.rounds, nprobe)
             progress("nodes compared with near cells", block.stop, n)
         self.nprobe, self.before = nprobe, (nprobe, near)
-        if not further:
-            self._mark_new()
 
     def _near(self, near, rows):
         return None if near is None else (self.cells.cell_of(rows).astype(np.int32), near)
@@ -202,7 +198,7 @@ class Lists:
     def _search_new(self, nprobe, progress, near):
         """Compare the new nodes with near cells; they enter the lists of the known nodes there as well."""
         c = self.cells
-        new = self._new_rows()
+        new = np.flatnonzero(c.order >= self.n0).astype(np.int32)
         worst = nb.worst_products(self.keys)
         if self.in_file:        # a few lists all over the file change: what is read around each would be many times as much
             self.keys._mmap.madvise(mmap.MADV_RANDOM)
@@ -212,21 +208,32 @@ class Lists:
             nb.search_cells(c.X[rows], c.C, nprobe, c.begin, c.stop, c.X, keys,
                             insert=(self.middle, rows, self.keys, worst), near=self._near(near, rows))
             self.keys[rows] = keys
+            # what entered the lists of others is marked already
+            self._mark_new(rows[j:j + BLOCK] for j in range(0, len(rows), BLOCK))
             progress("new nodes compared with near cells", i + len(rows), len(new))
         if self.in_file:
             self.keys._mmap.madvise(mmap.MADV_NORMAL)
         self.searched = c.n
 
-    def _new_rows(self):
-        return np.flatnonzero(self.cells.order >= self.n0).astype(np.int32)
+    def _mark_new(self, blocks):
+        """What the lists of these nodes hold is new to the rounds of neighbours-of-neighbours."""
+        for rows in blocks:
+            keys = self.keys[rows]
+            self.keys[rows] = np.where(nb.numbers(keys) >= 0, keys | nb.NEW, keys)
 
-    def _mark_new(self):
-        """All that is not between two known nodes is new to the rounds of neighbours-of-neighbours."""
-        rows = self._new_rows() if self.n0 else range(self.cells.n)
-        for i in range(0, len(rows), BLOCK):        # those that entered the lists of others are marked already
-            block = rows[i:i + BLOCK] if self.n0 else slice(i, i + BLOCK)
-            keys = self.keys[block]
-            self.keys[block] = np.where(nb.numbers(keys) >= 0, keys | nb.NEW, keys)
+    def descend(self, reverse, seed, progress):
+        """One round of neighbours-of-neighbours. Returns the number of insertions. Copies are of what it begins with."""
+        n, copies = self.cells.n, self.checkpoint
+        if copies is not None:
+            copies.give_up()        # of lists that change now
+        inserted = nb.descent_round(self.cells.X, self.keys, reverse, seed + self.rounds,
+                                    lambda done: progress("nodes' neighbours compared with each other", done, n),
+                                    self.part(), self.empty,
+                                    started=copies and (lambda lists: copies.save(lists, n, self.rounds, self.nprobe)))
+        if copies is not None:
+            copies.wait()           # they keep what the round began with in memory
+        self.rounds += 1
+        return inserted
 
     def part(self):
         """Nodes whose lists a round is to work on at a time, or None for all."""
@@ -236,11 +243,6 @@ class Lists:
         more = .8 * machine.available_memory() - memory_of_lists(n, K, in_file=True)      # the rest for what is read in order
         part = n / MOST_PARTS + max(0, more / (8 * K))
         return -(-n // math.ceil(n / part))         # as many parts, alike in size
-
-    def round_done(self, rounds):
-        self.rounds = rounds
-        if self.checkpoint is not None:
-            self.checkpoint.save(self)
 
     def best(self, rows, most):
         """The keys of some nodes, int64 (., K): the best `most` of longer lists."""

@@ -12,10 +12,12 @@ import pytest
 
 import build_graph
 from graph_utils import neighbours as nb
-from lowshot import cells, exact_search, faiss_search, gpu_search, index_files, machine
+from lowshot import exact_search, faiss_search, gpu_search, index_files, knn, machine, sampling
+from lowshot.cells import Cells, Codes, Vectors
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
-from lowshot.script import exclusive
+from lowshot.script import exclusive, silent
+from vectors import clustered
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIM = 32
@@ -274,7 +276,6 @@ def test_files_made_anew_are_not_taken_for_those_of_an_earlier_state(tmp_path):
 @pytest.mark.parametrize("stop", ["search", "block", "round"])
 def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     """Killed after a checkpoint, or when a further block of lists is in the file and no checkpoint says so."""
-    from lowshot import knn, sampling
     x = make_raw(tmp_path, 3000)
     monkeypatch.setattr(build_graph, "CHECKPOINT_FROM", 1000)
     monkeypatch.setattr(Checkpoint, "EVERY", 0)
@@ -286,14 +287,14 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     save = Checkpoint.save
     states = []
 
-    def killed(self, lists):
-        if stop == "block" and lists.searched == 2048 and not states.count((1024, "killed")):
+    def killed(self, lists, searched, rounds, nprobe):
+        if stop == "block" and searched == 2048 and not states.count((1024, "killed")):
             states.append((1024, "killed"))
             raise KeyboardInterrupt
-        save(self, lists)
+        save(self, lists, searched, rounds, nprobe)
         self.wait()
-        states.append((lists.searched, lists.rounds))
-        if states.count(states[-1]) == 1 and states[-1] == {"search": (2048, 0), "round": (3000, 1)}.get(stop):
+        states.append((searched, lists.dtype))
+        if states.count(states[-1]) == 1 and states[-1] == {"search": (2048, "i8"), "round": (3000, "i4")}.get(stop):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", killed)
@@ -303,62 +304,172 @@ def test_a_killed_graph_by_cells_goes_on(tmp_path, monkeypatch, stop):
     done = list(states)
     build_graph.main()
     resumed = states[len(done):]
-    assert done[:2] == [(1024, 0), (1024, "killed") if stop == "block" else (2048, 0)]
-    first = {"search": [(3000, 0)], "block": [(2048, 0)]}.get(stop, resumed[:1])
-    assert resumed[:1] == first and all(s[0] == 3000 for s in resumed[2:])
+    assert done[:2] == [(1024, "i8"), (1024, "killed") if stop == "block" else (2048, "i8")]
+    assert resumed[0] == {"search": (3000, "i8"), "block": (2048, "i8"), "round": (3000, "i4")}[stop]
+    assert all(s[0] == 3000 for s in resumed[2:])
     assert no_leftovers(tmp_path)
     D, I = read_graph(tmp_path, 3000, 16)
     check_list(D, I, x)
     assert recall(I, x, 16) > .94 and all(len(set(row)) == 16 for row in I)
 
 
+def test_a_killed_run_goes_on_to_the_same_graph(tmp_path, monkeypatch):
+    """Killed among near cells, in a round, and among further cells; once, or again and again."""
+    x, k = clustered(3000, d=64, spread=3.), 12
+    monkeypatch.setattr(knn, "ROUND", 0)
+    monkeypatch.setattr(sampling, "SEARCH_BLOCK", 600)
+    monkeypatch.setattr(Checkpoint, "EVERY", 0)
+    monkeypatch.setattr(knn, "REVERSE", 4)      # drawn anew in each round
+    reaching = sampling.cells_reaching          # few further cells, and again more
+    monkeypatch.setattr(knn, "cells_reaching", lambda curve, wanted: min(reaching(curve, wanted), 20))
+    cells, search_cells, descent_round = Cells.train(Vectors(x), 100), nb.search_cells, nb.descent_round
+
+    class Run:
+        """A run that is killed at its step number `last`, if that is given."""
+
+        def __init__(self, last=None):
+            self.steps, self.last = [], last
+            self.checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
+            monkeypatch.setattr(nb, "search_cells", self.search)
+            monkeypatch.setattr(nb, "descent_round", self.round)
+            with self.checkpoint:
+                self.D, self.I, self.info = knn.build_knn_graph(None, k, recall=.9, cells=cells, checkpoint=self.checkpoint)
+            self.checkpoint.remove()
+
+        def step(self, what):
+            self.checkpoint.wait()
+            self.steps.append(what)
+            if len(self.steps) - 1 == self.last:
+                raise KeyboardInterrupt
+
+        def search(self, *args, before, **how):
+            self.step("further" if before else "search")
+            search_cells(*args, before=before, **how)
+
+        def round(self, X, keys, *args, started):
+            def begun(lists):
+                started(lists)
+                before.append(keys.copy())
+            before = []
+            self.step("round")
+            found = descent_round(X, keys, *args, started=begun)
+            self.step("round done")
+            keys[1500:] = before[0][1500:]      # it finds little, so that further cells are needed
+            return found
+
+        def same(self, other):
+            return self.info == other.info and np.array_equal(self.I, other.I) and np.array_equal(self.D, other.D)
+
+    def killed(last):
+        with pytest.raises(KeyboardInterrupt):
+            Run(last)
+
+    whole = Run()
+    names = [name for i, name in enumerate(whole.steps) if not i or name != whole.steps[i - 1]]
+    assert names[:2] == ["search", "round"] and names.count("further") > 1 and len(names) > 8
+    assert whole.info["recall"] >= .9 and recall(whole.I, x, k) >= .89
+    further = [i for i, name in enumerate(whole.steps) if name == "further"]
+    for last in (3, 6, further[3], further[-1]):
+        killed(last)
+        resumed = Run()
+        done = len(whole.steps) - len(resumed.steps)
+        assert resumed.steps == whole.steps[done:] and resumed.same(whole)
+        again = whole.steps[done:last]      # a block, or a round and what followed it
+        assert again.count("search") + again.count("round") <= 1
+    for _ in range(4):
+        killed(3)
+    assert Run().same(whole)
+
+
+def test_copies_are_of_lists_that_do_not_change_meanwhile():
+    calls = []
+
+    class Copies:
+        def open(self, keys, X, empty):
+            return 0, 0, 0
+
+        def save(self, lists, *state):
+            calls.append((lists.copy(), lists, *state))
+
+        def give_up(self):
+            calls.append("give up")
+
+        def wait(self):
+            calls.append("wait")
+
+    cells = Cells.train(Vectors(clustered(600)), 30)
+    cells.use(Codes())
+    lists = knn.Lists(cells, cells.position(), 20, checkpoint=Copies())
+    lists.search(2, silent)
+    begin = nb.listed(lists.keys)
+    assert (begin < 0).all()            # all is new
+    assert lists.descend(32, 0, silent) > 0
+    search, stop, started, wait = calls
+    assert stop == "give up" and wait == "wait" and search[2:] == (600, 0, 2) and started[2:] == (600, 0, 2)
+    assert np.array_equal(nb.listed(search[0]), begin)
+    for array in started[:2]:
+        assert np.array_equal(np.sort(array), np.sort(begin))
+
+
 def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypatch, capsys):
-    checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
-    keys, *state = checkpoint.open(5, 2, 33)
+    X = nb.to_bytes(make_raw(tmp_path, 5))
+
+    def opened(checkpoint, X=X):
+        keys = np.zeros((5, 2), np.int64)
+        return (keys, *checkpoint.open(keys, X))
+
+    def another(identity=1):
+        return Checkpoint(str(tmp_path / "lists"), [identity])
+
+    checkpoint = another()
+    keys, *state = opened(checkpoint)
     assert state == [0, 0, 0] and not keys.any()
-    key, wrong = nb.make_keys(np.zeros(2, np.float32), np.array([4, 5]))
-    keys[3] = key
-
-    class Lists:
-        searched, rounds, nprobe = 4, 1, 2
-
-    Lists.keys = keys
-    checkpoint.save(Lists)
+    keys[:4] = np.sort(nb.search_all(X[:4], X, 2), axis=1)
+    keys[1, 1] = 0              # none comes last
+    keys[2] |= nb.NEW
+    checkpoint.save(keys, 4, 1, 2)
     assert checkpoint.writer is None                    # it is not time yet
     monkeypatch.setattr(Checkpoint, "EVERY", 0)
     monkeypatch.setattr(Checkpoint, "PIECE", 24)
-    checkpoint.save(Lists)
+    checkpoint.save(keys, 4, 1, 2)
     checkpoint.wait()
-    found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
-    assert state == [4, 1, 2] and np.array_equal(found, keys)
-    os.rename(tmp_path / "lists", tmp_path / "right")
-    (tmp_path / "lists").write_bytes((tmp_path / "right").read_bytes().replace(key.tobytes(), wrong.tobytes()))
-    with pytest.raises(ValueError, match="lists is damaged: delete it"):
-        Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
-    os.rename(tmp_path / "right", tmp_path / "lists")
+    found, *state = opened(another())
+    assert state == [4, 1, 2] and np.array_equal(np.sort(found, axis=1), np.sort(keys, axis=1))
+    right = (tmp_path / "lists").read_bytes()
+    for wrong, what in ((5, "out of range"), (5 - 2 ** 31, "out of range")):
+        (tmp_path / "lists").write_bytes(right[:24] + np.int32(wrong).tobytes() + right[28:])
+        with pytest.raises(ValueError, match=f"lists is damaged .*{what}.*: delete it"):
+            opened(another())
+    (tmp_path / "lists").write_bytes(right)
     # one that is given up, or has no room, leaves the one before
-    keys[:] = 1
+    wrong = np.zeros_like(keys)
     checkpoint.stopped.set()
-    checkpoint.save(Lists)
+    checkpoint.save(wrong, 4, 1, 2)
     checkpoint.wait()
-    other = Checkpoint(str(tmp_path / "lists"), [1])
-    other.open(5, 2, 33)
+    other = another()
+    opened(other)
     for module, name, full in ((os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))),
-                               (shutil, "disk_usage", lambda folder: SimpleNamespace(free=63))):
+                               (shutil, "disk_usage", lambda folder: SimpleNamespace(free=31))):
         with monkeypatch.context() as m:
             m.setattr(module, name, full)
-            other.save(Lists)
+            other.save(wrong, 4, 1, 2)
             other.wait()
         assert "note: no copy of the lists was written" in capsys.readouterr().out
-        found, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
-        assert state == [4, 1, 2] and found[3, 0] == key and sorted(os.listdir(tmp_path)) == ["lists", "lists.json"]
+        found, *state = opened(another())
+        assert state == [4, 1, 2] and np.array_equal(np.sort(found, axis=1), np.sort(keys, axis=1))
+        assert sorted(f for f in os.listdir(tmp_path) if "lists" in f) == ["lists", "lists.json"]
     with monkeypatch.context() as m:
-        m.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64))        # four rows of two keys
-        other.save(Lists)
+        m.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=32))        # four rows of two numbers
+        # as a round lists them
+        other.save(nb.listed(keys[::-1]), 5, 2, 3)
         other.wait()
-    assert (Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)[0][:4] == 1).all()
-    assert not Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 33)[0].any()
-    assert Checkpoint(str(tmp_path / "lists"), [2]).open(5, 2, 65)[1:] == (0, 0, 0)
+        assert opened(another())[1:] == (4, 1, 2)       # five are too many
+        other.save(nb.listed(keys), 4, 2, 3)
+        other.wait()
+    found, *state = opened(another())
+    assert state == [4, 2, 3] and np.array_equal(np.sort(found, axis=1), np.sort(keys, axis=1))
+    for found, *state in (opened(another(2)), opened(another(), nb.to_bfloat16(np.zeros((5, 32), np.float32)))):
+        assert state == [0, 0, 0] and not found.any()
     x = make_raw(tmp_path, 40)
     index = faiss.IndexFlatL2(DIM)
     index.add(x)
@@ -369,24 +480,24 @@ def test_index_and_checkpoint_of_something_else_are_not_taken(tmp_path, monkeypa
 
 def test_a_checkpoint_without_its_state_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "EVERY", 0)
+    X, keys = nb.to_bytes(np.eye(5, 32, dtype=np.float32)), np.zeros((5, 2), np.int64)
+
+    def opened(checkpoint):
+        keys[:] = 0
+        return checkpoint.open(keys, X)
+
     checkpoint = Checkpoint(str(tmp_path / "lists"), [1])
-
-    class Lists:
-        searched, rounds, nprobe = 4, 1, 2
-
-    Lists.keys = checkpoint.open(5, 2, 33)[0]
-    checkpoint.save(Lists)
+    opened(checkpoint)
+    checkpoint.save(keys, 4, 1, 2)
     checkpoint.wait()
-    assert Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)[1:] == (4, 1, 2)
+    assert opened(Checkpoint(str(tmp_path / "lists"), [1])) == (4, 1, 2)
 
     def killed(*args):
         raise InterruptedError
     monkeypatch.setattr(index_files, "write_json", killed)
-    Lists.keys[:] = 7
-    checkpoint.save(Lists)
+    checkpoint.save(keys, 4, 2, 2)
     checkpoint.wait()
-    keys, *state = Checkpoint(str(tmp_path / "lists"), [1]).open(5, 2, 33)
-    assert state == [0, 0, 0] and not keys.any()
+    assert opened(Checkpoint(str(tmp_path / "lists"), [1])) == (0, 0, 0)
 
 
 def test_no_room_for_lists_in_a_file(tmp_path, monkeypatch):
@@ -402,7 +513,6 @@ def test_no_room_for_lists_in_a_file(tmp_path, monkeypatch):
 
 
 def test_streamed_index_equals_that_of_faiss(tmp_path):
-    from lowshot.cells import Cells, Vectors
     x = make_raw(tmp_path, 500)
     cells = Cells.train(Vectors(x), 25)
     write_ivf_flat(str(tmp_path / "a.index"), cells)
@@ -610,7 +720,7 @@ def test_the_graphs_files_are_on_disk_before_they_get_their_names_D_first(tmp_pa
 
 
 def test_an_index_of_many_cells_searches_256(tmp_path):
-    write_ivf_flat(str(tmp_path / "a.index"), cells.Cells.train(cells.Vectors(make_raw(tmp_path, 400)), 300))
+    write_ivf_flat(str(tmp_path / "a.index"), Cells.train(Vectors(make_raw(tmp_path, 400)), 300))
     assert faiss.read_index(str(tmp_path / "a.index")).nprobe == 256
 
 

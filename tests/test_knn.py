@@ -8,7 +8,6 @@ from graph_utils import neighbours as nb
 from lowshot import cells as cells_module, exact_search, knn, machine, sampling
 from lowshot.cells import Cells, Codes, Vectors, default_nlist, train_centroids, ways_to_cells
 from lowshot.features import MatrixFile
-from lowshot.index_files import Checkpoint
 from lowshot.script import silent
 from vectors import clustered, recall, with_energies
 
@@ -44,7 +43,7 @@ def test_vectors_and_candidates_that_do_not_fit_in_memory(tmp_path, monkeypatch,
     if n0:                              # these few cells leave something to rounds
         monkeypatch.setattr(knn, "cells_reaching", lambda *a: 3)
     parts = []
-    monkeypatch.setattr(knn.nb, "descent_round", lambda *a, round=nb.descent_round: parts.append(a[5]) or round(*a))
+    monkeypatch.setattr(knn.nb, "descent_round", lambda *a, round=nb.descent_round, **how: parts.append(a[5]) or round(*a, **how))
     x, k = clustered(3000, spread=1.5) * np.random.RandomState(0).uniform(.1, 3, (3000, 1)).astype("f4"), 10
     x[7:60] = x[7]                      # equals are ordered by number, behind the node itself
     x[60] = 0
@@ -108,7 +107,7 @@ def test_longer_lists_where_many_cells_would_be_searched(monkeypatch):
 def test_as_many_cells_as_it_takes_where_rounds_find_nothing(monkeypatch):
     x, lines = clustered(6000, d=64, spread=3.), []
     monkeypatch.setattr(knn, "ROUND", 0)
-    monkeypatch.setattr(knn.nb, "descent_round", lambda *args: 0)
+    monkeypatch.setattr(knn.nb, "descent_round", lambda *args, **how: 0)
     search_cells, before = nb.search_cells, []
     monkeypatch.setattr(knn.nb, "search_cells", lambda *a, **k: before.append(k["before"]) or search_cells(*a, **k))
     cells = Cells.train(Vectors(x), 150)
@@ -119,40 +118,6 @@ def test_as_many_cells_as_it_takes_where_rounds_find_nothing(monkeypatch):
     assert [b and b[0] for b in before] == [None, *searched[:-1]]       # and none of them twice
     at_once = knn.build_knn_graph(None, 12, recall=.9, cells=cells, nprobe=searched[-1])
     assert (np.sort(I) == np.sort(at_once[1])).mean() > .999
-
-
-def test_a_run_killed_among_further_cells_goes_on(tmp_path, monkeypatch):
-    """From copies that are written while these are searched: of what the search before left, and perhaps more."""
-    x, k = clustered(6000, d=64, spread=3.), 12
-    monkeypatch.setattr(knn, "ROUND", 0)
-    monkeypatch.setattr(knn.nb, "descent_round", lambda *args: 0)
-    monkeypatch.setattr(sampling, "SEARCH_BLOCK", 1000)
-    monkeypatch.setattr(Checkpoint, "EVERY", 0)
-    cells, nprobe = Cells.train(Vectors(x), 150), []
-    save = Checkpoint.save
-
-    def killed(checkpoint, lists):
-        save(checkpoint, lists)
-        checkpoint.wait()
-        nprobe.append((lists.nprobe, lists.searched))
-        if lists.before and len(nprobe) == 12:      # a round, and five blocks
-            raise KeyboardInterrupt
-
-    def build():
-        with Checkpoint(str(tmp_path / "lists"), [1]) as checkpoint:
-            return knn.build_knn_graph(None, k, recall=.9, cells=cells, checkpoint=checkpoint)
-
-    monkeypatch.setattr(Checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        build()
-    first = nprobe[0][0]
-    assert nprobe[5:] == 7 * [(first, 6000)]
-    searched = []
-    search_cells = nb.search_cells
-    monkeypatch.setattr(knn.nb, "search_cells", lambda *a, **how: searched.append(how["before"]) or search_cells(*a, **how))
-    I, info = build()[1:]
-    assert all(before and before[0] >= first for before in searched) and info["nprobe"] > first
-    assert info["recall"] >= .9 and recall(I, x, x, k) >= .89 and all(len(set(row)) == k for row in I)
 
 
 def test_longer_lists_are_compared_in_all_dimensions(monkeypatch):
@@ -242,8 +207,11 @@ def test_known_lists_have_bars_behind_them():
     np.testing.assert_allclose(nb.similarities(keys)[full, 8:], np.repeat(nb.similarities(keys)[full, :8].min(1, keepdims=True) - knn.BAR * .01,
                                                                           sampling.SPARE_LISTED, 1), atol=1e-6)
     assert not keys[3, 5:].any()
-    lists._mark_new()
-    assert not (lists.keys[at[:500]] & nb.NEW).any()
+    assert not (keys & nb.NEW).any()
+    lists.search(3, silent)         # what is not between two known nodes is new
+    numbers, new = nb.numbers(lists.keys), cells.order >= 500
+    assert (numbers[~new] >= 0).any() and new[numbers[~new]].any()
+    np.testing.assert_array_equal(lists.keys & nb.NEW > 0, (numbers >= 0) & (new[:, None] | new[numbers]))
 
 
 def test_search_among_cells(monkeypatch):
