@@ -25,7 +25,7 @@ import time
 from lowshot.features import MatrixFile
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
-from lowshot.script import (Parser, clock, exclusive, log, number, print_header, provenance, read_json, remove,
+from lowshot.script import (Parser, check_outputs, clock, exclusive, log, number, print_header, provenance, read_json, remove,
                             remove_left_behind, run, show_progress, size, warn_of_memory, whole, within_memory, write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
@@ -109,6 +109,7 @@ def main():
             checked_index(ddir.index(n), vectors)
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
             return
+    check_outputs(record_path)
     with exclusive(ddir.index(n)), show_progress() as progress:
         if not complete and not args.overwrite and os.path.exists(path_I):
             log(f"{path_I} was completed by another run meanwhile")
@@ -117,8 +118,8 @@ def main():
             vectors = Vectors(rows, normalise=True)
         index, cells = stored_index(ddir.index(n), vectors, args, progress)
         if args.overwrite:
-            remove(path_I)
-            remove(path_D)
+            for path in (path_I, path_D, record_path):
+                remove(os.path.realpath(path))
         log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
         if complete:
             log(f"{is_complete}, and kept (--overwrite makes it again)")
@@ -146,15 +147,17 @@ def main():
                                                  progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
                                                  checkpoint if n >= CHECKPOINT_FROM else None, release=True,
                                                  exact=all_on_gpu, folder=os.path.dirname(path_I))
+        files.flush()
+        seconds = time.time() - start
+        # first, so that a graph that is there has its record
+        write_json(record_path, {**record, **info, "products": nb.products(), "seconds": seconds, "peak_memory": peak_memory(),
+                                 "predicted_memory": predicted})
         files.finish()
         if not search_with_faiss:
             checkpoint.remove()         # not before there is nothing left to lose
-    seconds = time.time() - start
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
-    write_json(record_path, {**record, **info, "products": nb.products(), "seconds": seconds,
-                             "peak_memory": peak_memory(), "predicted_memory": predicted})
 
 
 def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):

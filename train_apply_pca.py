@@ -155,7 +155,8 @@ def check_rows(blocks, counts, pca, path):
 def write_all(args, blocks, counts, pca, path, origin):
     """The rows of all blocks to `path`, going on from a partial file made from the same."""
     n, width = sum(counts), 4 * args.dim
-    partial, progress_path = path + ".partial", path + ".partial.json"
+    target = os.path.realpath(path)         # what a link leads to is written
+    partial, progress_path = target + ".partial", path + ".partial.json"
     done = 0
     if os.path.exists(partial) and os.path.exists(progress_path):
         state = note_of(progress_path)
@@ -167,7 +168,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     # two slabs, and what the PCA makes of one; training, of which nothing is kept, may have taken more
     memory = max(peak_memory(), memory_now() + min(2 * slab, 4 * n * pca.d_in) + slab * args.dim / pca.d_in)
     print_header(args, step="apply", blocks=len(blocks), rows=n, output=size(n * width), predicted_memory=size(memory))
-    free = shutil.disk_usage(os.path.dirname(path)).free
+    free = shutil.disk_usage(os.path.dirname(target)).free
     if (n - done) * width > free:
         raise OSError(f"{path} needs {size((n - done) * width)} more, the disk has {size(free)} free")
     if done:
@@ -204,7 +205,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     if os.path.getsize(partial) != n * width:
         raise OSError(f"{partial} has {os.path.getsize(partial)} bytes, {n * width} expected ({n} rows of {width})")
     make_way(path, origin)
-    os.replace(partial, path)
+    os.replace(partial, target)
     os.unlink(progress_path)
     log(f"wrote {path}: {n} x {args.dim}, {os.path.getsize(path)} bytes, in {clock(time.time() - start)}, "
         f"peak memory {size(peak_memory())}")
@@ -254,7 +255,7 @@ def complete(path, origin, overwrite, check, nbytes=None):
                 raise
             return False
         log(f"{path} is complete, nothing to do")
-        if os.path.exists(path + ".partial.json") and not os.path.exists(path + ".partial"):
+        if os.path.exists(path + ".partial.json") and not os.path.exists(os.path.realpath(path) + ".partial"):
             remove(path + ".partial.json")      # of a run that was killed at its last step
         return True
     if not overwrite:

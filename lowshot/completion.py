@@ -285,7 +285,8 @@ class FixedKey:
         self.made_from = {
             "version": VERSION, "k": k, "nbg": nbg, "dim": dim, "files": file_identities(self.sources),
             "rows": [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (base_rows, test_rows)]}
-        self.folder = ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}")
+        # where the folder is a link, what it leads to is replaced
+        self.folder = os.path.realpath(ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}"))
 
     def stored(self):
         """The stored part, or None where it is missing, not whole, or made from something else."""

@@ -80,9 +80,13 @@ class FeatureFile:
             raise ValueError(f"{path}: all_labels holds {labels.dtype}, whole numbers were expected")
         if feats.dtype.kind != "f":
             raise ValueError(f"{path}: all_feats holds {feats.dtype}, floating point was expected")
+        for name, dataset in (("all_feats", feats), ("all_labels", labels)):
+            if dataset.is_virtual or dataset.external or not os.path.samefile(dataset.file.filename, path):
+                # their changes would not be noticed
+                raise ValueError(f"{path}: {name} is kept in other files: copy it into this one")
         self._offset = None
         # rows of a contiguous dataset are read straight from the file, much faster than by h5py's index lists
-        offset = feats.id.get_offset() if feats.chunks is None and feats.external is None else None
+        offset = feats.id.get_offset() if feats.chunks is None else None
         if offset is not None and feats.dtype == np.dtype("<f4"):
             self._fd, self._offset = os.open(path, os.O_RDONLY | os.O_CLOEXEC), offset
 
@@ -205,9 +209,9 @@ class FeatureFile:
         return out
 
     def _checked(self, x, rows):
-        x = np.ascontiguousarray(x, np.float32)
         # one sum per row tells NaN and infinity without a temporary the size of x
         with np.errstate(over="ignore", invalid="ignore"):
+            x = np.ascontiguousarray(x, np.float32)
             bad = ~np.isfinite(x.sum(axis=1)) if len(x) else np.zeros(0, bool)
         if bad.any() and not np.isfinite(x[bad]).all():
             bad &= ~np.isfinite(x).all(axis=1)

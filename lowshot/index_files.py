@@ -284,7 +284,7 @@ class GraphFiles:
     """
 
     def __init__(self, path_I, path_D, n, k, identity=None):
-        self.paths = (path_D, path_I)
+        self.paths = [os.path.realpath(path) for path in (path_D, path_I)]     # what links lead to is written
         self.temporary = [p + ".partial" for p in self.paths]
         self.state_path = path_I + ".partial.json"
         self.state = {"identity": identity, "shape": [n, k]}
@@ -313,12 +313,16 @@ class GraphFiles:
             m.flush()
         write_json(self.state_path, {**self.state, "done": done})
 
-    def finish(self):
-        """Give the files their names: D first, so that a graph whose I is there is complete."""
-        for m, temporary, path in zip(self.maps, self.temporary, self.paths):
+    def flush(self):
+        """Make sure that all is on disk."""
+        for m, temporary in zip(self.maps, self.temporary):
             m.flush()
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+
+    def finish(self):
+        """Give the files, once flushed, their names: D first, so that a graph whose I is there is complete."""
         self.maps = None
+        for temporary, path in zip(self.temporary, self.paths):
+            os.replace(temporary, path)
         remove(self.state_path)

@@ -36,14 +36,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None):
-    """Argument type: an int or a finite float within [low, high]."""
+    """Argument type: an int or a finite float within [low, high]; an int below 2^31 if `high` is not given."""
+    most = 2 ** 31 - 1 if kind is int and high is None else high
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number")
-        if value != value or abs(value) == math.inf or (low is not None and value < low) or (high is not None and value > high):
-            bounds = ([f"at least {low}"] if low is not None else []) + ([f"at most {high}"] if high is not None else [])
+        if value != value or abs(value) == math.inf or (low is not None and value < low) or (most is not None and value > most):
+            bounds = [f"at least {low}"] * (low is not None) + [f"at most {most}"] * (high is not None or kind is int and value > most)
             if kind is float and high is None:
                 bounds.append("finite")
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
@@ -60,9 +62,11 @@ def file_name(text):
 
 def run(main):
     """Run a script's main(): bad input and files become one line on stderr and exit status 1, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:          # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
         with contextlib.suppress(AttributeError):       # a test's
-            stream.reconfigure(errors="backslashreplace")       # names of files may be any bytes
+            getattr(sys, name).reconfigure(errors="backslashreplace")       # names of files may be any bytes
     try:
         status = main()
     except KeyboardInterrupt:
@@ -236,9 +240,18 @@ def full_disk_named(path):
 
 
 def file_identities(paths):
-    """What tells whether files are still the same, for those that are there: name, size, time of last change in nanoseconds."""
+    """What tells whether files are still the same, for those that are there: name, size, time of last change in nanoseconds, and
+    a digest of some of their bytes (of other features of as many images, unpacked with the same times, say)."""
     found = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
-    return [[os.path.basename(path), s.st_size, s.st_mtime_ns] for path, s in found]
+    return [[os.path.basename(path), s.st_size, s.st_mtime_ns, _digest_of_some(path, s.st_size)] for path, s in found]
+
+
+def _digest_of_some(path, nbytes, pieces=16, piece=4096):
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as f:
+        for i in range(pieces):
+            digest.update(os.pread(f.fileno(), piece, max(0, nbytes - piece) * i // (pieces - 1)))
+    return digest.hexdigest()[:32]
 
 
 def changed_file(paths, identities):
@@ -330,6 +343,7 @@ def remove(path):
         os.unlink(path)
 
 
+LONGEST_NAME = 220          # of outputs: systems have names of 255 bytes, and what is written first has longer ones
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP     # as some parallel file systems of clusters answer
 
 
@@ -386,6 +400,8 @@ def check_outputs(*paths, inputs=()):
         named.add(real)
         if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")
+        if len(os.fsencode(os.path.basename(real))) > LONGEST_NAME:
+            raise ValueError(f"{path}: the name is longer than {LONGEST_NAME} bytes, with which temporary names would be too long")
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file: it would be replaced by one")
         folder = os.path.dirname(os.path.abspath(path))

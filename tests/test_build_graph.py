@@ -715,8 +715,51 @@ def test_the_graphs_files_are_on_disk_before_they_get_their_names_D_first(tmp_pa
     calls = []
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, lambda *a, call=getattr(os, name): calls.append(a[1:]) or call(*a))
+    files.flush()
     files.finish()
-    assert calls == [(), (str(tmp_path / "D"),), (), (str(tmp_path / "I"),)]
+    assert calls == [(), (), (str(tmp_path / "D"),), (str(tmp_path / "I"),)]
+
+
+def test_what_links_lead_to_is_written(tmp_path):
+    make_raw(tmp_path, 200)
+    assert run(tmp_path, 200).returncode == 0
+    far, names = tmp_path / "far", ["ndis200_k32_I_11.int32", "ndis200_k32_D_11.float32"]
+    far.mkdir()
+    for name in names:
+        os.rename(tmp_path / "knngraph" / name, far / name)
+        os.symlink(far / name, tmp_path / "knngraph" / name)
+    x = make_raw(tmp_path, 200, seed=1)
+    done = run(tmp_path, 200, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(far)) == sorted(names) and all((tmp_path / "knngraph" / name).is_symlink() for name in names)
+    check_list(*read_graph(tmp_path, 200, 32), x)
+
+
+def test_a_graph_that_is_there_has_its_own_record(tmp_path, monkeypatch):
+    make_raw(tmp_path, 200)
+    record = tmp_path / "logs" / "build_graph" / "ndis200_k32.json"
+    (tmp_path / "logs").write_text("")
+    done = run(tmp_path, 200)
+    assert done.returncode == 1 and f"{record} cannot be written" in done.stderr and not (tmp_path / "knngraph").exists()
+    (tmp_path / "logs").unlink()
+    monkeypatch.setenv("DDIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build_graph.py", "200", "--dim", str(DIM), "--overwrite"])
+    build_graph.main()
+    assert json.load(open(record))["exact"]
+    record.write_text('{"recall": 0.5}')
+
+    def killed(self):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(GraphFiles, "flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_graph.main()
+    assert not record.exists()
+    with monkeypatch.context() as m:
+        m.setattr(GraphFiles, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_graph.main()
+    assert json.load(open(record))["exact"] and not (tmp_path / "knngraph" / "ndis200_k32_I_11.int32").exists()
 
 
 def test_an_index_of_many_cells_searches_256(tmp_path):

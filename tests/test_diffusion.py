@@ -236,8 +236,17 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
     write_background_graph(root, 60, 8)
     changed = diffusion(root, *arguments)
     assert "images: from " not in changed and printed(changed) != printed(first)
+    # where it was moved elsewhere, that is replaced
+    folder, moved = os.path.join(root, f"knngraph/completed_val_ndis60_k8_d{DIM}"), str(tmp_path / "moved")
+    os.rename(folder, moved)
+    os.symlink(moved, folder)
+    assert "images: from " in diffusion(root, *arguments)
+    os.utime(raw, (1, 1))
+    assert "images: from " not in diffusion(root, *arguments) and os.path.islink(folder)
+    assert "images: from " in diffusion(root, *arguments)
+    os.unlink(folder)
+    os.rename(moved, folder)
     # a truncated array of the stored graph is not taken for whole
-    folder = os.path.join(root, f"knngraph/completed_val_ndis60_k8_d{DIM}")
     with open(os.path.join(folder, "I.npy"), "rb+") as f:
         f.truncate(200)
     again = diffusion(root, *arguments)

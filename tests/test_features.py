@@ -56,6 +56,29 @@ def test_slabs_cover_all_valid_rows_in_order(stored):
         assert list(f.slabs(5, 5)) == []
 
 
+@pytest.mark.parametrize("name", ["all_feats", "all_labels"])
+@pytest.mark.parametrize("kind", ["link", "virtual", "external"])
+def test_datasets_in_other_files_are_refused(kind, name, tmp_path):
+    path, other = str(tmp_path / "f.hdf5"), str(tmp_path / "other")
+    write_features(path, np.ones((N, D), np.float32), np.zeros(N))
+    with h5py.File(path, "r+") as f:
+        content = f[name][:]
+        del f[name]
+        if kind == "external":
+            f.create_dataset(name, data=content, external=[(other, 0, content.nbytes)])
+        else:
+            with h5py.File(other, "w") as g:
+                g["x"] = content
+            if kind == "link":
+                f[name] = h5py.ExternalLink(other, "x")
+            else:
+                layout = h5py.VirtualLayout(content.shape, content.dtype)
+                layout[...] = h5py.VirtualSource(other, "x", content.shape)
+                f.create_virtual_dataset(name, layout)
+    with pytest.raises(ValueError, match=f"f.hdf5: {name} is kept in other files: copy it"):
+        FeatureFile(path)
+
+
 def test_transform_and_progress(stored):
     path, x, _ = stored
     seen = []

@@ -25,7 +25,7 @@ def test_number_takes(kind, low, high, text, value):
 
 @pytest.mark.parametrize("kind, low, high, text, message", [
     (int, 1, None, "0", "0 must be at least 1"), (int, 1, 5, "6", "at least 1 and at most 5"),
-    (int, 1, None, "1.5", "'1.5' is not a whole number"), (float, None, None, "x", "'x' is not a number"),
+    (int, 1, None, "1.5", "'1.5' is not a whole number"), (int, 1, None, str(2 ** 31), "and at most 2147483647"), (float, None, None, "x", "'x' is not a number"),
     (float, 0, None, "nan", "nan must be"), (float, None, 1, "inf", "at most 1"),
     (float, 0, None, "inf", "inf must be at least 0 and finite"), (float, None, None, "-1e400", "-1e400 must be finite")])
 def test_number_refuses(kind, low, high, text, message):
@@ -216,6 +216,20 @@ def test_run_can_show_the_traceback(monkeypatch):
         script.run(raising(ValueError("x")))
 
 
+@pytest.mark.parametrize("closed,written", [("2>&-", "done\n"), (">&- 2>&-", ""), ("<&- >&-", "1/2 steps")])
+def test_closed_streams(closed, written):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from lowshot import script\n"
+            "def main():\n"
+            "    with script.Progress(2, 'steps') as progress:\n"
+            "        progress.next = 0\n"
+            "        progress.update(1)\n"
+            "    script.log('done')\n"
+            "script.run(main)")
+    done = subprocess.run(["bash", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, code, ROOT], capture_output=True, text=True)
+    assert done.returncode == 0 and written in done.stdout + done.stderr and "Error" not in done.stdout + done.stderr
+    assert written or not done.stdout + done.stderr
+
+
 def test_output_into_a_closed_pipe_is_no_traceback():
     code = "from lowshot.script import *\ndef main():\n  while True: log('line')\nrun(main)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -389,6 +403,30 @@ def test_a_file_that_changed_within_a_second_is_another(tmp_path):
     assert script.changed_file([path], before) is None
     os.utime(path, ns=(10 ** 18, 10 ** 18 + 10 ** 6))
     assert script.changed_file([path], before) == "f"
+
+
+@pytest.mark.parametrize("nbytes", [1, 5000, 10 ** 6])
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path, nbytes):
+    path = tmp_path / "f"
+    identities = []
+    for seed in (0, 0, 1):
+        path.write_bytes(bytes([seed]) * nbytes)
+        os.utime(path, ns=(10 ** 18, 10 ** 18))
+        identities.append(script.file_identities([str(path)]))
+    assert identities[0] == identities[1] and script.changed_file([str(path)], identities[0]) == "f"
+
+
+def test_names_of_outputs_that_leave_no_room_for_temporary_ones(tmp_path):
+    for length in (script.LONGEST_NAME, script.LONGEST_NAME + 1):
+        path = str(tmp_path / ("é" * (length // 2) + "x" * (length % 2)))
+        if length > script.LONGEST_NAME:
+            with pytest.raises(ValueError, match="the name is longer than 220 bytes"):
+                script.check_outputs(path)
+        else:
+            script.check_outputs(path)
+            script.write_json(path, 1)
+            with script.exclusive(path + ".partial"):
+                script.write_json(path + ".partial.json", 1)
 
 
 def test_outputs_in_a_folder_that_is_not_writable(tmp_path, monkeypatch):

@@ -115,6 +115,22 @@ def test_what_is_complete_stays_until_the_input_changes(root):
     np.testing.assert_allclose(raw(root)[500:801], transform.apply(x), atol=1e-5)
 
 
+def test_what_links_lead_to_is_written(root):
+    run(root, "train", "apply")
+    far = root / "far"
+    far.mkdir()
+    for name in (path(root), path(root, f"PCAR{DIM}.vt")):
+        os.rename(name, far / os.path.basename(name))
+        os.symlink(far / os.path.basename(name), name)
+    assert "nothing to do" in run(root, "apply")
+    x = write_block(root, 1, 301, seed=9)
+    run(root, "train", "apply", "--overwrite")
+    assert os.path.islink(path(root)) and os.path.islink(path(root, f"PCAR{DIM}.vt"))
+    transform = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
+    np.testing.assert_allclose(raw(root)[500:801], transform.apply(x), atol=1e-5)
+    assert sorted(os.listdir(far)) == sorted([f"PCAR{DIM}.vt", os.path.basename(path(root))])
+
+
 def test_a_block_extracted_again_with_more_images_is_another(root):
     readable = np.ones(301, bool)
     readable[7] = False
