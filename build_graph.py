@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Stage 3: the k-nearest-neighbour graph of the background (paper, section 3.1).
 
 reads   $DDIR/features/f100m/concatenated_PCAR256.raw    its first NBG vectors, L2-normalised as they are read
@@ -90,8 +89,8 @@ def main():
     path_I, path_D = ddir.graph(n, k)
     lists = path_I + ".lists.partial"
     record_path = ddir.log("build_graph", f"ndis{n}_k{k}.json")
-    least = predicted_memory(n, d, k, all_on_gpu, device is not None, least=True)
-    predicted = within_memory(predicted_memory(n, d, k, all_on_gpu, device is not None), least)
+    least = predict_memory(n, d, k, all_on_gpu, device is not None, least=True)
+    predicted = within_memory(predict_memory(n, d, k, all_on_gpu, device is not None), least)
     print_header(args, predicted_memory=size(predicted), products=nb.products())
     warn_of_memory(least)
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
@@ -143,10 +142,11 @@ def main():
             if all_on_gpu:
                 cells = None        # which take memory
             with checkpoint:
-                _, _, info = knn.build_knn_graph(vectors, k, args.recall, None, cells, args.nprobe, args.seed, files.arrays,
-                                                 progress, lambda line: log(f"{line}, {clock(time.time() - start)}"),
-                                                 checkpoint if n >= CHECKPOINT_FROM else None, release=True,
-                                                 exact=all_on_gpu, folder=os.path.dirname(path_I))
+                _, _, info = knn.build_knn_graph(
+                    vectors, k, args.recall, cells=cells, nprobe=args.nprobe, seed=args.seed, out=files.arrays, progress=progress,
+                    say=lambda line: log(f"{line}, {clock(time.time() - start)}"),
+                    checkpoint=checkpoint if n >= CHECKPOINT_FROM else None, release=True, exact=all_on_gpu,
+                    folder=os.path.dirname(path_I))
         files.flush()
         seconds = time.time() - start
         # first, so that a graph that is there has its record
@@ -160,7 +160,7 @@ def main():
         f"({size(predicted)} predicted)")
 
 
-def predicted_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):
+def predict_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):
     """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them. `least`: of
     a large set what it cannot do without, with candidates in a file."""
     from lowshot import exact_search, knn, sampling

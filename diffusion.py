@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Stage 5: diffuse the labels of a few images along the graph, and classify the test images (paper, section 3).
 
 Reads   $DDIR/features/{train,val}.hdf5           network features of labelled and test images
@@ -29,13 +28,13 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.evaluate import accuracies, notes_of_images
-from lowshot.features import FeatureFile, labels_of_both, read_into
+from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
                             provenance, remove_left_behind, reserve, run, size, warn_of_memory, whole, within_memory,
                             write_json)
-from lowshot.split import labelled_images, load_split, test_images
+from lowshot.split import images_of_run, load_split
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
 
@@ -306,11 +305,9 @@ def main():
     # ---- which images are labelled, and which are classified
     split = load_split(ddir.label_idx(), args.mode)
     with FeatureFile(ddir.train) as train_file, FeatureFile(ddir.val) as val_file:
-        train_labels, val_labels = labels_of_both(train_file, val_file, split.known)
-        rows, labels, nbase = labelled_images(train_labels, split, args.nlabeled, args.seed)
-        test_rows, test_labels = test_images(val_labels, split)
-        unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
-        record["unreadable"] = unreadable
+        rows, labels, nbase, test_rows, test_labels, unreadable = images_of_run(train_file, val_file, split, args.nlabeled,
+                                                                                args.seed)
+    record["unreadable"] = unreadable
     nl, nt, C, n = len(rows), len(test_rows), len(split.classes), len(rows) + args.nbg
     k = args.k if args.nbg else min(args.k, n)      # more than there are nodes are the same
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
@@ -338,7 +335,7 @@ def main():
     if fixed:
         log(f"graph of background and base images: from {key.folder}")
     else:
-        fixed = key.make(log) if args.nocache else key.stored_or_made(log)
+        fixed = key.make() if args.nocache else key.stored_or_made()
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
     changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base"), fixed.load("scale")), novel)

@@ -30,13 +30,13 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.evaluate import accuracies, notes_of_images
-from lowshot.features import FeatureFile, SLAB_BYTES, labels_of_both
+from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, torch_device, wait_briefly
 from lowshot.script import (Parser, Progress, allocate, as_text, check_outputs, exclusive, file_identities, file_name, log,
                             number, print_header, provenance, remove, remove_left_behind, run, size, warn_of_memory, whole,
                             write_json)
-from lowshot.split import labelled_images, load_split, test_images
+from lowshot.split import images_of_run, load_split
 
 wait_briefly()
 
@@ -152,7 +152,7 @@ def numbers(text):
     return values
 
 
-def parse_arguments():
+def arguments():
     parser = Parser(__doc__)
     group = parser.add_argument_group("experiment")
     group.add_argument("--mode", choices=["val", "test"], default="val",
@@ -230,7 +230,7 @@ def train(classifiers, sampler, X, args, report, checkpoint, first, losses):
 
 
 def main():
-    args = parse_arguments()
+    args = arguments()
     ddir = DataDir()
     record = provenance(args)
     args.record = args.record or default_record(ddir, args)
@@ -254,11 +254,9 @@ def experiment(args, ddir, record, points):
         if train_file.d != val_file.d:
             raise ValueError(f"{ddir.train} has {train_file.d} columns and {ddir.val} {val_file.d}: "
                              "both must come from the same network")
-        train_labels, val_labels = labels_of_both(train_file, val_file, split.known)
         d = train_file.d
-        rows, labels, nbase = labelled_images(train_labels, split, args.nlabeled, args.seed)
-        test_rows, test_labels = test_images(val_labels, split)
-        unreadable = train_file.unreadable(rows), val_file.unreadable(test_rows)
+        rows, labels, nbase, test_rows, test_labels, unreadable = images_of_run(train_file, val_file, split, args.nlabeled,
+                                                                                args.seed)
         record["unreadable"] = unreadable
 
         device = torch_device(args.device)

@@ -20,7 +20,6 @@ import collections
 import concurrent.futures
 import contextlib
 import gc
-import hashlib
 import itertools
 import math
 import mmap
@@ -33,7 +32,7 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.machine import peak_memory, thread_count, torch_device
-from lowshot.script import Parser, Progress, check_outputs, clock, file_name, log, number, print_header, run, size
+from lowshot.script import Parser, Progress, check_outputs, clock, file_name, file_sha256, log, number, print_header, run, size
 
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
 IMAGES_ON_CPU = 256         # the same, as files may be large where what is kept of them is small
@@ -69,7 +68,7 @@ def main():
     i0, i1 = block(args, len(images))
     n, d = i1 - i0, network.feature_dim
     # what the features depend on; not where it is stored
-    origin = {"model": args.model, "modelfile_sha256": digest(args.modelfile), "i0": i0, "i1": i1,
+    origin = {"model": args.model, "modelfile_sha256": args.modelfile and file_sha256(args.modelfile), "i0": i0, "i1": i1,
               "kind": config["dataset"]["kind"], **images.identity(i0, i1), "transforms": transforms}
 
     if os.path.exists(args.outfile):
@@ -187,17 +186,6 @@ def note_transforms(args, transforms, usual):
         differing = [k for k in nearest if nearest[k] != transforms[k]]
         there, here = (", ".join(f"{k}: {'null' if t[k] is None else t[k]}" for k in differing) for t in (nearest, transforms))
         log(f"note: torchvision's weights of {args.model} were made for {there}; {args.cfg} has {here}")
-
-
-def digest(path):
-    """SHA-256 of a file, hexadecimal; None for None."""
-    if path is None:
-        return None
-    with open(path, "rb") as f:
-        h = hashlib.sha256()
-        while data := f.read(1 << 20):
-            h.update(data)
-        return h.hexdigest()
 
 
 def by_threads(batches, extract, workers):

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Check the compiled library: products of a graph and a matrix against dense float64, each error on one line.
 
 Reads nothing, writes nothing. Exits with status 1 if a relative error is 1e-6 or more.

@@ -12,7 +12,6 @@ it was cut off.
   python train_apply_pca.py apply
   python train_apply_pca.py train apply --dim 128 --ntrain 100000
 """
-import contextlib
 import hashlib
 import os
 import shutil
@@ -24,8 +23,8 @@ import numpy as np
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, memory_now, peak_memory, wait_briefly
-from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, log, number, print_header, read_json, remove,
-                            run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, file_sha256, log, number, print_header, read_note,
+                            remove, run, size, whole, write_json)
 
 wait_briefly()
 
@@ -118,7 +117,7 @@ def train(args, block0, path):
 
 def apply(args, blocks, pca_path, path):
     """Apply the transform to all rows of all blocks, one slab of about 64 MB after the other."""
-    from lowshot.pca import load_pca, pca_digest
+    from lowshot.pca import load_pca
     counts, origins = [], []
     for block in blocks:
         with FeatureFile(block) as f:
@@ -126,7 +125,7 @@ def apply(args, blocks, pca_path, path):
             counts.append(f.n)
             origins.append(identity(f))
     n, width = sum(counts), 4 * args.dim
-    origin = {"dim": args.dim, "pca_sha256": pca_digest(pca_path), "blocks": origins}
+    origin = {"dim": args.dim, "pca_sha256": file_sha256(pca_path), "blocks": origins}
     if complete(path, origin, args.overwrite, lambda: check_rows(blocks, counts, pca, path), n * width):
         return
     with exclusive(path + ".partial"):
@@ -159,7 +158,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     partial, progress_path = target + ".partial", path + ".partial.json"
     done = 0
     if os.path.exists(partial) and os.path.exists(progress_path):
-        state = note_of(progress_path)
+        state = read_note(progress_path)
         if state.get("made_from") == origin and os.path.getsize(partial) >= state["rows"] * width:
             done = state["rows"]
         elif not args.overwrite:
@@ -223,14 +222,6 @@ def identity(f):
     return {"rows": f.n, "columns": f.d, "sha256": digest.hexdigest()}
 
 
-def note_of(path):
-    """What a note beside a file says, {} where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        note = read_json(path)
-        return note if isinstance(note, dict) else {}
-    return {}
-
-
 def make_way(path, origin):
     """What is done before a file gets its name: no other has it, and the note beside it tells what this one is made from."""
     with whole(path + ".json") as temporary:
@@ -246,7 +237,7 @@ def complete(path, origin, overwrite, check, nbytes=None):
     if not os.path.exists(path):
         return False
     note = path + ".json"
-    noted = note_of(note)
+    noted = read_note(note)
     if origin == noted and nbytes in (None, os.path.getsize(path)):
         try:
             check()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What it costs in accuracy that not all neighbours are found: diffusion.py beside itself with exact graphs.
 
 Reads $DDIR with the graph of its background, as diffusion.py does. Makes the same graph, and completes it, by comparing all with

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time diffusion.py beside the paper's way, and its diffusion beside scikit-learn's and graphlearning's, in one run.
 
 Reads $DDIR as diffusion.py does. Prints two Markdown tables, and writes them to --out.
@@ -57,15 +56,14 @@ class Problem:
         from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
         from lowshot.features import FeatureFile
         from lowshot.layout import DataDir
-        from lowshot.split import labelled_images, load_split, test_images
+        from lowshot.split import images_of_run, load_split
         self.args, self.ddir = args, DataDir()
         split = load_split(self.ddir.label_idx(), "test")
-        with FeatureFile(self.ddir.train) as f:
-            rows, self.labels, nbase = labelled_images(f.labels(split.known), split, args.nlabeled, args.seed)
-        with FeatureFile(self.ddir.val) as f:
-            test_rows, self.test_labels = test_images(f.labels(split.known), split)
+        with FeatureFile(self.ddir.train) as train_file, FeatureFile(self.ddir.val) as val_file:
+            rows, self.labels, nbase, test_rows, self.test_labels, _ = images_of_run(train_file, val_file, split, args.nlabeled,
+                                                                                     args.seed)
         self.is_novel, self.C = split.is_novel, len(split.classes)
-        fixed = FixedKey(self.ddir, "test", args.nbg, args.k, args.dim, rows[:nbase], test_rows).stored_or_made(log)
+        fixed = FixedKey(self.ddir, "test", args.nbg, args.k, args.dim, rows[:nbase], test_rows).stored_or_made()
         novel = read_features(self.ddir.train, rows[nbase:], self.ddir.pca(args.dim), "novel images read")
         base, self.test = fixed.load("base"), fixed.load("test")
         self.vectors = fixed_vectors(self.ddir, args.nbg, args.dim, base, fixed.load("scale"))
@@ -137,7 +135,7 @@ def paper_way(problem):
     indptr = W.indptr.astype(np.int64)
 
     def iteration():
-        mkl_product(indptr, W.indices, W.data, L, out)
+        mkl_product(indptr, W.indices, W.data, L, out, check=False)
         sums = out.sum(axis=0)
         np.divide(out, np.where(sums > 0, sums, 1), out=out)
 

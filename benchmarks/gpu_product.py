@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """One iteration L <- normalise(W L) on a GPU, beside cuSPARSE through torch, on the graph of a data directory.
 
 Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (build_graph.py), or --graph FILE.npy
 Prints a Markdown table, and writes it to --out.
 
 Ours: the kernel of diffusion.py --backend triton, panel by panel, with column sums and scaling; the graph renumbered by
-graph_utils.locality_order, and in the order of the files. cuSPARSE: torch's CSR tensor times L, all columns at once and in
+graph_utils.locality_rank, and in the order of the files. cuSPARSE: torch's CSR tensor times L, all columns at once and in
 panels of as many columns as ours, the product alone; then with scaling and column sums as torch's operations. The best of
 several rounds counts, timed by events on the GPU. Every result is compared with float64 on a sample of rows.
 
@@ -45,7 +44,7 @@ class Case:
         self.graphs = {(name, renumbered): kind(I, rank if renumbered else None) for name, kind in kinds.items()
                        for renumbered in (False, True)}
         W = self.graphs["torch", False]
-        self.n, self.nnz, self.bytes = W.n, W.nnz, W.nbytes
+        self.n, self.nnz, self.bytes = W.n, W.nnz, sum(a.nbytes for a in W.arrays)
         generator = torch.Generator(args.device).manual_seed(1)
         self.L = torch.rand((self.n, args.columns), generator=generator, device=args.device)
         self.nodes = np.sort(np.random.RandomState(1).choice(self.n, min(SAMPLE, self.n), replace=False))
@@ -95,13 +94,11 @@ def main():
     args = arguments()
     print_header(args)
     import torch
-    from graph_utils import locality_order
+    from graph_utils import locality_rank
     if not torch.cuda.is_available():
         raise ValueError("this torch sees no GPU")
     I, recall = read_graph(args)
-    rank = np.empty(len(I), np.int32)
-    rank[locality_order(I)] = np.arange(len(I), dtype=np.int32)
-    case = Case(I, rank, args)
+    case = Case(I, locality_rank(I), args)
     copy = case.copy()
     bound = copy * (1 + case.bytes / (2 * 4 * case.L.numel()))
     rows = []

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time build_graph.py beside other builders of k-nearest-neighbour graphs, on the same vectors in one run.
 
     pip install -r benchmarks/requirements.txt

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write a synthetic data directory in the layout of the real one, at any scale, for benchmarks and trials.
 
 Writes  OUT/features/train.hdf5, val.hdf5, OUT/label_idx.json
@@ -20,7 +19,7 @@ import os
 import runs  # noqa: F401     it finds the project
 
 import numpy as np
-from lowshot.script import Parser, Progress, log, number, print_header, read_json, run, whole, write_json
+from lowshot.script import Parser, Progress, log, number, print_header, read_json, remove, run, whole, write_json
 
 ROWS = 20000        # made at a time: part of what "the same bytes" means
 
@@ -83,9 +82,12 @@ def write_raw(folder, images, prior, args):
     rs = np.random.RandomState(100)
     pca = faiss.PCAMatrix(args.dim, args.pca, 0, True)
     pca.train(images.features(rs.choice(args.nclass, min(args.nbg, 50000), p=prior), rs))
-    with whole(os.path.join(folder, f"PCAR{args.pca}.vt")) as temporary:
+    pca_path, raw = (os.path.join(folder, name) for name in (f"PCAR{args.pca}.vt", f"concatenated_PCAR{args.pca}.raw"))
+    for path in (pca_path, raw):
+        remove(path + ".json")      # in which train_apply_pca.py tells what it made others from
+    with whole(pca_path) as temporary:
         faiss.write_VectorTransform(pca, temporary)
-    with whole(os.path.join(folder, f"concatenated_PCAR{args.pca}.raw")) as temporary, open(temporary, "wb") as f, \
+    with whole(raw) as temporary, open(temporary, "wb") as f, \
             Progress(args.nbg, "background images") as progress:
         for i in range(0, args.nbg, ROWS):
             pca.apply(images.features(rs.choice(args.nclass, min(ROWS, args.nbg - i), p=prior), rs)).tofile(f)

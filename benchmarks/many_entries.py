@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """W of more than 2^31 entries, as that of 100 million images: made, changed and multiplied, and compared with float64.
 
 There is no graph of that size to read: image i's neighbours are the --k that follow it. So no two are neighbours of each

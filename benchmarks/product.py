@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """One iteration L <- normalise(W L) beside other sparse products, on the graph of a data directory.
 
 Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (build_graph.py), or --graph FILE.npy
@@ -6,7 +5,7 @@ Reads   $DDIR/knngraph/ndis{nbg}_k32_I_11.int32      the background's graph (bui
 Prints a Markdown table, and writes it to --out.
 
 Ours: panels of 32 columns, no array of values, with column sums and scaling; the graph renumbered by
-graph_utils.locality_order, and in the order of the files. MKL: its general product of a CSR matrix and a row-major L, with the
+graph_utils.locality_rank, and in the order of the files. MKL: its general product of a CSR matrix and a row-major L, with the
 nodes in the order of the files as in the paper, and renumbered. scipy, torch (CSR tensors) and sparse_dot_mkl: the
 same W in the order of the files, the product alone. All get the same L, threads and number of columns; the best of
 several rounds counts. Every result is compared with float64 on a sample of rows.
@@ -99,9 +98,10 @@ class Case:
     """
 
     def __init__(self, W, renumbered, rank, ncol, panel):
-        from graph_utils import PANEL, aligned_zeros, panel_widths
+        from graph_utils import PANEL, aligned_zeros
         self.W, self.renumbered, self.rank = W, renumbered, rank
-        self.panels = panel_widths(ncol, panel or PANEL)
+        widest = panel or PANEL         # first column, columns, and these padded to a multiple of 16
+        self.panels = [(c, min(widest, ncol - c), -(-min(widest, ncol - c) // 16) * 16) for c in range(0, ncol, widest)]
         padded = sum(p for _, _, p in self.panels)
         self.L, self.input, self.output = (aligned_zeros(W.n * padded) for _ in range(3))
         self.L = self.L[:W.n * ncol].reshape(W.n, ncol)
@@ -111,7 +111,7 @@ class Case:
             rows[:] = rs.random_sample(rows.shape)
         self.nodes = np.sort(rs.choice(W.n, min(SAMPLE, W.n), replace=False))
         rows = [slice(*W.indptr[i:i + 2]) for i in self.nodes]
-        self.exact = np.array([W.values[r] @ self.L[W.indices[r]].astype(np.float64) for r in rows])
+        self.exact = np.array([W.csr_values[r] @ self.L[W.indices[r]].astype(np.float64) for r in rows])
 
     def error(self, found):
         return float(np.abs(found - self.exact).max() / max(np.abs(self.exact).max(), 1e-30))
@@ -142,12 +142,12 @@ class Case:
         L, out = (a[:self.L.size].reshape(self.L.shape) for a in (self.input, self.output))
         L[self.rank if renumber else slice(None)] = self.L
         rows = self.rank[self.nodes] if renumber else self.nodes
-        return (lambda: mkl_product(W.indptr, W.indices, W.values, L, out)), lambda: out[rows]
+        return (lambda: mkl_product(W.indptr, W.indices, W.csr_values, L, out, check=False)), lambda: out[rows]
 
     def scipy_matrix(self):
         import scipy.sparse
         indptr = self.W.indptr if self.W.indptr[-1] >= 2 ** 31 else self.W.indptr.astype(np.int32)
-        return scipy.sparse.csr_matrix((self.W.values, self.W.indices, indptr), shape=(self.W.n, self.W.n))
+        return scipy.sparse.csr_matrix((self.W.csr_values, self.W.indices, indptr), shape=(self.W.n, self.W.n))
 
     def scipy(self):
         A = self.scipy_matrix()
@@ -162,7 +162,7 @@ class Case:
         import torch
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
         torch.set_num_threads(self.threads)
-        A = torch.sparse_csr_tensor(*map(torch.from_numpy, (self.W.indptr.astype(np.int32), self.W.indices, self.W.values)),
+        A = torch.sparse_csr_tensor(*map(torch.from_numpy, (self.W.indptr.astype(np.int32), self.W.indices, self.W.csr_values)),
                                     size=(self.W.n, self.W.n), check_invariants=False)
         L = torch.from_numpy(self.L)
         return self.calling(lambda: (A @ L).numpy())
@@ -253,20 +253,18 @@ def main():
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(args.threads)
     print_header(args)
     import graph_utils
-    from graph_utils import locality_order
+    from graph_utils import locality_rank
     graph_utils.set_num_threads(args.threads)
     I, recall = read_graph(args)
     t0 = time.perf_counter()
-    order = locality_order(I)
-    rank = np.empty(len(I), np.int32)
-    rank[order] = np.arange(len(I), dtype=np.int32)
+    rank = locality_rank(I)
     t1 = time.perf_counter()
     renumbered = graph_utils.SymmetricGraph(I, rank)
     t2 = time.perf_counter()
     W = graph_utils.SymmetricGraph(I)
     n, k = I.shape
     del I
-    W.values, renumbered.values = W.values(), renumbered.values()
+    W.csr_values, renumbered.csr_values = W.values(), renumbered.values()
     lines = [f"{n:,} nodes, k = {k}, {W.nnz:,} entries of W"
              + (f", recall@{k} of the graph {recall:.3f}" if recall is not None else "")
              + f"; {args.threads} threads, {cpu()}; {versions()}; MKL inside graph_utils: {graph_utils.has_mkl()}.",

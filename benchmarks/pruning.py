@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What leaving rows out of the diffusion saves: diffusion.py with and without --noprune, for 1 to 7 iterations.
 
 Reads $DDIR as diffusion.py does. Prints a Markdown table, and writes it to --out. Times are of the diffusion alone; the

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time and memory of build_graph.py and diffusion.py against the size of the background.
 
 Reads $DDIR as they do, with as many background images as the largest of --nbg. Prints a Markdown table, and writes it to

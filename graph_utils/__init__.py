@@ -11,9 +11,9 @@ except ImportError as e:
     why = f" ({e})" if os.path.exists(os.path.join(os.path.dirname(__file__), "core.py")) else ""
     raise ImportError(f"graph_utils is not built for this Python{why}: run bash compile.bash") from e
 
-from graph_utils.ordering import locality_order  # noqa: F401
+from graph_utils.ordering import locality_rank  # noqa: F401
 from graph_utils.product import (PANEL, WIDEST, BestClasses, SymmetricGraph, aligned_zeros,  # noqa: F401
-                                 check_permutation, mkl_product, neighbour_sums, panel_widths)
+                                 check_permutation, mkl_product, neighbour_sums)
 from graph_utils.sgd import FusedSGD  # noqa: F401
 
 has_mkl = core.has_mkl

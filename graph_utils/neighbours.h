@@ -148,7 +148,7 @@ void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float
 
 // Rows of a file of float32, d to a row, read by several threads; row numbers outside 0 .. nrow - 1 are left out.
 //
-// file  in   descriptor, open for reading; throws std::invalid_argument if it ends before a row, std::runtime_error if it
+// file  in   descriptor, open for reading; throws std::invalid_argument if it ends before a row, std::system_error if it
 //            cannot be read
 // rows  in   n; out n x d
 void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d, float* out);

@@ -1,7 +1,4 @@
-"""An order of the nodes of the graph that puts near nodes next to each other.
-
-    order = locality_order(I)                       # int32 (n,), from the graph alone
-    rank[order] = np.arange(n)                      # for SymmetricGraph(I, rank)
+"""An order of the nodes of the graph that puts near nodes next to each other: SymmetricGraph(I, locality_rank(I)).
 
 The product W L reads a row of L for each edge: where neighbours have near numbers, most of them are still in a cache.
 """
@@ -11,8 +8,8 @@ from graph_utils import core
 from graph_utils.product import _rows
 
 
-def locality_order(I):
-    """I: (n, k) int32 neighbours, negative = none. Returns a permutation of the nodes, int32 (n,).
+def locality_rank(I):
+    """I: (n, k) int32 neighbours, negative = none. Returns the place of each node, int32 (n,), a permutation.
 
     Clusters by label propagation, of growing size, each level's clusters made of those of the level below, laid out so
     that clusters with many edges between them are side by side. The same for any number of threads. Memory: about 25
@@ -23,4 +20,6 @@ def locality_order(I):
     rows, stride = _rows(I, np.int32, "I")
     order = np.empty(n, np.int32)
     core.locality_order(n, k, stride, rows, order)
-    return order
+    rank = np.empty(n, np.int32)
+    rank[order] = np.arange(n, dtype=np.int32)
+    return rank

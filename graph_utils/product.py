@@ -29,13 +29,6 @@ def aligned_zeros(shape, dtype=np.float32):
     return raw[start:start + nbytes].view(dtype).reshape(shape)
 
 
-def panel_widths(ncol, widest=PANEL):
-    """Cut ncol columns in panels: list of (first column, columns, padded columns), each padded to a multiple of 16."""
-    if widest % 16 or not 16 <= widest <= WIDEST:
-        raise ValueError(f"panels are 16, 32, 48 or 64 columns wide, {widest} asked for")
-    return [(c, min(widest, ncol - c), -(-min(widest, ncol - c) // 16) * 16) for c in range(0, ncol, widest)]
-
-
 def _rows(a, dtype, name, writeable=False):
     """(flat view, row stride in items) of a matrix whose rows are contiguous but may be strided, as slices of columns
     are. The C++ side gets all from the first item to the last."""
@@ -120,10 +113,6 @@ class SymmetricGraph:
     @property
     def arrays(self):
         return self.indptr, self.indices, self.nsingle
-
-    @property
-    def nbytes(self):
-        return sum(a.nbytes for a in self.arrays)
 
     @classmethod
     def changed(cls, arrays, n, rows, columns, by, empty=aligned_zeros):
@@ -247,15 +236,17 @@ class BestClasses:
         return (self.classes == self.labels[:, None]).any(axis=1)
 
 
-def mkl_product(indptr, indices, values, L, out=None):
-    """out = A L by MKL. A: CSR with indptr int64 (n + 1), indices int32, values float32; L float32 (m, ncol)."""
+def mkl_product(indptr, indices, values, L, out=None, check=True):
+    """out = A L by MKL. A: CSR with indptr int64 (n + 1), indices int32, values float32; L float32 (m, ncol). check: whether to
+    look through all of A for indices that are out of range."""
     shape = len(indptr) - 1, L.shape[1]
     if out is None:
         out = np.empty(shape, np.float32)
     for name, a, its_shape in (("values", values, indices.shape), ("out", out, shape)):
         _check(a, np.float32, its_shape, name)
-    _check_range(indptr, 0, len(indices) + 1, "indptr")
-    _check_range(np.diff(indptr), 0, len(indices) + 1, "differences of indptr")
-    _check_range(indices, 0, len(L), "indices")
+    if check:
+        _check_range(indptr, 0, len(indices) + 1, "indptr")
+        _check_range(np.diff(indptr), 0, len(indices) + 1, "differences of indptr")
+        _check_range(indices, 0, len(L), "indices")
     core.mkl_product(len(indptr) - 1, len(L), indptr, indices, values, L.shape[1], L, out)
     return out

@@ -381,7 +381,7 @@ struct Pass {
     void run(uint8_t* scratch_memory) const {
         const int64_t nblock = this->nblock(), nchunk = (dpad + kColumns - 1) / kColumns, group = this->group();
         const int64_t ndeep = (dpad + kDeep - 1) / kDeep, ntile = dpad / kTile, nb1 = B1pad / N;
-        const int64_t gradient_panel = 4 * kTile * Bpad, P_bytes = 4 * kTile * Bpad;
+        const int64_t P_bytes = 4 * kTile * Bpad;
         Scratch scratch(scratch_memory);
         const Memory memory(*this, scratch);
         char *panels0 = memory.panels0, *panels1 = memory.panels1, *rows0 = memory.rows0;
@@ -393,7 +393,7 @@ struct Pass {
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < ntile * T0; i++)        // panel of column tile i / T0, mini-batch i % T0
                 Arithmetic::template panel_of_rows<kTile>(X0 + i % T0 * Bpad * dpad + i / T0 * kTile, dpad, Bpad,
-                                                          panels0 + i * gradient_panel);
+                                                          panels0 + i * P_bytes);
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < ndeep * T1 * nb1; i++) {
                 const int64_t j = i / (T1 * nb1) * kDeep, deep = std::min(kDeep, dpad - j), k = i % (T1 * nb1);
@@ -416,7 +416,7 @@ struct Pass {
                         for (int64_t s = 0; s < T0; s++)
                             for (int64_t k = 0; k < n; k++)
                                 Arithmetic::template product<kTile>(
-                                    rows0 + (i * T0 + s) * P_bytes, panels0 + ((j / kTile + k) * T0 + s) * gradient_panel,
+                                    rows0 + (i * T0 + s) * P_bytes, panels0 + ((j / kTile + k) * T0 + s) * P_bytes,
                                     Bpad, gradients + (k * T0 + s) * kTile * kTile, kTile, false);
                         for (int64_t k = 0; k < n; k++)
                             update(kTile * i, j + k * kTile, gradients + k * T0 * kTile * kTile, i + 1 < nblock);

@@ -1,8 +1,8 @@
 // Stochastic gradient descent with momentum for many linear classifiers on the same mini-batches.
 //
 // Matrices are row major. There are G classifiers of C classes each, whose rows follow each other: row g C + c. Sizes
-// named *pad are rounded up to multiples of 32; rows and columns that pad hold zeros, on input and on output. One
-// mini-batch has B images, Bpad with padding to a multiple of sgd_multiple(); T of them lie side by side in P and Z,
+// named *pad are rounded up, dpad and npad to multiples of 32, Bpad to one of sgd_multiple(); rows and columns that pad hold
+// zeros, on input and on output. One mini-batch has B images, Bpad with padding; T of them lie side by side in P and Z,
 // `T Bpad` columns.
 #pragma once
 

@@ -4,10 +4,9 @@ Each backend is a SymmetricGraph with these operations on panels of L, float32 (
 
     device                                        where it computes, for torch
     panel                                         columns of a panel that it is quickest with
-    follows                                       whether to find the rows that labels have reached takes less time than
-                                                  all of them
+    follows                                       whether rows that no label has reached are left out
     entry_bytes                                   memory of this process per entry of W, at most
-    libraries                                     and of its libraries, on a CPU
+    libraries                                     bytes of this process's memory that its libraries take, on a CPU
     zeros(ncol)                                   a panel
     seed(L, nodes, columns)                       L = 0 but for ones at (nodes, columns)
     product(L, out, scale, rows, weights)         see SymmetricGraph.product
@@ -61,7 +60,7 @@ class MklGraph(OwnGraph):
         self.csr_values = self.values()
 
     def product(self, L, out, scale, rows=None, weights=None):
-        mkl_product(self.indptr, self.indices, self.csr_values, L, out)
+        mkl_product(self.indptr, self.indices, self.csr_values, L, out, check=False)
         out *= scale
         if weights is None:
             return out.sum(axis=0, dtype=np.float64)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graph_utils import SymmetricGraph, check_permutation, locality_order
+from graph_utils import SymmetricGraph, check_permutation, locality_rank
 from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
@@ -24,7 +24,7 @@ from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import COMPLETION_SAMPLE, Sample
-from lowshot.script import Progress, exclusive, file_identities, read_json, show_progress, whole, write_json
+from lowshot.script import Progress, exclusive, file_identities, log, read_json, show_progress, whole, write_json
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 9
@@ -85,7 +85,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
     return Cells.train(vectors, progress=progress)
 
 
-def fixed_graph(ddir, nbg, k, vectors, base, test, log):
+def fixed_graph(ddir, nbg, k, vectors, base, test):
     """Graph of background and base images, and test images against both: a dict of arrays of FixedPart.
 
     Exact below 131,072 nodes, and where a GPU in use holds them (exact_search.use_gpu); otherwise base images are searched for
@@ -104,7 +104,7 @@ def fixed_graph(ddir, nbg, k, vectors, base, test, log):
     with show_progress() as progress:
         if exact:
             background = Vectors(vectors.sources[0], normalise=True, scale=vectors.scale[:nbg]) if nbg else Vectors(base[:0])
-            D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], nbg, k, progress)
+            D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], progress)
             background.release()
             test_D, test_I = exact_search.exact_knn(test, vectors, k, progress)
         else:
@@ -117,9 +117,7 @@ def fixed_graph(ddir, nbg, k, vectors, base, test, log):
                                     progress=progress, say=log, release=True, sample=new, folder=folder)
             test_D, test_I, info = search_done()
             log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
-    rank = np.arange(n, dtype=np.int32)
-    if n >= exact_search.EXACT_BELOW:
-        rank[locality_order(I)] = rank.copy()
+    rank = locality_rank(I) if n >= exact_search.EXACT_BELOW else np.arange(n, dtype=np.int32)
     return dict(I=I, D=D, test_I=test_I, test_D=test_D, scale=vectors.scale, rank=rank)
 
 
@@ -174,7 +172,7 @@ def add_novel(fixed, vectors, novel):
     changed = [(np.empty(0, np.int32), np.empty((0, k), np.int32))]
     with show_progress() as progress:
         _, novel_I = exact_search.cross_insert(
-            novel, vectors, D, I, n, k, progress, fixed.load("worst"),
+            novel, vectors, D, I, progress, fixed.load("worst"),
             lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
     release_memory()
     found_D, found_I = exact_search.exact_knn(fixed.load("test"), novel, k)
@@ -303,17 +301,17 @@ class FixedKey:
         if part.folder and self.stored() is None:
             raise ValueError(f"{self.folder} was made anew from other files while it was read: run this again")
 
-    def make(self, log):
+    def make(self):
         """Compute the fixed part. Its arrays are in memory."""
         base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
         vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base)
-        graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test, log)
+        graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test)
         indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
         return FixedPart(dict(base=base, test=test, **graph, worst=exact_search.worst_neighbours(graph["D"], graph["I"]),
                               indptr=indptr, indices=indices, nsingle=nsingle))
 
-    def stored_or_made(self, log):
+    def stored_or_made(self):
         """The stored part, made first where there is none; runs that start together make it once."""
         with contextlib.ExitStack() as stack:
             try:
@@ -321,7 +319,7 @@ class FixedKey:
             except OSError as e:
                 raise OSError(f"{e}: the completed graph cannot be kept there; --nocache --record FILE does without")
             if self.stored() is None:
-                self._store(self.make(log))
+                self._store(self.make())
             return self.stored()
 
     def _store(self, part):

@@ -6,7 +6,7 @@ are a float32 array (n, d), L2-normalised by the caller, or Vectors (lowshot/cel
 `progress` is called with (what, done, total); script.show_progress() makes such a function.
 
     exact_knn(xq, x, k) -> D, I
-    cross_insert(x_new, x, D, I, first_new_number, k) -> D_new, I_new       D, I of the existing nodes change
+    cross_insert(x_new, x, D, I) -> D_new, I_new            D, I of the existing nodes change
 
 With a GPU (use_gpu) that does the comparisons where they are many.
 """
@@ -238,12 +238,12 @@ def worst_neighbours(D, I):
     return np.where(I[:, -1] < 0, np.float32(-np.inf), D[:, -1])
 
 
-def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None, replace=None):
+def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
     """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once, and again for new nodes whose
     neighbours the first products leave in doubt.
 
-    x_new (m, d), numbered from first_new_number on; x: the n existing nodes, with lists D, I (n, >= k), which new nodes enter
-    where they are better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
+    x_new (m, d), numbered from n on; x: the n existing nodes, with lists D, I (n, k), which new nodes enter where they are
+    better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
     and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
     those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
     nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), or 8 bytes for each of k + 204 candidates,
@@ -253,8 +253,9 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
         D[rows], I[rows] = changed_D, changed_I
 
     new, X = as_vectors(x_new), as_vectors(x)
+    n, k = I.shape
     D_new, I_new = exact_knn(new, new, k, self=True)
-    I_new[I_new >= 0] += first_new_number
+    I_new[I_new >= 0] += n
     m = new.n
     if not m or not X.n:
         return D_new, I_new
@@ -262,16 +263,16 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
     worst = worst_neighbours(D, I) if worst is None else worst
 
     def enter(keys, error, x, scale, i):
-        rows, found_D, found_I = _entering(keys, error, x, scale, new, I.shape[1])
-        found_I[found_I >= 0] += first_new_number
+        rows, found_D, found_I = _entering(keys, error, x, scale, new, k)
+        found_I[found_I >= 0] += n
         rows += i
-        merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, I.shape[1])
-        entered = (merged_I >= first_new_number).any(axis=1)
+        merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, k)
+        entered = (merged_I >= n).any(axis=1)
         replace(rows[entered], merged_D[entered], merged_I[entered])
 
     if _on_gpu(new, X):
         existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
-        for rows, keys, error in gpu_search.near(existing, on_gpu, I.shape[1] + gpu_search.SPARE,
+        for rows, keys, error in gpu_search.near(existing, on_gpu, k + gpu_search.SPARE,
                                                  existing.errors_with(on_gpu, _error)):
             i, j = int(rows[0]), int(rows[-1]) + 1
             keys[nb.similarities(keys) <= (worst[i:j] - error)[:, None]] = 0
@@ -290,7 +291,7 @@ def cross_insert(x_new, x, D, I, first_new_number, k, progress=None, worst=None,
         X_lost_most = max(X_lost_most, float(lost.max()))
         error = _error(lost, lost_most, X, new)
         bound = worst[i:j] - error
-        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(I.shape[1] + SPARE, m), axis=1)
+        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(k + SPARE, m), axis=1)
         nb.search_all(queries, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
         enter(keys, error, x, scale, i)
         progress("nodes compared with new ones", j, X.n)

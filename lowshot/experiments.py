@@ -62,15 +62,15 @@ class Experiment:
         for name, entries in (("NLABELED", content), ("SEEDS", content), ("NBG", diffusion)):
             if environment.get(name, "").strip() and isinstance(entries, dict) and name.lower() in entries:
                 key, given = name.lower(), numbers(environment[name], name)
-                entries[key] = self._value({key: given}, key, f"as {name}={environment[name]!r} says, ")
-        self.nlabeled, self.seeds = (self._value(content, key, "") for key in ("nlabeled", "seeds"))
+                entries[key] = self._value(given, key, f"as {name}={environment[name]!r} says, ")
+        self.nlabeled, self.seeds = (self._value(content.get(key), key, "") for key in ("nlabeled", "seeds"))
         for system in (s for s in SYSTEMS if s in systems or s in content):
             required, optional = self.KEYS[system]
             grid = content.get(system)
             if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - set(optional):
                 raise ValueError(f"{path}: {system} must have the entries {', '.join(sorted(required))}"
                                  f" and may have {', '.join(sorted(optional))}")
-            found = {key: self._value(grid, key, system + ": ") for key in grid}
+            found = {key: self._value(grid[key], key, system + ": ") for key in grid}
             setattr(self, system, {**found, **{key: optional[key] for key in optional if key not in found}})
         published = content.get("published")
         if published is not None and not isinstance(published, str):
@@ -81,8 +81,7 @@ class Experiment:
             raise ValueError(f"{os.path.join(os.path.dirname(path), published)} does not hold published figures: see "
                              "configs/paper_results.json")
 
-    def _value(self, grid, key, where):
-        value = grid.get(key)
+    def _value(self, value, key, where):
         if key in self.CHOICES:
             if value not in self.CHOICES[key]:
                 raise ValueError(f"{self.path}: {where}{key} must be {' or '.join(self.CHOICES[key])}, found {value!r}")
@@ -154,10 +153,6 @@ class Job:
             return None
         return None if changed_file(self.inputs, record.get("files")) else record
 
-    def files(self):
-        """Identities of the inputs that are there."""
-        return file_identities(self.inputs)
-
 
 def has_figures(record, job):
     """Whether a record holds the accuracies that a job reports: after each number of iterations, by logreg.py at each point."""
@@ -213,20 +208,12 @@ def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
 
 def validation_jobs(e, system, ddir):
     """All jobs of phase 1: diffusion to the highest number of iterations, logreg with all lr and wd at once."""
-    jobs = []
     if system == "diffusion":
-        for nbg in e.diffusion["nbg"]:
-            for n in e.nlabeled:
-                for seed in e.seeds:
-                    jobs.append(diffusion_job(e, ddir, f"val_nbg{nbg}_nl{n}_seed{seed}", "val", nbg, n, seed,
-                                              e.diffusion["niter"]))
-        return jobs
-    for n in e.nlabeled:
-        for batchsize in e.logreg["batchsize"]:
-            for seed in e.seeds:
-                jobs.append(make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}", {
-                    "mode": "val", "nlabeled": n, "seed": seed, **e.logreg, "batchsize": batchsize}))
-    return jobs
+        return [diffusion_job(e, ddir, f"val_nbg{nbg}_nl{n}_seed{seed}", "val", nbg, n, seed, e.diffusion["niter"])
+                for nbg, n, seed in itertools.product(e.diffusion["nbg"], e.nlabeled, e.seeds)]
+    return [make_job(e, system, ddir, f"val_nl{n}_bs{batchsize}_seed{seed}",
+                     {"mode": "val", "nlabeled": n, "seed": seed, **e.logreg, "batchsize": batchsize})
+            for n, batchsize, seed in itertools.product(e.nlabeled, e.logreg["batchsize"], e.seeds)]
 
 
 def test_jobs(e, system, ddir, parameters, source):
@@ -245,22 +232,14 @@ def test_jobs(e, system, ddir, parameters, source):
             raise ValueError(f"no {source} parameters of {system} for {what}: {hint}")
         return tree
 
-    jobs = []
     if system == "diffusion":
-        for nbg in e.diffusion["nbg"]:
-            for n in e.nlabeled:
-                niter = max(get(parameters, nbg, n)["niter"], e.diffusion["niter_test"])
-                for seed in e.seeds:
-                    jobs.append(diffusion_job(e, ddir, f"{prefix}_nbg{nbg}_nl{n}_seed{seed}", "test", nbg, n, seed,
-                                              niter))
-        return jobs
-    for n in e.nlabeled:
-        p = get(parameters, n)
-        for seed in e.seeds:
-            jobs.append(make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}", {
-                "mode": "test", "nlabeled": n, "seed": seed, **e.logreg, "evalevery": 0,
-                **{key: p[key] for key in ("lr", "wd", "batchsize", "maxiter")}}))
-    return jobs
+        return [diffusion_job(e, ddir, f"{prefix}_nbg{nbg}_nl{n}_seed{seed}", "test", nbg, n, seed,
+                              max(get(parameters, nbg, n)["niter"], e.diffusion["niter_test"]))
+                for nbg, n, seed in itertools.product(e.diffusion["nbg"], e.nlabeled, e.seeds)]
+    return [make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}",
+                     {"mode": "test", "nlabeled": n, "seed": seed, **e.logreg, "evalevery": 0,
+                      **{key: get(parameters, n)[key] for key in ("lr", "wd", "batchsize", "maxiter")}})
+            for n, seed in itertools.product(e.nlabeled, e.seeds)]
 
 
 def check_chosen(e, parameters, jobs, path):
@@ -477,7 +456,7 @@ def choose(e, system, ddir):
         job = jobs_of[nbg, n]
         parameters.update((key, job.arguments[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
-        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": job.files()}
+        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": file_identities(job.inputs)}
     return chosen
 
 

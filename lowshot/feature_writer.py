@@ -25,58 +25,58 @@ class FeatureWriter:
             out.finish()
 
     labels: int32 (n,). made_from: JSON-ready dict; a partial file made from something else is refused, or begun anew if
-    `overwrite`. class_names: list or None. The attribute `notes`, a JSON-ready dict that
-    write() takes, is kept with the progress, for the caller. Only what was saved counts as done: at most `period` seconds are
-    lost.
+    `overwrite`. class_names: list or None. The attribute `notes`, a JSON-ready dict that write() takes, is kept with the
+    progress, for the caller. Only what was saved counts as done: at most `period` seconds are lost.
     """
 
     def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20, class_names=None):
         self.path, self.n, self.d, self.made_from, self.period = path, n, d, made_from, period
         self.partial, self.progress = path + ".partial", path + ".partial.json"
-        self.overwrite = overwrite
+        self.overwrite, self.widths = overwrite, {"all_feats": 4 * d, "readable": 1}       # bytes in a row
         self.done, self.notes = 0, {}
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(exclusive(self.partial))
-            if not (os.path.exists(self.partial) and self._resume()):
+            if not self._resumed():
                 self._create(labels, class_names)
             self.file = stack.enter_context(open(self.partial, "r+b", buffering=0))
             self.open = stack.pop_all()
         self.saved, self.saved_at = self.done, 0        # the first rows are saved at once, with what they are made from
 
-    def _resume(self):
-        """Take over what a partial file holds; False if nothing was saved yet."""
-        if not os.path.exists(self.progress):
+    def _resumed(self):
+        """Whether there was something in a partial file, which is taken over; not if it may be replaced and is of something else."""
+        if not (os.path.exists(self.partial) and os.path.exists(self.progress)):
             return False
+        try:
+            self._resume()
+        except ValueError:
+            if not self.overwrite:
+                raise
+            return False
+        return True
+
+    def _resume(self):
+        """Take over what a partial file holds. ValueError where that is of something else, or damaged."""
         try:
             state = read_json(self.progress)
             if not (isinstance(state, dict) and {"made_from", "offsets", "done", "notes"} <= set(state)
-                    and set(self._widths()) <= set(state["offsets"]) and isinstance(state["notes"], dict)):
+                    and set(self.widths) <= set(state["offsets"]) and isinstance(state["notes"], dict)):
                 raise ValueError(f"{self.progress} is not what this script writes")
         except ValueError as e:
-            if self.overwrite:
-                return False
             raise ValueError(f"{e}: delete it and {self.partial} to start over, or --overwrite")
         differs = first_difference(state["made_from"], self.made_from)
         if differs:
-            if self.overwrite:
-                return False
             raise ValueError(f"{self.partial} was begun with {differs}: delete it, or --overwrite")
         try:
             self.offsets = {k: int(v) for k, v in state["offsets"].items()}
-            needed = max(self.offsets[k] + self.n * w for k, w in self._widths().items())
+            needed = max(self.offsets[k] + self.n * w for k, w in self.widths.items())
             if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
                 raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
                                  f"delete it and {self.progress} to start over")
-            self._check_structure()
-        except (TypeError, ValueError) as e:
-            if self.overwrite:
-                return False
-            if isinstance(e, TypeError):
-                raise ValueError(f"{self.progress} is damaged ({e}): delete it and {self.partial} to start over")
-            raise
+        except TypeError as e:
+            raise ValueError(f"{self.progress} is damaged ({e}): delete it and {self.partial} to start over")
+        self._check_structure()
         self.done, self.notes = state["done"], state["notes"]
-        return True
 
     def _check_structure(self):
         """ValueError where the partial file is not HDF5 with the datasets where they were."""
@@ -84,16 +84,13 @@ class FeatureWriter:
         found, why = None, "its datasets are elsewhere"
         try:
             with h5py.File(self.partial, "r") as f:
-                found = {name: f[name].id.get_offset() for name in self._widths()}, f["count"][:].tolist(), len(f["all_labels"])
+                found = {name: f[name].id.get_offset() for name in self.widths}, f["count"][:].tolist(), len(f["all_labels"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:
             if getattr(e, "errno", None):       # not the file's fault
                 raise
             why = e
         if found != (self.offsets, [self.n], self.n):
             raise ValueError(f"{self.partial} is damaged ({why}): delete it and {self.progress} to start over")
-
-    def _widths(self):
-        return {"all_feats": 4 * self.d, "readable": 1}
 
     def _create(self, labels, class_names):
         remove(self.progress)                   # of a file that is no more
@@ -122,14 +119,14 @@ class FeatureWriter:
                 plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
                 plist.set_obj_track_times(False)            # the same features are the same file
                 h5py.h5d.create(f.id, name.encode(), dtype, h5py.h5s.create_simple(shape), dcpl=plist)
-            self.offsets = {name: f[name].id.get_offset() for name in self._widths()}
+            self.offsets = {name: f[name].id.get_offset() for name in self.widths}
 
     def write(self, features, readable, notes=()):
         """Write the next rows: float32 (m, d) and bool (m,). notes: what changes in self.notes when they are written."""
         for name, x in (("all_feats", np.ascontiguousarray(features, "<f4")),
                         ("readable", np.ascontiguousarray(readable, np.uint8))):
             data = memoryview(x).cast("B")
-            at = self.offsets[name] + self.done * self._widths()[name]
+            at = self.offsets[name] + self.done * self.widths[name]
             while data:
                 written = os.pwrite(self.file.fileno(), data, at)
                 data, at = data[written:], at + written

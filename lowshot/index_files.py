@@ -18,7 +18,7 @@ from lowshot import machine
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import allocate, log, read_json, remove, remove_left_behind, reserve, whole, write_json
+from lowshot.script import allocate, log, read_note, remove, remove_left_behind, reserve, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average
@@ -198,9 +198,7 @@ class Checkpoint:
         n, K = keys.shape
         # which of one code are candidates does not tell those of another
         self.fresh = {"identity": self.identity, "shape": [n, K], "words": X.shape[1]}
-        self.saved, state = time.monotonic(), {}
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            state = dict(read_json(self.state_path))
+        self.saved, state = time.monotonic(), read_note(self.state_path)
         remove_left_behind(self.path)
         if ({k: state.get(k) for k in self.fresh} != self.fresh or not os.path.exists(self.path)
                 or os.path.getsize(self.path) != 4 * n * K):
@@ -290,8 +288,8 @@ class GraphFiles:
         self.state = {"identity": identity, "shape": [n, k]}
         self.done = 0
         os.makedirs(os.path.dirname(path_I), exist_ok=True)
+        state = read_note(self.state_path)
         with contextlib.suppress(OSError, TypeError, ValueError):
-            state = dict(read_json(self.state_path))
             if (identity is not None and all(state.get(key) == value for key, value in self.state.items())
                     and all(os.path.getsize(p) == 4 * n * k for p in self.temporary)):
                 self.done = int(state["done"])

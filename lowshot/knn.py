@@ -73,7 +73,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     curve = sample.recall_by_nprobe(cells, position)
     if n0:
         K = max(needed, initial[0].shape[1] + SPARE_LISTED)
-        lists = Lists(cells, position, K, initial, comparison.error, None, folder, say)
+        checkpoint = None
         # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
         # little further, as codes err; and as far as it takes a second or two
         affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
@@ -92,20 +92,20 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             curve = sample.recall_by_nprobe(cells, position)
             p, K, reverse = cells_reaching(curve, WIDE_START), max(needed, longest_list(k)), 2 * REVERSE
             say(f"neighbours are far and wide: {K} candidates are kept for each, compared in all dimensions")
-        lists = Lists(cells, position, K, checkpoint=checkpoint, folder=folder, say=say)
+    lists = Lists(cells, position, K, initial, comparison.error, checkpoint, folder, say)
 
     def near(p):
         # a cell's own nodes have to be enough for the work on its list
         return None if nprobe or n - n0 < 16 * len(curve) else sample.near_cells(cells, position, p, curve[p - 1])
 
-    have, further = 0.0, False
+    further = False
     p = lists.nprobe or p           # of a run that was killed
     while True:
         lists.search(p, progress, near(p), further)
         have = lists.recall(sample, needed)
         say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
         gained = 1.0
-        while not nprobe and have < wanted and gained > .002 and lists.rounds < 12:
+        while not nprobe and have < wanted and gained > .002:
             inserted = lists.descend(reverse, seed, progress)
             before, have = have, lists.recall(sample, needed)
             gained = have - before
@@ -114,7 +114,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             break               # more cells do not find what rounding hides
         # so many that it suffices if rounds find the same share of what these miss, and a few for that they find less
         missed = .9 * (1 - wanted) * (1 - curve[p - 1]) / (1 - have)
-        further, lists.rounds = not n0, 0
+        further = not n0
         p = min(max(cells_reaching(curve, 1 - missed), p + p // 8 + 1), 4 * p, len(curve))
         if n0:          # what has entered the lists of known nodes is not told apart
             lists.restart()
@@ -278,12 +278,11 @@ def memory_of_graph(n, k, d, in_file=False):
     return 4 * n * nb.words_of_bytes(d) + memory_of_lists(n, longest_list(k), in_file) + 24 * n
 
 
-def search_begun(cells, xq, k, recall=0.95, nprobe=0, progress=None, say=lambda line: None):
+def search_begun(cells, xq, k, recall=0.95, progress=None, say=lambda line: None):
     """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
 
     In two parts: this one needs the codes in cells; the function that it returns, which needs them no more, returns
     D, I, info (recall, exact, and nprobe where it is not).
-    nprobe: number of cells to search, found by measurement if 0.
     say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
     progress = progress or silent
@@ -294,7 +293,7 @@ def search_begun(cells, xq, k, recall=0.95, nprobe=0, progress=None, say=lambda 
     sample = Sample(Q, X, k, 0, progress, size=sampling.COMPLETION_SAMPLE, cells=cells)
     K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
-    p = nprobe or cells_reaching(curve, with_margin(recall))
+    p = cells_reaching(curve, with_margin(recall))
     queries = np.concatenate([Q.converted(cells.codes, i, j) for i, j in Q.blocks()])
     # queries of one cell after the other share what is read
     order = np.argsort(nearest_cell(queries, cells.C), kind="stable").astype(np.int32)

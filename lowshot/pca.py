@@ -1,6 +1,4 @@
 """The PCA that brings network features to the dimension of the graph, a Faiss VectorTransform."""
-import contextlib
-import hashlib
 import os
 import re
 
@@ -9,7 +7,7 @@ import numpy as np
 from lowshot.features import check_readable, check_same_network
 from lowshot.layout import pca_command
 from lowshot.packages import faiss
-from lowshot.script import read_json
+from lowshot.script import file_sha256, read_note
 
 
 def load_pca(path, features=None):
@@ -36,26 +34,17 @@ def load_pca(path, features=None):
         raise ValueError(f"{features.path} has {features.d} columns, {path} expects {transform.d_in}: "
                          "both must come from the same network")
     if features is not None:
-        trained_on = {}         # as train_apply_pca.py noted
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            trained_on = dict(read_json(path + ".json")["network"])
-        check_same_network(features.path, features.network, f"{path} (says its .json)", trained_on)
+        trained_on = read_note(path + ".json").get("network")       # as train_apply_pca.py noted
+        check_same_network(features.path, features.network, f"{path} (says its .json)",
+                           trained_on if isinstance(trained_on, dict) else {})
     return transform
-
-
-def pca_digest(path):
-    """SHA-256 of the transform's file: notes beside vectors tell by it what made them."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
 
 
 def check_made_by(pca_path, raw, dim):
     """ValueError where the notes beside them tell that another PCA made the background's vectors. Published files have none:
     they are believed, but for vectors beside a PCA that was trained here."""
-    made_by = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        made_by = read_json(raw + ".json")["pca_sha256"]
-    if os.path.exists(pca_path + ".json") if made_by is None else made_by != pca_digest(pca_path):
+    made_by = read_note(raw + ".json").get("pca_sha256")
+    if os.path.exists(pca_path + ".json") if made_by is None else made_by != file_sha256(pca_path):
         raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes "
                          "vectors, build_graph.py --overwrite then the graph; or, if both files were put there, delete the "
                          ".json beside them")

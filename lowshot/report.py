@@ -48,10 +48,8 @@ def markdown(header, rows):
 
 def published_figures(e, system, nbg, n):
     """{"all": [mean, std], "novel": [mean, std]} of the paper in per cent, or None."""
-    tree = e.published.get(system, {})
-    if nbg is not None:
-        tree = tree.get(str(nbg), {})
-    return tree.get(str(n))
+    figures = e.published.get(system, {})
+    return (figures if nbg is None else figures.get(str(nbg), {})).get(str(n))
 
 
 def report_table(e, system, rows):

@@ -302,6 +302,23 @@ def write_json(path, content):
             f.write("\n")
 
 
+def read_note(path):
+    """What a note beside a file says, a dict: {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        note = read_json(path)
+        return note if isinstance(note, dict) else {}
+    return {}
+
+
+def file_sha256(path):
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def _without_repeats(pairs):
     """A dict of (key, value) pairs; ValueError for a key that stands there twice, of which parsers keep the last one."""
     found = {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowshot.features import labels_of_both
 from lowshot.script import read_json
 
 
@@ -75,7 +76,7 @@ def labelled_images(train_labels, split, nlabeled, seed):
     rs = np.random.RandomState(seed)
     rows, labels, nbase = [], [], 0
     for classes, novel in ((split.base, False), (split.novel, True)):
-        for c in classes:
+        for c, label in zip(classes, split.renumber(classes)):
             of_class = order[np.searchsorted(ordered, c):np.searchsorted(ordered, c, "right")]
             if novel:
                 if len(of_class) < nlabeled:
@@ -88,7 +89,7 @@ def labelled_images(train_labels, split, nlabeled, seed):
                 raise ValueError(f"class {c + 1} of the split has no image in the training features: its folder is empty, or "
                                  "label_idx.json belongs to another data set")
             rows.append(of_class)
-            labels.append(np.full(len(of_class), split.renumber([c])[0]))
+            labels.append(np.full(len(of_class), label))
         if not novel:
             nbase = sum(map(len, rows))
     return np.concatenate(rows).astype(np.int64), np.concatenate(labels).astype(np.int64), nbase
@@ -101,3 +102,11 @@ def test_images(val_labels, split):
     if not len(rows):
         raise ValueError("no test image has a class of the split: label_idx.json belongs to another data set")
     return rows, labels[rows]
+
+
+def images_of_run(train_file, val_file, split, nlabeled, seed):
+    """What a run works on, of the FeatureFiles: (rows, labels, nbase) of labelled_images(), (rows, labels) of test_images(), and how
+    many images of both could not be read."""
+    train_labels, val_labels = labels_of_both(train_file, val_file, split.known)
+    labelled, test = labelled_images(train_labels, split, nlabeled, seed), test_images(val_labels, split)
+    return *labelled, *test, (train_file.unreadable(labelled[0]), val_file.unreadable(test[0]))

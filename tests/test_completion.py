@@ -14,8 +14,7 @@ from lowshot.cells import Cells
 from lowshot.index_files import scratch
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
-from lowshot.pca import pca_digest
-from lowshot.script import write_json
+from lowshot.script import file_sha256, write_json
 from test_diffusion import DIM, small_directory, vectors, write_background_graph
 
 NBG, K = 2500, 12
@@ -31,7 +30,7 @@ def data(tmp_path_factory):
 def complete(ddir, nbg, base_rows, test_rows, novel, train, stored=False):
     """(nodes' I, test images' I, rank) of background, base and novel images, in this order; W is checked to be theirs."""
     key = completion.FixedKey(ddir, "val", nbg, K, DIM, base_rows, test_rows)
-    fixed = (key.stored_or_made if stored else key.make)(lambda line: None)
+    fixed = (key.stored_or_made if stored else key.make)()
     x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"), fixed.load("scale"))
     changes = completion.add_novel(fixed, x, train[novel])
     np.testing.assert_array_equal(fixed.load("I")[changes.rows], changes.before)
@@ -70,7 +69,7 @@ def test_in_little_memory_the_same(data, monkeypatch):
     for free in (1 << 40, 10 ** 5):
         monkeypatch.setattr(machine, "available_memory", lambda: free)
         monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
-        made.append(completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(200), np.arange(80)).make(lambda line: None))
+        made.append(completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(200), np.arange(80)).make())
         assert files == ([] if free > 10 ** 5 else 2 * [ddir.path("knngraph")])         # similarities, and candidates
     for name in completion.FixedPart.ARRAYS:
         np.testing.assert_array_equal(*(part.load(name) for part in made))
@@ -109,7 +108,7 @@ def test_by_cells(data, monkeypatch, index, stored):
 def test_vectors_of_another_pca_are_an_error(data):
     ddir, _ = data
     note = ddir.raw(DIM) + ".json"
-    for content, said in (({"pca_sha256": pca_digest(ddir.pca(DIM))}, None), ([], None), ({"pca_sha256": "0"}, "another PCA")):
+    for content, said in (({"pca_sha256": file_sha256(ddir.pca(DIM))}, None), ([], None), ({"pca_sha256": "0"}, "another PCA")):
         write_json(note, content)
         with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
             completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(3), np.arange(3))
@@ -155,9 +154,9 @@ def test_test_images_are_searched_by_cells(data, monkeypatch, nbg, nbase):
 def test_a_stored_part_that_is_replaced_while_it_is_read_is_an_error(data):
     ddir, _ = data
     key, other = (completion.FixedKey(ddir, "test", 0, K, DIM, np.arange(n), np.arange(20)) for n in (40, 41))
-    part = key.stored_or_made(lambda line: None)
+    part = key.stored_or_made()
     key.check_unchanged(part)
-    other.stored_or_made(lambda line: None)
+    other.stored_or_made()
     with pytest.raises(ValueError, match="was made anew from other files while it was read: run this again"):
         key.check_unchanged(part)
     key.check_unchanged(completion.FixedPart(part.arrays))      # one in memory
@@ -169,7 +168,7 @@ def test_what_a_killed_run_left_of_a_stored_part_is_removed(data):
     left = f"{key.folder}.12345.tmp"
     os.makedirs(left)
     np.save(os.path.join(left, "I.npy"), np.zeros(3))
-    key.stored_or_made(lambda line: None)
+    key.stored_or_made()
     folder, name = os.path.split(key.folder)
     assert [f for f in os.listdir(folder) if f.startswith(name) and not f.endswith(".lock")] == [name]
 
@@ -178,7 +177,7 @@ def test_the_stored_part_is_read_as_it_was_made(data):
     ddir, _ = data
     key = completion.FixedKey(ddir, "test", NBG, K, DIM, np.arange(50), np.arange(30))
     assert key.stored() is None
-    made, stored = key.make(lambda line: None), key.stored_or_made(lambda line: None)
+    made, stored = key.make(), key.stored_or_made()
     for name in completion.FixedPart.ARRAYS:
         np.testing.assert_array_equal(made.load(name), stored.load(name))
         np.testing.assert_array_equal(made.load(name), stored.mapped(name))
@@ -191,7 +190,7 @@ def test_the_stored_part_is_read_as_it_was_made(data):
 def test_a_stored_part_of_other_test_images_or_another_version_is_not_taken(data, monkeypatch):
     ddir, _ = data
     arguments = ddir, "test", 0, K, DIM, np.arange(50)
-    completion.FixedKey(*arguments, np.arange(30)).stored_or_made(lambda line: None)
+    completion.FixedKey(*arguments, np.arange(30)).stored_or_made()
     assert completion.FixedKey(*arguments, np.arange(30)).stored() is not None
     assert completion.FixedKey(*arguments, np.arange(1, 31)).stored() is None
     monkeypatch.setattr(completion, "VERSION", completion.VERSION + 1)

@@ -102,10 +102,10 @@ def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
     for a, b in zip(exact_search.exact_knn(q, vectors, 9), exact_search.exact_knn(q, whole, 9)):
         np.testing.assert_allclose(a, b, atol=1e-6)
     D, I = exact_search.exact_knn(whole, whole, 6)
-    check_exact(*exact_search.cross_insert(new, vectors, D, I, 850, 6), new, np.concatenate([whole, new]), 6)
+    check_exact(*exact_search.cross_insert(new, vectors, D, I), new, np.concatenate([whole, new]), 6)
     check_exact(D, I, whole, np.concatenate([whole, new]), 6)
     cells = Cells.train(vectors, 20)
-    D, I, info = knn.search_begun(cells, np.concatenate([q] * 40), 7, recall=.999, nprobe=20)()
+    D, I, info = knn.search_begun(cells, np.concatenate([q] * 40), 7, recall=1)()
     check_exact(D[:60], I[:60], q, whole, 7)
     assert np.array_equal(I, np.tile(I[:60], (40, 1))) and info["recall"] > .99
 
@@ -115,7 +115,7 @@ def test_cross_insert(n, m, k):
     old, new = clustered(n, seed=1), clustered(m, seed=2)
     everything = np.concatenate([old, new])
     D, I = exact_search.exact_knn(old, old, k)
-    D_new, I_new = exact_search.cross_insert(new, old, D, I, n, k)
+    D_new, I_new = exact_search.cross_insert(new, old, D, I)
     check_exact(D_new, I_new, new, everything, k)
     check_exact(D, I, old, everything, k)
 
@@ -124,7 +124,7 @@ def test_cross_insert_of_duplicates():
     old = clustered(400, seed=1)
     new = np.concatenate([old[:150], np.tile(old[7], (100, 1)), np.zeros((3, 32), "f4")])
     D, I = exact_search.exact_knn(old, old, 6)
-    D_new, I_new = exact_search.cross_insert(new, Vectors(old, normalise=True), D, I, 400, 6)
+    D_new, I_new = exact_search.cross_insert(new, Vectors(old, normalise=True), D, I)
     check_exact(D_new, I_new, new, np.concatenate([old, new]), 6)
     check_exact(D, I, old, np.concatenate([old, new]), 6)
 
@@ -146,7 +146,7 @@ def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
     old, new = everything[:420].copy(), everything[420:].copy()
     D, I = exact_knn(old, old, 6)
     monkeypatch.setattr(exact_search, "exact_knn", counted)
-    D_new, I_new = exact_search.cross_insert(new, old, D, I, 420, 6)
+    D_new, I_new = exact_search.cross_insert(new, old, D, I)
     assert (80, 420) in searched and any(nq > 100 and n == 80 for nq, n in searched)
     check_exact(D_new, I_new, new, everything, 6)
     check_exact(D, I, old, everything, 6)

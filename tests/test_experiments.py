@@ -18,7 +18,7 @@ from lowshot import experiments, phases, report
 from lowshot.experiments import Experiment, Job, read_parameters
 from lowshot.layout import DataDir
 from lowshot.machine import cpus
-from lowshot.script import exclusive, run
+from lowshot.script import exclusive, file_identities, run
 
 CHECKOUT = experiments.CHECKOUT
 TINY = """
@@ -54,7 +54,7 @@ def write_record(job, results=None, complete=True, **changes):
 
     def listed(figures):
         return [{"iteration": i, "top5": a, "top5_novel": b} for i, (a, b) in figures.items()]
-    content = {"arguments": arguments, "complete": complete, "files": job.files()}
+    content = {"arguments": arguments, "complete": complete, "files": file_identities(job.inputs)}
     if job.script == "logreg.py":
         content["runs"] = [{"lr": lr, "wd": wd, "results": listed(figures)} for (lr, wd), figures in results.items()]
     else:
@@ -761,7 +761,7 @@ def test_parameters_of_another_grid_are_refused(finished, ddir, tmp_path, system
         jobs = experiments.test_jobs(e, system, ddir, parameters, "chosen")
         for tree in [parameters] if system == "logreg" else parameters.values():
             for p in tree.values():
-                p.update({} if by_hand else {"files": jobs[0].files()})
+                p.update({} if by_hand else {"files": file_identities(jobs[0].inputs)})
         if was and not by_hand:
             with pytest.raises(ValueError, match=f"was chosen for another grid, which had {was}: phases 1 and 2 choose anew"):
                 experiments.check_chosen(e, parameters, jobs, path)

@@ -16,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features  # noqa: E402
 from graph_utils import FusedSGD  # noqa: E402
-from logreg import (Checkpoint, Sampler, default_record, evaluate, main, parse_arguments, point_file,  # noqa: E402
+from logreg import (Checkpoint, Sampler, arguments, default_record, evaluate, main, point_file,  # noqa: E402
                     predict_memory)
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.script import exclusive  # noqa: E402
@@ -314,7 +314,7 @@ def test_state_of_another_run_is_not_taken(tmp_path):
 
 def test_default_record_name(ddir, monkeypatch):
     monkeypatch.setattr(sys, "argv", "logreg.py --mode val --lr 0.01,0.001 --wd 0,0.1 --seed 3 --maxiter 7".split())
-    args = parse_arguments()
+    args = arguments()
     assert args.evalevery == 500 and args.lr == [0.01, 0.001]
     assert default_record(DataDir(ddir), args).endswith(
         "/logs/logreg/val_nl2_seed3_bs128_lr0.01,0.001_wd0,0.1_mi7.json")
@@ -404,11 +404,11 @@ def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypa
 
 def test_names_and_defaults_of_a_run(root, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["logreg.py"])
-    args = parse_arguments()
+    args = arguments()
     assert (args.mode, args.nlabeled, args.seed, args.maxiter, args.batchsize) == ("val", 2, 1, 75000, 128)
     assert (args.lr, args.wd, args.mom, args.precision) == ([.001], [.01], .9, "float32")
     monkeypatch.setattr(sys, "argv", ["logreg.py", "--mom", "0.5"])
-    assert default_record(DataDir(root), parse_arguments()).endswith("_mi75000_mom0.5.json")
+    assert default_record(DataDir(root), arguments()).endswith("_mi75000_mom0.5.json")
 
 
 def test_two_runs_do_not_write_one_record(root, tmp_path):

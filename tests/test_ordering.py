@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import graph_utils
-from graph_utils import SymmetricGraph, locality_order
+from graph_utils import SymmetricGraph, locality_rank
 from graph_utils import neighbours as nb
 from reference import random_graph
 
@@ -20,15 +20,15 @@ def ring(n, k, names):
     return I
 
 
-def is_permutation(order, n):
-    return order.dtype == np.int32 and order.shape == (n,) and (np.sort(order) == np.arange(n)).all()
+def is_permutation(rank, n):
+    return rank.dtype == np.int32 and rank.shape == (n,) and (np.sort(rank) == np.arange(n)).all()
 
 
 @pytest.mark.parametrize("n,k", [(0, 3), (1, 1), (1, 5), (2, 2), (7, 12), (255, 4), (1030, 30), (5000, 7), (3000, 100)])
 def test_is_a_permutation(n, k):
     rs = np.random.RandomState(n)
     for I in (random_graph(rs, n, k), np.full((n, k), -1, np.int32)):
-        assert is_permutation(locality_order(I), n)
+        assert is_permutation(locality_rank(I), n)
 
 
 def test_odd_graphs():
@@ -40,8 +40,8 @@ def test_odd_graphs():
     pairs = np.stack([np.arange(n), np.arange(n) ^ 1], axis=1).astype(np.int32)
     repeated = np.full((n, 3), 5, np.int32)
     for I in (star, two_stars, pairs, repeated, np.empty((n, 0), np.int32)):
-        assert is_permutation(locality_order(I), n)
-    place = np.argsort(locality_order(pairs))
+        assert is_permutation(locality_rank(I), n)
+    place = locality_rank(pairs)
     assert (np.abs(place[::2] - place[1::2]) == 1).all()
 
 
@@ -49,13 +49,13 @@ def test_neighbours_come_near():
     rs = np.random.RandomState(1)
     n, k = 20000, 8
     I = ring(n, k, rs.permutation(n).astype(np.int32))
-    place = np.argsort(locality_order(I))
+    place = locality_rank(I)
     assert (np.abs(place[I] - place[:, None]) < 256).mean() > .9
     # groups of 50 that know nobody else stay together
     group = rs.permutation(n) // 50
     members = np.argsort(group, kind="stable").reshape(-1, 50)
     J = members[group][np.arange(n)[:, None], rs.randint(0, 50, (n, k))].astype(np.int32)
-    place = np.argsort(locality_order(J))
+    place = locality_rank(J)
     spread = place[members].max(axis=1) - place[members].min(axis=1)
     assert np.median(spread) < 100
 
@@ -63,50 +63,47 @@ def test_neighbours_come_near():
 def test_the_same_for_any_number_of_threads():
     I = random_graph(np.random.RandomState(2), 6000, 12)
     before = graph_utils.get_num_threads()
-    orders = []
+    ranks = []
     for threads in (1, 2, 5, 2):
         graph_utils.set_num_threads(threads)
-        orders.append(locality_order(I))
+        ranks.append(locality_rank(I))
     graph_utils.set_num_threads(before)
-    for other in orders[1:]:
-        np.testing.assert_array_equal(orders[0], other)
+    for other in ranks[1:]:
+        np.testing.assert_array_equal(ranks[0], other)
 
 
 def test_columns_of_a_wider_matrix():
     rs = np.random.RandomState(3)
     wide = np.full((500, 9), 499, np.int32)
     wide[:, :6] = random_graph(rs, 500, 6)
-    np.testing.assert_array_equal(locality_order(wide[:, :6]), locality_order(wide[:, :6].copy()))
+    np.testing.assert_array_equal(locality_rank(wide[:, :6]), locality_rank(wide[:, :6].copy()))
 
 
 def test_renumbers_a_graph():
     I = random_graph(np.random.RandomState(4), 700, 9)
-    order = locality_order(I)
-    rank = np.empty(700, np.int32)
-    rank[order] = np.arange(700)
-    assert SymmetricGraph(I, rank).nnz == SymmetricGraph(I).nnz
+    assert SymmetricGraph(I, locality_rank(I)).nnz == SymmetricGraph(I).nnz
 
 
 def test_bad_graphs():
     with pytest.raises(ValueError, match="not below the number of nodes"):
-        locality_order(np.array([[0, 1], [1, 2]], np.int32))
+        locality_rank(np.array([[0, 1], [1, 2]], np.int32))
     with pytest.raises(ValueError, match="int32"):
-        locality_order(np.zeros((3, 2), np.int64))
+        locality_rank(np.zeros((3, 2), np.int64))
 
 
 def test_a_sequence_takes_no_more_memory_than_others():
     """Frames of a film have their neighbours next to them, in the order of the files."""
     code = """if True:
         import numpy as np
-        from graph_utils import locality_order
+        from graph_utils import locality_rank
         from lowshot.machine import peak_memory
         n = 200000
         near = np.array([0] + [sign * j for j in range(1, 15) for sign in (1, -1)])
         I = ((np.arange(n)[:, None] + near) % n).astype(np.int32)
-        locality_order(I[:1000] % 1000)
+        locality_rank(I[:1000] % 1000)
         before = peak_memory()
-        order = locality_order(I)
-        assert np.array_equal(np.sort(order), np.arange(n))
+        rank = locality_rank(I)
+        assert np.array_equal(np.sort(rank), np.arange(n))
         print((peak_memory() - before) / n)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert float(done.stdout) < 200
@@ -116,10 +113,10 @@ def test_how_near_neighbours_come():
     rs, n = np.random.RandomState(1), 20000
     names, I = rs.permutation(n).astype(np.int32), np.empty((n, 8), np.int32)
     I[names] = names[(np.arange(n)[:, None] + np.arange(8)) % n]
-    place = np.argsort(locality_order(I))
+    place = locality_rank(I)
     assert (np.abs(place[I] - place[:, None]) < 16).mean() > .84
     x = rs.rand(n, 2).astype("f4")
     q, y = np.c_[x, np.ones(n)].astype("f4"), np.c_[2 * x, -(x ** 2).sum(1)].astype("f4")      # the nearest in the plane
     I = nb.exact_products(nb.search_all(nb.to_float32(q), nb.to_float32(y), 9), q, y, 9)[1]
-    place = np.argsort(locality_order(I))
+    place = locality_rank(I)
     assert np.abs(place[I] - place[:, None]).mean() < 128

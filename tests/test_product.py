@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import graph_utils
-from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums, panel_widths
+from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
 from lowshot.index_files import scratch
 from reference import random_graph, transition_matrix
 from reference import top5 as slow_top5
@@ -243,14 +243,6 @@ def test_fewer_than_five_classes():
     best = BestClasses([0, 1, 1])
     best.update(np.array([[0, 1], [1, 2], [1, 0]], np.float32), [0, 1])
     np.testing.assert_array_equal(best.right(), [False, True, False])
-
-
-def test_panels():
-    assert panel_widths(150, 64) == [(0, 64, 64), (64, 64, 64), (128, 22, 32)]
-    assert panel_widths(66) == [(0, 32, 32), (32, 32, 32), (64, 2, 16)]
-    assert panel_widths(5, 16) == [(0, 5, 16)]
-    with pytest.raises(ValueError):
-        panel_widths(10, 20)
 
 
 def test_bad_graphs():
