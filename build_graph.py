@@ -168,10 +168,9 @@ def predict_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
     libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, 2440 * min(n, 65536)
-    if n < exact_search.EXACT_BELOW:    # the index and its vectors; or these in bfloat16, candidates, then similarities
-        K = k + exact_search.SPARE
-        searched = 4 * n * words(d) + max(blocks, 8 * n * K + max(20 * n * K, vectors + 16 * n * k))
-        return int(libraries + max(2 * vectors, searched))
+    if n < exact_search.EXACT_BELOW:    # the index and its vectors; or codes and candidates, then similarities
+        similarities = vectors + 8 * n * (k + exact_search.BYTES_SPARE) + 16 * n * k
+        return int(libraries + max(2 * vectors, 4 * n * words(d) + blocks, exact_search.memory_of_self(n, d, k), similarities))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
     listed = sampling.longest_list(k)

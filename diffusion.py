@@ -130,7 +130,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     an exact search for novel images looks up. `least`: what it cannot do without, with candidates, similarities and entries of W
     in files. examples: bytes of the scores and contributions that are kept for --storeexamples.
     """
-    from graph_utils.neighbours import words, words_of_bytes
+    from graph_utils.neighbours import words_of_bytes
     from lowshot import exact_search, knn, sampling
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
@@ -154,9 +154,9 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
         listed = sampling.longest_list(k)
         steps["add novel images"] += 4 * edges + 24 * n
         steps["symmetrise"] += vectors + lists
-        # base images among themselves: in bfloat16, candidates; and with the background: in bytes, candidates, lists
+        # base images among themselves; and with the background: in bytes, candidates, lists
         steps["complete"] = vectors + lists + max(
-            4 * nbase * words(dim) + 28 * nbase * (k + exact_search.SPARE),
+            exact_search.memory_of_self(nbase, dim, k),
             blocks + mapped + 4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + exact_search.INSERTED_SPARE))
         if not exact:
             # samples and their candidates; cells in bytes, candidate lists and their reverse; then similarities

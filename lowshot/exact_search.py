@@ -15,11 +15,16 @@ import numpy as np
 from graph_utils import neighbours as nb
 from lowshot import gpu_search, machine
 from lowshot.cells import BLOCK, as_vectors
+from lowshot.features import spread_rows
 from lowshot.script import silent
 
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
 SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
+BYTES_FROM = 1 << 14        # vectors from which all are compared in bytes, where these leave few in doubt,
+BYTES_SPARE = 2 * SPARE     # with so many spare candidates,
+BYTES_DOUBT = .02           # at most this share
+BYTES_SAMPLE = 500          # of some of them
 INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least
 FEW_INSERTED = 32 * SPARE   # and at the most, where new nodes are few
 ALL_INSERTED = 1 << 20      # candidates of all new nodes together, between these
@@ -61,11 +66,11 @@ def _on_gpu(Q, X, self=False):
 def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
-    Candidates come from products in bfloat16, or in float16 on a GPU in use; they are compared in float32, and where the errors
-    of these could hide a better one the row is computed again in float32. self: xq and x are the same vectors, and each is in
-    its own list. spare: candidates beyond k; with more of them fewer rows are computed again. Memory: x is read in blocks;
-    queries in bfloat16 and 8 bytes per candidate, with `self` 28; and with `self` all vectors in float32 where most are in
-    doubt; beside a GPU that of the result.
+    Candidates come from products in bfloat16, in bytes with `self` where these do, or in float16 on a GPU in use; they are
+    compared in float32, and where the errors of these could hide a better one the row is computed again in float32. self: xq and
+    x are the same vectors, and each is in its own list. spare: candidates beyond k; with more of them fewer rows are computed
+    again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self` memory_of_self(), and all
+    vectors in float32 where most are in doubt; beside a GPU that of the result.
     Returns D float32 (nq, k), I int32 (nq, k).
     """
     Q, X = as_vectors(xq), as_vectors(x)
@@ -73,15 +78,40 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
         raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
     if not Q.n or not X.n:
         return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
+    progress = progress or silent
     if _on_gpu(Q, X, self):
-        return _exact_on_gpu(Q, X, k, progress or silent, self)
-    return exact_of(*candidates_for(Q, X, k + spare, progress or silent, self), Q, X, k, progress or silent, self)
+        return _exact_on_gpu(Q, X, k, progress, self)
+    if not (self and _bytes_tell_apart(X, k)):
+        return exact_of(*candidates_for(Q, X, k + spare, progress, self), Q, X, k, progress, self)
+    keys, error = candidates_for(Q, X, k + BYTES_SPARE, progress, self, nb.to_bytes)
+    D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
+    if len(unsure):
+        keys, error = candidates_for(as_vectors(Q.scaled_rows(unsure)), X, k + MANY_SPARE, progress, False)
+        unsure = unsure[best_and_unsure(keys, error, Q, X, k, self, unsure.astype(np.int32), out=(D, I))[2]]
+    return _in_float32(D, I, unsure, Q, X, k, progress, self)
 
 
-def candidates_for(Q, X, K, progress, self):
-    """(keys, error): the K best by products in bfloat16, and bounds of the errors of these, float32 (Q.n,)."""
+def memory_of_self(n, d, k):
+    """Bytes that exact_knn() takes to compare n vectors with themselves, but for these and the result, at the most."""
+    in_bytes = 4 * n * nb.words_of_bytes(d) + 28 * n * (k + BYTES_SPARE) if n >= BYTES_FROM else 0
+    return max(in_bytes, 4 * n * nb.words(d) + 28 * n * (k + SPARE))
+
+
+def _bytes_tell_apart(X, k):
+    """Whether products in bytes leave few of the vectors in doubt, as some of them tell."""
+    if X.n < BYTES_FROM:
+        return False
+    some = as_vectors(X.scaled_rows(spread_rows(X.n, BYTES_SAMPLE)))
+    keys, error = candidates_for(some, X, k + BYTES_SPARE, silent, False, nb.to_bytes)
+    unsure = best_and_unsure(keys, error, some, X, k)[2]
+    X.release()
+    return len(unsure) <= BYTES_DOUBT * some.n
+
+
+def candidates_for(Q, X, K, progress, self, convert=nb.to_bfloat16):
+    """(keys, error): the K best by products in bfloat16 or bytes, and bounds of the errors of these, float32 (Q.n,)."""
     lost = np.empty(Q.n, np.float32)
-    queries = np.concatenate([Q.converted(nb.to_bfloat16, i, j, residual=lost[i:j]) for i, j in Q.blocks()])
+    queries = np.concatenate([Q.converted(convert, i, j, residual=lost[i:j]) for i, j in Q.blocks()])
     K = min(K, X.n)
     if self:
         lost_most = float(lost.max())
@@ -90,7 +120,7 @@ def candidates_for(Q, X, K, progress, self):
         lost_most, keys = 0.0, np.zeros((Q.n, K), np.int64)
         for i, j in X.blocks():
             residual = np.empty(j - i, np.float32)
-            nb.search_all(queries, X.converted(nb.to_bfloat16, i, j, residual=residual), K, keys, i)
+            nb.search_all(queries, X.converted(convert, i, j, residual=residual), K, keys, i)
             lost_most = max(lost_most, float(residual.max()))
             progress("vectors compared with all queries", j, X.n)
     return keys, _error(lost, lost_most, Q, X)

@@ -34,6 +34,29 @@ def test_exact_where_bfloat16_cannot_tell():
         assert all(len(set(row)) == 10 for row in I.tolist())
 
 
+def test_all_with_all_in_bytes_where_these_do(monkeypatch):
+    rs = np.random.RandomState(0)
+    apart, alike = clustered(900), np.ones((600, 32), np.float32) + 3e-3 * rs.randn(600, 32).astype("f4")
+    alike[100:150] = alike[0]
+    alike /= np.linalg.norm(alike, axis=1, keepdims=True)
+    apart[850:] = apart[:50]
+    formats, search_self = [], nb.search_self
+    monkeypatch.setattr(nb, "search_self", lambda X, *args: formats.append(X.shape[1]) or search_self(X, *args))
+    for first, doubt, spare, x, words in ((901, 0, 40, apart, nb.words(32)), (900, .02, 40, apart, nb.words_of_bytes(32)),
+                                          (1, .02, 40, alike, nb.words(32)),
+                                          # some are in doubt, which bfloat16 tells apart, or float32
+                                          (1, 1, 4, np.concatenate([apart, alike]), nb.words_of_bytes(32))):
+        for name, value in (("FROM", first), ("DOUBT", doubt), ("SPARE", spare)):
+            monkeypatch.setattr(exact_search, "BYTES_" + name, value)
+        formats.clear()
+        D, I = exact_search.exact_knn(x, x, 10, self=True)
+        assert formats[0] == words
+        S = x.astype("f8") @ x.T
+        np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :10], atol=3e-7)
+        np.testing.assert_allclose(D, np.take_along_axis(S, I.astype("i8"), 1), atol=3e-7)
+        assert np.array_equal(I[:, 0], np.arange(len(x))) and all(len(set(row)) == 10 for row in I.tolist())
+
+
 def test_bounds_hold_where_all_elements_are_rounded_down():
     """The nearest is not among the candidates: what rounding may have taken of any vector puts the query in doubt."""
     u, d = 2.0 ** -7, 64                                        # bfloat16 holds 1 and 1 + u
