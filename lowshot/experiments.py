@@ -456,7 +456,8 @@ def choose(e, system, ddir):
         job = jobs_of[nbg, n]
         parameters.update((key, job.arguments[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
-        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds, "files": file_identities(job.inputs)}
+        where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds,
+                         "files": file_identities(job.inputs)}
     return chosen
 
 

@@ -44,7 +44,7 @@ class FeatureWriter:
         self.saved, self.saved_at = self.done, 0        # the first rows are saved at once, with what they are made from
 
     def _resumed(self):
-        """Whether there was something in a partial file, which is taken over; not if it may be replaced and is of something else."""
+        """Whether what a partial file holds is taken over; if it is of something else, and may be replaced, it is not."""
         if not (os.path.exists(self.partial) and os.path.exists(self.progress)):
             return False
         try:

@@ -196,7 +196,7 @@ class Checkpoint:
         """Fill keys (n, K), zeros, with what was saved, and products of the codes X (n, words). Returns (nodes searched, rounds
         done, nprobe), zeros where there is nothing. empty: makes an array for meanwhile, (shape, dtype) -> zeros."""
         n, K = keys.shape
-        # which of one code are candidates does not tell those of another
+        # lists that were found by one code are not those of another
         self.fresh = {"identity": self.identity, "shape": [n, K], "words": X.shape[1]}
         self.saved, state = time.monotonic(), read_note(self.state_path)
         remove_left_behind(self.path)
@@ -217,8 +217,8 @@ class Checkpoint:
         return state["searched"], state["rounds"], state["nprobe"]
 
     def save(self, lists, searched, rounds, nprobe):
-        """Begin to write a copy, if it is time, of lists (n, K): of keys, those of the nodes searched, or of nb.listed(keys). They
-        must not change before wait() or give_up()."""
+        """Begin to write a copy, if it is time, of lists (n, K), keys or nb.listed(keys), of the first nodes, which were searched.
+        They must not change before wait() or give_up()."""
         if self.writer is not None and self.writer.is_alive() or time.monotonic() - self.saved < self.EVERY:
             return
         state = {**self.fresh, "searched": searched, "rounds": rounds, "nprobe": nprobe}

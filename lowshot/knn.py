@@ -140,8 +140,8 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
 
 
 class Lists:
-    """The candidate lists of all nodes, in the order of cells: how many nodes were `searched` in how many cells (`nprobe`), and
-    how many rounds of neighbours-of-neighbours were made since.
+    """The candidate lists of all nodes, in the order of cells. How many nodes were `searched` in how many cells (`nprobe`), and
+    how many `rounds` of neighbours-of-neighbours were made.
 
     Where they and what a round takes besides (memory_of_lists()) do not fit in the memory that is free, both are in files in
     `folder`, unless that is None.

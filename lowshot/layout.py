@@ -36,7 +36,8 @@ class DataDir:
         try:
             root.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"DDIR={root!r} is not UTF-8, which Faiss expects of file names (or this locale is not: PYTHONUTF8=1)")
+            raise ValueError(f"DDIR={root!r} is not UTF-8, which Faiss expects of file names (or this locale is not: set "
+                             "PYTHONUTF8=1)")
         self.root = root
 
     def path(self, *parts):

@@ -45,8 +45,10 @@ def number(kind, low=None, high=None):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number")
         if value != value or abs(value) == math.inf or (low is not None and value < low) or (most is not None and value > most):
-            bounds = [f"at least {low}"] * (low is not None) + [f"at most {most}"] * (high is not None or kind is int and value > most)
-            if kind is float and high is None:
+            bounds = [f"at least {low}"] * (low is not None)
+            if high is not None or kind is int and value > most:
+                bounds.append(f"at most {most}")
+            elif kind is float:
                 bounds.append("finite")
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
         return value
@@ -418,7 +420,7 @@ def check_outputs(*paths, inputs=()):
         if os.path.isdir(path) or path.endswith(os.sep):
             raise ValueError(f"{path} is a directory: the name of a file was expected")
         if len(os.fsencode(os.path.basename(real))) > LONGEST_NAME:
-            raise ValueError(f"{path}: the name is longer than {LONGEST_NAME} bytes, with which temporary names would be too long")
+            raise ValueError(f"{path}: the name is longer than {LONGEST_NAME} bytes, which leaves no room for temporary names")
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file: it would be replaced by one")
         folder = os.path.dirname(os.path.abspath(path))

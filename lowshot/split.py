@@ -105,8 +105,8 @@ def test_images(val_labels, split):
 
 
 def images_of_run(train_file, val_file, split, nlabeled, seed):
-    """What a run works on, of the FeatureFiles: (rows, labels, nbase) of labelled_images(), (rows, labels) of test_images(), and how
-    many images of both could not be read."""
+    """What a run works on, of FeatureFiles: (rows, labels, nbase) of labelled_images(), (rows, labels) of test_images(), and how
+    many images of both could not be read, a pair."""
     train_labels, val_labels = labels_of_both(train_file, val_file, split.known)
     labelled, test = labelled_images(train_labels, split, nlabeled, seed), test_images(val_labels, split)
     return *labelled, *test, (train_file.unreadable(labelled[0]), val_file.unreadable(test[0]))

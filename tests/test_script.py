@@ -25,7 +25,8 @@ def test_number_takes(kind, low, high, text, value):
 
 @pytest.mark.parametrize("kind, low, high, text, message", [
     (int, 1, None, "0", "0 must be at least 1"), (int, 1, 5, "6", "at least 1 and at most 5"),
-    (int, 1, None, "1.5", "'1.5' is not a whole number"), (int, 1, None, str(2 ** 31), "and at most 2147483647"), (float, None, None, "x", "'x' is not a number"),
+    (int, 1, None, str(2 ** 31), "at least 1 and at most 2147483647"),
+    (int, 1, None, "1.5", "'1.5' is not a whole number"), (float, None, None, "x", "'x' is not a number"),
     (float, 0, None, "nan", "nan must be"), (float, None, 1, "inf", "at most 1"),
     (float, 0, None, "inf", "inf must be at least 0 and finite"), (float, None, None, "-1e400", "-1e400 must be finite")])
 def test_number_refuses(kind, low, high, text, message):
@@ -225,7 +226,8 @@ def test_closed_streams(closed, written):
             "        progress.update(1)\n"
             "    script.log('done')\n"
             "script.run(main)")
-    done = subprocess.run(["bash", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, code, ROOT], capture_output=True, text=True)
+    command = ["bash", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, code, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and written in done.stdout + done.stderr and "Error" not in done.stdout + done.stderr
     assert written or not done.stdout + done.stderr
 
