@@ -16,6 +16,7 @@ Each backend is a SymmetricGraph with these operations on panels of L, float32 (
     fits(n, k)                                    of those on GPUs: whether W and the narrowest panels fit there
 """
 import importlib.util
+import warnings
 
 import numpy as np
 
@@ -83,7 +84,9 @@ class TorchGraph(SymmetricGraph):
 
     def to_device(self):
         tensors = map(self._tensor, (self.indptr, self.indices.astype(np.int64), self.values()))
-        self.matrix = self.torch.sparse_csr_tensor(*tensors, size=(self.n, self.n), check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # that such tensors are new
+            self.matrix = self.torch.sparse_csr_tensor(*tensors, size=(self.n, self.n), check_invariants=False)
 
     def _tensor(self, a):
         return self.torch.as_tensor(a).to(self.device)
