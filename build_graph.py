@@ -109,7 +109,7 @@ def main():
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
             return
     check_outputs(record_path)
-    with exclusive(ddir.index(n)), show_progress() as progress:
+    with exclusive(ddir.index(n)), exclusive(os.path.realpath(path_I)), show_progress() as progress:
         if not complete and not args.overwrite and os.path.exists(path_I):
             log(f"{path_I} was completed by another run meanwhile")
             return
@@ -149,10 +149,11 @@ def main():
                     folder=os.path.dirname(path_I))
         files.flush()
         seconds = time.time() - start
-        # first, so that a graph that is there has its record
-        write_json(record_path, {**record, **info, "products": nb.products(), "seconds": seconds, "peak_memory": peak_memory(),
-                                 "predicted_memory": predicted})
-        files.finish()
+        try:        # first, so that a graph that is there has its record
+            write_json(record_path, {**record, **info, "products": nb.products(), "seconds": seconds,
+                                     "peak_memory": peak_memory(), "predicted_memory": predicted})
+        finally:
+            files.finish()
         if not search_with_faiss:
             checkpoint.remove()         # not before there is nothing left to lose
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"

@@ -128,7 +128,7 @@ def apply(args, blocks, pca_path, path):
     origin = {"dim": args.dim, "pca_sha256": file_sha256(pca_path), "blocks": origins}
     if complete(path, origin, args.overwrite, lambda: check_rows(blocks, counts, pca, path), n * width):
         return
-    with exclusive(path + ".partial"):
+    with exclusive(os.path.realpath(path) + ".partial"):
         write_all(args, blocks, counts, pca, path, origin)
 
 
@@ -155,7 +155,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     """The rows of all blocks to `path`, going on from a partial file made from the same."""
     n, width = sum(counts), 4 * args.dim
     target = os.path.realpath(path)         # what a link leads to is written
-    partial, progress_path = target + ".partial", path + ".partial.json"
+    partial, progress_path = target + ".partial", target + ".partial.json"
     done = 0
     if os.path.exists(partial) and os.path.exists(progress_path):
         state = read_note(progress_path)
@@ -246,8 +246,9 @@ def complete(path, origin, overwrite, check, nbytes=None):
                 raise
             return False
         log(f"{path} is complete, nothing to do")
-        if os.path.exists(path + ".partial.json") and not os.path.exists(os.path.realpath(path) + ".partial"):
-            remove(path + ".partial.json")      # of a run that was killed at its last step
+        partial = os.path.realpath(path) + ".partial"
+        if os.path.exists(partial + ".json") and not os.path.exists(partial):
+            remove(partial + ".json")           # of a run that was killed at its last step
         return True
     if not overwrite:
         found = "was made from something else" if noted else "does not tell what it was made from"

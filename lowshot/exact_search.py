@@ -68,8 +68,8 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
 
     Candidates come from products in bfloat16, in bytes with `self` where these do, or in float16 on a GPU in use; they are
     compared in float32, and where the errors of these could hide a better one the row is computed again in float32. self: xq and
-    x are the same vectors, and each is in its own list. spare: candidates beyond k; with more of them fewer rows are computed
-    again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self` memory_of_self(), and all
+    x are the same vectors, and each is in its own list. spare: candidates beyond k, of those in bfloat16; with more of them fewer
+    rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self` memory_of_self(), and all
     vectors in float32 where most are in doubt; beside a GPU that of the result.
     Returns D float32 (nq, k), I int32 (nq, k).
     """

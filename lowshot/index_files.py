@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import functools
+import json
 import os
 import shutil
 import struct
@@ -182,14 +183,14 @@ class Checkpoint:
     A thread writes one every few minutes, of what does not change meanwhile: the lists of nodes that were searched, or those
     that a round of neighbours-of-neighbours begins with. Numbers are written, and compared again when they are read.
 
-    path: the file; identity: what the lists depend on, JSON-ready.
+    path: the file, numbers int32 (n, K) and then, as JSON, what they are; identity: what the lists depend on, JSON-ready.
     """
 
     EVERY = 300             # seconds from one copy to the next
     PIECE = 8 << 20         # bytes written at a time
 
     def __init__(self, path, identity):
-        self.path, self.state_path, self.identity = path, path + ".json", identity
+        self.path, self.identity = path, identity
         self.writer, self.stopped = None, threading.Event()
 
     def open(self, keys, X, empty=aligned_zeros):
@@ -198,10 +199,12 @@ class Checkpoint:
         n, K = keys.shape
         # lists that were found by one code are not those of another
         self.fresh = {"identity": self.identity, "shape": [n, K], "words": X.shape[1]}
-        self.saved, state = time.monotonic(), read_note(self.state_path)
+        self.saved, state = time.monotonic(), {}
         remove_left_behind(self.path)
-        if ({k: state.get(k) for k in self.fresh} != self.fresh or not os.path.exists(self.path)
-                or os.path.getsize(self.path) != 4 * n * K):
+        with contextlib.suppress(OSError, TypeError, ValueError), open(self.path, "rb") as f:
+            f.seek(4 * n * K)
+            state = dict(json.loads(f.read(1 << 16)))
+        if any(state.get(key) != value for key, value in self.fresh.items()):
             return 0, 0, 0
         saved = MatrixFile(self.path, "<i4", K, n)
         numbers, nodes = empty((n, K), np.int32), np.arange(n, dtype=np.int32)
@@ -244,9 +247,9 @@ class Checkpoint:
                     os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     if self.stopped.is_set():
                         raise InterruptedError
-                f.truncate(4 * n * K)
-                remove(self.state_path)         # that of the copy before
-            write_json(self.state_path, state)
+                f.seek(4 * n * K)
+                state = json.dumps(state).encode()
+                f.write(state.ljust(-(-len(state) // (4 * K)) * 4 * K))        # to whole rows
         except InterruptedError:
             return
         except OSError as e:
@@ -271,8 +274,7 @@ class Checkpoint:
         self.give_up()
 
     def remove(self):
-        for path in (self.path, self.state_path):
-            remove(path)
+        remove(self.path)
 
 
 class GraphFiles:
@@ -284,7 +286,7 @@ class GraphFiles:
     def __init__(self, path_I, path_D, n, k, identity=None):
         self.paths = [os.path.realpath(path) for path in (path_D, path_I)]     # what links lead to is written
         self.temporary = [p + ".partial" for p in self.paths]
-        self.state_path = path_I + ".partial.json"
+        self.state_path = self.temporary[1] + ".json"
         self.state = {"identity": identity, "shape": [n, k]}
         self.done = 0
         os.makedirs(os.path.dirname(path_I), exist_ok=True)

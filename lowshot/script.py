@@ -64,6 +64,9 @@ def file_name(text):
 
 def run(main):
     """Run a script's main(): bad input and files become one line on stderr and exit status 1, without a traceback."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:     # a file of ours would get what libraries print
+        pass
+    os.close(fd)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:          # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))

@@ -1,4 +1,5 @@
 """train_apply_pca.py against the PCA written out in numpy, and its files: resumed, replaced, damaged."""
+import json
 import os
 import re
 import subprocess
@@ -129,6 +130,15 @@ def test_what_links_lead_to_is_written(root):
     transform = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
     np.testing.assert_allclose(raw(root)[500:801], transform.apply(x), atol=1e-5)
     assert sorted(os.listdir(far)) == sorted([f"PCAR{DIM}.vt", os.path.basename(path(root))])
+    # what a killed run of another data directory with such a link has begun there is not gone on with
+    partial = far / (os.path.basename(path(root)) + ".partial")
+    partial.write_bytes(bytes(4 * DIM * 5))
+    with open(str(partial) + ".json", "w") as f:
+        json.dump({"rows": 5, "made_from": {"dim": DIM}}, f)
+    os.unlink(far / os.path.basename(path(root)))
+    assert "was begun from another PCA" in run(root, "apply", ok=False)
+    run(root, "apply", "--overwrite")
+    assert "nothing to do" in run(root, "apply") and len(os.listdir(far)) == 2
 
 
 def test_a_block_extracted_again_with_more_images_is_another(root):
