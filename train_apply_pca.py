@@ -128,7 +128,7 @@ def apply(args, blocks, pca_path, path):
     origin = {"dim": args.dim, "pca_sha256": file_sha256(pca_path), "blocks": origins}
     if complete(path, origin, args.overwrite, lambda: check_rows(blocks, counts, pca, path), n * width):
         return
-    with exclusive(os.path.realpath(path) + ".partial"):
+    with exclusive(partial_of(path)):
         write_all(args, blocks, counts, pca, path, origin)
 
 
@@ -154,8 +154,8 @@ def check_rows(blocks, counts, pca, path):
 def write_all(args, blocks, counts, pca, path, origin):
     """The rows of all blocks to `path`, going on from a partial file made from the same."""
     n, width = sum(counts), 4 * args.dim
-    target = os.path.realpath(path)         # what a link leads to is written
-    partial, progress_path = target + ".partial", target + ".partial.json"
+    partial = partial_of(path)
+    progress_path = partial + ".json"
     done = 0
     if os.path.exists(partial) and os.path.exists(progress_path):
         state = read_note(progress_path)
@@ -167,7 +167,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     # two slabs, and what the PCA makes of one; training, of which nothing is kept, may have taken more
     memory = max(peak_memory(), memory_now() + min(2 * slab, 4 * n * pca.d_in) + slab * args.dim / pca.d_in)
     print_header(args, step="apply", blocks=len(blocks), rows=n, output=size(n * width), predicted_memory=size(memory))
-    free = shutil.disk_usage(os.path.dirname(target)).free
+    free = shutil.disk_usage(os.path.dirname(partial)).free
     if (n - done) * width > free:
         raise OSError(f"{path} needs {size((n - done) * width)} more, the disk has {size(free)} free")
     if done:
@@ -204,7 +204,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     if os.path.getsize(partial) != n * width:
         raise OSError(f"{partial} has {os.path.getsize(partial)} bytes, {n * width} expected ({n} rows of {width})")
     make_way(path, origin)
-    os.replace(partial, target)
+    os.replace(partial, os.path.realpath(path))
     os.unlink(progress_path)
     log(f"wrote {path}: {n} x {args.dim}, {os.path.getsize(path)} bytes, in {clock(time.time() - start)}, "
         f"peak memory {size(peak_memory())}")
@@ -220,6 +220,11 @@ def identity(f):
     for row in spread_rows(f.n, 256):       # one by one: read() takes in all that is between, of chunked files
         digest.update(np.ascontiguousarray(f.file["all_feats"][row], np.float32).tobytes())
     return {"rows": f.n, "columns": f.d, "sha256": digest.hexdigest()}
+
+
+def partial_of(path):
+    """Where the rows of a file are until they are all there: beside what it leads to, if it is a link."""
+    return os.path.realpath(path) + ".partial"
 
 
 def make_way(path, origin):
@@ -246,7 +251,7 @@ def complete(path, origin, overwrite, check, nbytes=None):
                 raise
             return False
         log(f"{path} is complete, nothing to do")
-        partial = os.path.realpath(path) + ".partial"
+        partial = partial_of(path)
         if os.path.exists(partial + ".json") and not os.path.exists(partial):
             remove(partial + ".json")           # of a run that was killed at its last step
         return True

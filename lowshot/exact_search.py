@@ -69,8 +69,8 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     Candidates come from products in bfloat16, in bytes with `self` where these do, or in float16 on a GPU in use; they are
     compared in float32, and where the errors of these could hide a better one the row is computed again in float32. self: xq and
     x are the same vectors, and each is in its own list. spare: candidates beyond k, of those in bfloat16; with more of them fewer
-    rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self` memory_of_self(), and all
-    vectors in float32 where most are in doubt; beside a GPU that of the result.
+    rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self`
+    memory_of_self(), and all vectors in float32 where most are in doubt; beside a GPU that of the result.
     Returns D float32 (nq, k), I int32 (nq, k).
     """
     Q, X = as_vectors(xq), as_vectors(x)
@@ -81,14 +81,10 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
     progress = progress or silent
     if _on_gpu(Q, X, self):
         return _exact_on_gpu(Q, X, k, progress, self)
-    if not (self and _bytes_tell_apart(X, k)):
-        return exact_of(*candidates_for(Q, X, k + spare, progress, self), Q, X, k, progress, self)
-    keys, error = candidates_for(Q, X, k + BYTES_SPARE, progress, self, nb.to_bytes)
-    D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
-    if len(unsure):
-        keys, error = candidates_for(as_vectors(Q.scaled_rows(unsure)), X, k + MANY_SPARE, progress, False)
-        unsure = unsure[best_and_unsure(keys, error, Q, X, k, self, unsure.astype(np.int32), out=(D, I))[2]]
-    return _in_float32(D, I, unsure, Q, X, k, progress, self)
+    convert = nb.to_bfloat16
+    if self and _bytes_tell_apart(X, k):
+        convert, spare = nb.to_bytes, BYTES_SPARE
+    return exact_of(*candidates_for(Q, X, k + spare, progress, self, convert), Q, X, k, progress, self)
 
 
 def memory_of_self(n, d, k):

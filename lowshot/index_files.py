@@ -220,7 +220,7 @@ class Checkpoint:
         return state["searched"], state["rounds"], state["nprobe"]
 
     def save(self, lists, searched, rounds, nprobe):
-        """Begin to write a copy, if it is time, of lists (n, K), keys or nb.listed(keys), of the first nodes, which were searched.
+        """Begin to write a copy, if it is time, of the lists (n, K) of the first nodes, those searched: keys, or nb.listed(keys).
         They must not change before wait() or give_up()."""
         if self.writer is not None and self.writer.is_alive() or time.monotonic() - self.saved < self.EVERY:
             return
@@ -236,12 +236,11 @@ class Checkpoint:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             if shutil.disk_usage(os.path.dirname(self.path)).free < size:       # rather than fill the disk in trying
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
-            with whole(self.path) as temporary, open(temporary, "wb", buffering=0) as f:
+            with whole(self.path) as temporary, open(temporary, "wb") as f:
                 for i in range(0, searched, step):
                     piece = lists[i:min(i + step, searched)]
-                    piece = (piece if piece.dtype == np.int32 else nb.listed(piece)).reshape(-1).view(np.uint8)
-                    while len(piece):
-                        piece = piece[f.write(piece):]
+                    f.write(np.ascontiguousarray(piece if piece.dtype == np.int32 else nb.listed(piece)))
+                    f.flush()
                     # what waits to be written would take the memory of others, and make them wait
                     os.fdatasync(f.fileno())
                     os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -309,8 +308,7 @@ class GraphFiles:
         return tuple(np.asarray(m) for m in self.maps)
 
     def save(self, done):
-        for m in self.maps:
-            m.flush()
+        self.flush()
         write_json(self.state_path, {**self.state, "done": done})
 
     def flush(self):

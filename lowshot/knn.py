@@ -178,7 +178,7 @@ class Lists:
         if self.n0:
             self._search_new(nprobe, progress, near)
         if not further:
-            self.nprobe, self.before = nprobe, None
+            self.before = None
         for i in range(0 if further else self.searched, n, sampling.SEARCH_BLOCK):
             rows = np.arange(i, min(i + sampling.SEARCH_BLOCK, n))
             block = slice(i, i + len(rows))

@@ -44,7 +44,7 @@ def test_all_with_all_in_bytes_where_these_do(monkeypatch):
     monkeypatch.setattr(nb, "search_self", lambda X, *args: formats.append(X.shape[1]) or search_self(X, *args))
     for first, doubt, spare, x, words in ((901, 0, 40, apart, nb.words(32)), (900, .02, 40, apart, nb.words_of_bytes(32)),
                                           (1, .02, 40, alike, nb.words(32)),
-                                          # some are in doubt, which bfloat16 tells apart, or float32
+                                          # some are in doubt, which float32 tells apart
                                           (1, 1, 4, np.concatenate([apart, alike]), nb.words_of_bytes(32))):
         for name, value in (("FROM", first), ("DOUBT", doubt), ("SPARE", spare)):
             monkeypatch.setattr(exact_search, "BYTES_" + name, value)
