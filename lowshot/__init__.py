@@ -7,6 +7,16 @@ from lowshot.machine import check_threads, keep_to_quota
 
 __version__ = "1.0.0"
 
+
+def _show_interrupt(kind, error, where, usual=sys.excepthook):
+    if kind is KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+    else:
+        usual(kind, error, where)
+
+
+sys.excepthook = _show_interrupt     # Ctrl-C is one line, also while modules are imported
+
 # what modules here start with, before a script could turn an exception into one line
 try:
     check_threads()

@@ -74,9 +74,6 @@ def run(main):
             getattr(sys, name).reconfigure(errors="backslashreplace")       # names of files may be any bytes
     try:
         status = main()
-    except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-        status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1

@@ -63,13 +63,19 @@ def raising(error):
     (raising(ValueError("a\n  b")), 1, ": error: a b\n"),
     (raising(FileNotFoundError(2, "No such file", "x.bin")), 1, "No such file: 'x.bin'\n"),
     (raising(MemoryError()), 1, ": error: MemoryError\n"),
-    (raising(ImportError("graph_utils is not built")), 1, ": error: graph_utils is not built\n"),
-    (raising(KeyboardInterrupt()), 130, ": interrupted\n")])
+    (raising(ImportError("graph_utils is not built")), 1, ": error: graph_utils is not built\n")])
 def test_run_turns_errors_into_one_line(main, status, text, capsys):
     with pytest.raises(SystemExit) as e:
         script.run(main)
     err = capsys.readouterr().err
     assert e.value.code == status and err.endswith(text) and err.count("\n") == (1 if text else 0)
+
+
+@pytest.mark.parametrize("when", ["import lowshot; interrupt()", "from lowshot.script import run; run(interrupt)"])
+def test_ctrl_c_ends_a_script_with_one_line(when):
+    p = subprocess.run([sys.executable, "-c", f"import signal; interrupt = lambda: signal.raise_signal(signal.SIGINT); {when}"],
+                       capture_output=True, text=True, cwd=ROOT)
+    assert (p.returncode, p.stderr) == (-signal.SIGINT, "-c: interrupted\n")
 
 
 def test_what_nobody_foresaw_is_one_line_too_that_says_how_to_see_more(capsys, monkeypatch):
