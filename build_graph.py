@@ -24,8 +24,9 @@ import time
 from lowshot.features import MatrixFile
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory
-from lowshot.script import (Parser, check_outputs, clock, exclusive, log, number, print_header, provenance, read_json, remove,
-                            remove_left_behind, run, show_progress, size, warn_of_memory, whole, within_memory, write_json)
+from lowshot.script import (Parser, check_outputs, clock, exclusive, file_identities, log, number, print_header, provenance, read_note,
+                            remove, remove_left_behind, run, show_progress, size, warn_of_memory, whole, within_memory,
+                            write_json)
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 # more is asked of graphs that take seconds: accuracies are within .001 of those of exact ones, not .004 (benchmarks/accuracy.py)
@@ -103,13 +104,13 @@ def main():
         vectors = Vectors(rows, normalise=True)
         check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
         if os.path.exists(lists):       # of a run that was killed at its last step
-            Checkpoint(lists, None).remove()
+            remove(lists)
         if os.path.exists(ddir.index(n)):
             checked_index(ddir.index(n), vectors)
             log(f"{is_complete}, nothing to do (--overwrite makes it again)")
             return
     check_outputs(record_path)
-    with exclusive(ddir.index(n)), exclusive(os.path.realpath(path_I)), show_progress() as progress:
+    with exclusive(ddir.index(n)), exclusive(path_I), show_progress() as progress:
         if not complete and not args.overwrite and os.path.exists(path_I):
             log(f"{path_I} was completed by another run meanwhile")
             return
@@ -123,7 +124,7 @@ def main():
         if complete:
             log(f"{is_complete}, and kept (--overwrite makes it again)")
             return
-        identity = [os.path.getmtime(raw), os.path.getmtime(ddir.index(n)), args.recall, args.nprobe, args.seed]
+        identity = [file_identities([raw, ddir.index(n)]), args.recall, args.nprobe, args.seed]
         own_search = cells is not None or isinstance(index, faiss.IndexFlat)
         all_on_gpu = own_search and all_on_gpu
         if args.device == "gpu" and not gpus and not all_on_gpu:
@@ -155,7 +156,7 @@ def main():
         finally:
             files.finish()
         if not search_with_faiss:
-            checkpoint.remove()         # not before there is nothing left to lose
+            remove(lists)               # not before there is nothing left to lose
     found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
@@ -181,18 +182,16 @@ def predict_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):
 
 def lower_recall(record_path, wanted):
     """Words for a stored graph whose record tells of a lower recall than is wanted now; "" otherwise."""
-    try:
-        recall = float(read_json(record_path)["recall"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""               # it came without a record that tells
-    return f" (note: with recall {recall:.3f}, --recall is {wanted:g})" if recall < wanted else ""
+    recall = read_note(record_path).get("recall")
+    lower = isinstance(recall, float) and recall < wanted
+    return f" (note: with recall {recall:.3f}, --recall is {wanted:g})" if lower else ""
 
 
 def checked_index(path, vectors):
     """The Faiss index on disk; ValueError if it is not one of these vectors."""
     from lowshot.index_files import check_index, read_index
     index = read_index(path, vectors.n, vectors.d)
-    check_index(index, vectors, path, "--overwrite makes it again")
+    check_index(index, vectors, path)
     return index
 
 
@@ -209,7 +208,7 @@ def stored_index(path, vectors, args, progress):
         index = checked_index(path, vectors)
         if not is_plain_ivf(index):
             return index, None
-        return index, Cells(vectors, *cells_of_index(index, path, "--overwrite makes it again"))
+        return index, Cells(vectors, *cells_of_index(index, path))
     factory = args.index
     if factory == "auto":
         factory = "Flat" if n < EXACT_BELOW else f"IVF{default_nlist(n)},Flat"

@@ -203,9 +203,9 @@ def by_threads(batches, extract, workers):
 
     def read(b):
         nonlocal waited
-        clock, busy = time.time(), time.thread_time()
+        began, busy = time.time(), time.thread_time()
         files = batches.read(b)
-        waited += (time.time() - clock) - (time.thread_time() - busy)
+        waited += (time.time() - began) - (time.thread_time() - busy)
         return files
 
     def work(b, reading):

@@ -95,11 +95,8 @@ def train(args, block0, path):
             raise ValueError(f"training on {n} rows takes {size(memory)}, the machine has {size(available_memory())} "
                              f"free: --ntrain {max(args.dim, int(0.8 * n * available_memory() / memory))} fits")
         start = time.time()
-        x = np.empty((n, f.d), np.float32)
         with Progress(n, "rows read") as progress:
-            for i, slab in f.slabs(0, n):
-                x[i:i + len(slab)] = slab
-                progress.update(i + len(slab))
+            x = f.read(np.arange(n), progress=progress.update)
     pca = faiss.PCAMatrix(x.shape[1], args.dim, 0, True)
     pca.max_points_per_d = n                    # Faiss would leave rows out beyond 1000 per column
     log(f"training on {n} x {x.shape[1]}")
@@ -108,7 +105,7 @@ def train(args, block0, path):
     if not (np.isfinite(variances).all() and np.isfinite(faiss.vector_to_array(pca.A)).all()):
         raise ValueError(f"{block0}: the features are too large, their covariances are NaN or infinite")
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
-    with whole(path) as temporary:
+    with exclusive(path), whole(path) as temporary:      # the note beside it and the file, of one training
         faiss.write_VectorTransform(pca, temporary)
         make_way(path, origin)
     log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "

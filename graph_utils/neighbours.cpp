@@ -348,20 +348,16 @@ class Scanner {
                 for (uint32_t left = tiles::rows_above(products_, nr, worst, bounds); left; left &= left - 1) {
                     const int r = __builtin_ctz(left);
                     const float* s = products_ + r * kTile;
-                    uint32_t better = tiles::above_each(s, worst);
-                    while (better) {
+                    for (uint32_t better = tiles::above_each(s, worst); better; better &= better - 1) {
                         const int c = __builtin_ctz(better);
-                        better &= better - 1;
                         const int32_t list = list_[i + c];
                         lists.add(list, s[c], (uint32_t)(offset + row_of(j + r)));
                         worst[c] = lists.worst[list];
                     }
                     if (!rows.takes(j + r)) continue;
                     bounds[r] = rows.bound(j + r);
-                    better = tiles::above(s, bounds[r]) & first_columns(m_ - i);
-                    while (better) {
+                    for (uint32_t better = tiles::above(s, bounds[r]) & first_columns(m_ - i); better; better &= better - 1) {
                         const int c = __builtin_ctz(better);
-                        better &= better - 1;
                         rows.offer(j + r, list_[i + c], s[c]);
                     }
                 }
@@ -582,13 +578,11 @@ void search_cells_with(int64_t nq, const uint32_t* Q, int64_t np, int64_t nlist,
             }
         }
         // queries by cell
-        t.first.assign(nlist + 1, 0);
-        for (const auto& visit : t.visits) t.first[visit.first + 1]++;
-        for (int64_t c = 0; c < nlist; c++) t.first[c + 1] += t.first[c];
+        t.first.assign(nlist + 2, 0);       // while members are listed, where cell c goes on is at c + 1
+        for (const auto& visit : t.visits) t.first[visit.first + 2]++;
+        for (int64_t c = 0; c < nlist; c++) t.first[c + 2] += t.first[c + 1];
         t.members.resize(t.visits.size());
-        for (const auto& visit : t.visits) t.members[t.first[visit.first]++] = visit.second;
-        for (int64_t c = nlist; c > 0; c--) t.first[c] = t.first[c - 1];
-        t.first[0] = 0;
+        for (const auto& visit : t.visits) t.members[t.first[visit.first + 1]++] = visit.second;
         // the cells that most queries ask for are the nearest: taken first, they raise the bar for the others
         t.cells.clear();
         for (int64_t c = 0; c < nlist; c++)
@@ -756,16 +750,12 @@ void join(const Neighbourhood& set, const uint32_t* X, int64_t np, Inserter& ins
                 uint32_t columns = first_columns(nc);
                 if (i + r >= j) columns &= i + r - j >= 31 ? 0u : ~0u << (i + r - j + 1);
                 const uint32_t a = set.nodes[i + r];
-                uint32_t better = tiles::above(s, t.worst[i + r]) & columns;
-                while (better) {
+                for (uint32_t better = tiles::above(s, t.worst[i + r]) & columns; better; better &= better - 1) {
                     const int c = __builtin_ctz(better);
-                    better &= better - 1;
                     t.inserted += inserter.offer(a, set.nodes[j + c], s[c]);
                 }
-                better = tiles::above_each(s, t.worst.data() + j) & columns;
-                while (better) {
+                for (uint32_t better = tiles::above_each(s, t.worst.data() + j) & columns; better; better &= better - 1) {
                     const int c = __builtin_ctz(better);
-                    better &= better - 1;
                     t.inserted += inserter.offer(set.nodes[j + c], a, s[c]);
                 }
             }
@@ -799,10 +789,9 @@ void join_targets(const Neighbourhood& set, const uint32_t* X, int64_t np, Inser
             Kernel::tile(t.rows.get(), nr, t.panel.get() + j / kTile * bytes, np, t.products);
             for (int r = 0; r < nr; r++) {
                 const float* s = t.products + r * kTile;
-                uint32_t better = tiles::above_each(s, t.worst.data() + j) & first_columns((i + r < set.nnew ? mt : mnew) - j);
-                while (better) {
+                const uint32_t columns_of_row = first_columns((i + r < set.nnew ? mt : mnew) - j);
+                for (uint32_t better = tiles::above_each(s, t.worst.data() + j) & columns_of_row; better; better &= better - 1) {
                     const int c = __builtin_ctz(better);
-                    better &= better - 1;
                     const int64_t target = set.targets[j + c];
                     if (target != i + r) t.inserted += inserter.offer(set.nodes[target], set.nodes[i + r], s[c]);
                 }
@@ -877,34 +866,31 @@ std::string products() { return chosen_products(); }
 
 void use_products(const std::string& name) { chosen_products() = checked_products(name); }
 
+namespace {
+
+// What `call` returns for the kernel that multiplies vectors of so many bits an element.
+template <class Call>
+auto with_kernel(int bits, Call call) {
+    [[maybe_unused]] const std::string& chosen = chosen_products();
 #ifdef TILES_AMX
-#define IF_AMX(FUNCTION, FORMAT, ...) products() == "amx" ? FUNCTION<tiles::Amx##FORMAT>(__VA_ARGS__) :
-#else
-#define IF_AMX(FUNCTION, FORMAT, ...)
-#endif
-#ifdef TILES_BF16
-#define IF_AVX512_Bfloat16(FUNCTION, ...) products() == "avx512" ? FUNCTION<tiles::Avx512Bfloat16>(__VA_ARGS__) :
-#else
-#define IF_AVX512_Bfloat16(FUNCTION, ...)
+    if (chosen == "amx" && bits == 8) return call(tiles::AmxBytes());
+    if (chosen == "amx" && bits == 16) return call(tiles::AmxBfloat16());
 #endif
 #ifdef TILES_VNNI
-#define IF_AVX512_Bytes(FUNCTION, ...) products() == "avx512" ? FUNCTION<tiles::Avx512Bytes>(__VA_ARGS__) :
-#else
-#define IF_AVX512_Bytes(FUNCTION, ...)
+    if (chosen == "avx512" && bits == 8) return call(tiles::Avx512Bytes());
 #endif
-#define IF_INT16_Bfloat16(FUNCTION, ...)
+#ifdef TILES_BF16
+    if (chosen == "avx512" && bits == 16) return call(tiles::Avx512Bfloat16());
+#endif
 #ifdef TILES_INT16
-#define IF_INT16_Bytes(FUNCTION, ...) products() == "int16" ? FUNCTION<tiles::Int16Bytes>(__VA_ARGS__) :
-#else
-#define IF_INT16_Bytes(FUNCTION, ...)
+    if (chosen == "int16" && bits == 8) return call(tiles::Int16Bytes());
 #endif
-#define DISPATCH_FORMAT(FUNCTION, FORMAT, ...)                                          \
-    (IF_AMX(FUNCTION, FORMAT, __VA_ARGS__) IF_AVX512_##FORMAT(FUNCTION, __VA_ARGS__)    \
-         IF_INT16_##FORMAT(FUNCTION, __VA_ARGS__) FUNCTION<tiles::Float32<tiles::FORMAT>>(__VA_ARGS__))
-#define DISPATCH(FUNCTION, bits, ...)                                   \
-    (bits == 8 ? DISPATCH_FORMAT(FUNCTION, Bytes, __VA_ARGS__)          \
-     : bits == 16 ? DISPATCH_FORMAT(FUNCTION, Bfloat16, __VA_ARGS__)    \
-                  : FUNCTION<tiles::Float32<tiles::Single>>(__VA_ARGS__))
+    if (bits == 8) return call(tiles::Float32<tiles::Bytes>());
+    if (bits == 16) return call(tiles::Float32<tiles::Bfloat16>());
+    return call(tiles::Float32<tiles::Single>());
+}
+
+}  // namespace
 
 void to_bfloat16(int64_t n, int64_t d, const float* x, const float* scale, int64_t np, int32_t* out, float* residual) {
     check_width(np);
@@ -967,15 +953,19 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
     if (K < 1 || (x_keys && x_K < 1)) throw std::invalid_argument("search_all: K is less than 1");
     if (x_keys && !x_worst) throw std::invalid_argument("search_all: x_worst is missing");
     if (first < 0) throw std::invalid_argument("search_all: the first number is less than 0");
-    DISPATCH(search_all_with, bits, nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, keys, x_K,
-             (uint64_t*)x_keys, x_worst);
+    with_kernel(bits, [&](auto kernel) {
+        return search_all_with<decltype(kernel)>(nq, (const uint32_t*)Q, nb, (const uint32_t*)X, np, first, K, keys, x_K,
+                                                 (uint64_t*)x_keys, x_worst);
+    });
 }
 
 void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, int bits, int64_t K, int64_t* keys) {
     check_width(np);
     check_numbers(last);
     if (K < 1 || first < 0 || first > last) throw std::invalid_argument("search_self: K is less than 1, or first out of range");
-    DISPATCH(search_self_with, bits, first, last, (const uint32_t*)X, np, K, keys);
+    with_kernel(bits, [&](auto kernel) {
+        return search_self_with<decltype(kernel)>(first, last, (const uint32_t*)X, np, K, keys);
+    });
 }
 
 namespace {
@@ -999,7 +989,9 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
     check_numbers(nb);
     if (K < 1) throw std::invalid_argument("search_near: K is less than 1");
     const Near near = checked_near(nq, group, ngroup, offsets, listed, nb);
-    DISPATCH(search_near_with, bits, nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
+    with_kernel(bits, [&](auto kernel) {
+        return search_near_with<decltype(kernel)>(nq, (const uint32_t*)Q, order, np, near, (const uint32_t*)X, K, keys);
+    });
 }
 
 void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nlist, const int32_t* centroids,
@@ -1016,9 +1008,11 @@ void search_cells(int64_t nq, const int32_t* Q, int64_t np, int bits, int64_t nl
     const Near near = own ? checked_near(nq, own, nlist, offsets, listed, nlist) : Near{};
     const Near near_before =
         own_before ? checked_near(nq, own_before, nlist, offsets_before, listed_before, nlist) : Near{};
-    DISPATCH(search_cells_with, bits, nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near,
-             std::min(nprobe, nlist), near_before, std::min(before, nlist), begin, end, (const uint32_t*)X, K, keys, middle,
-             numbers, (uint64_t*)x_keys, x_worst);
+    with_kernel(bits, [&](auto kernel) {
+        return search_cells_with<decltype(kernel)>(
+            nq, (const uint32_t*)Q, np, nlist, (const uint32_t*)centroids, near, std::min(nprobe, nlist), near_before,
+            std::min(before, nlist), begin, end, (const uint32_t*)X, K, keys, middle, numbers, (uint64_t*)x_keys, x_worst);
+    });
 }
 
 void group_sums(int64_t n, int64_t d, const float* x, int64_t m, const int32_t* order, int64_t ngroup, const int64_t* end,
@@ -1046,7 +1040,10 @@ void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_
     if (n0 > n || k > K || k < 1) throw std::invalid_argument("known_lists: more known lists than nodes, or longer than K");
     for (int64_t e = 0; e < n0 * k; e++)
         if (I[e] >= n) throw std::invalid_argument("known_lists: a neighbour is out of range");
-    DISPATCH(known_lists_with, bits, n, (const uint32_t*)X, np, order, position, n0, k, I, margin, K, (uint64_t*)keys);
+    with_kernel(bits, [&](auto kernel) {
+        return known_lists_with<decltype(kernel)>(n, (const uint32_t*)X, np, order, position, n0, k, I, margin, K,
+                                                  (uint64_t*)keys);
+    });
 }
 
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst) {
@@ -1106,8 +1103,10 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
     check_width(np);
     if (first < 0 || last > n || from_target < 0 || to_target > n || R < 0)
         throw std::invalid_argument("join_range: nodes out of range, or R is less than 0");
-    return DISPATCH(join_range_with, bits, n, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed, first, last,
-                    from_target, to_target, (uint64_t*)keys, worst);
+    return with_kernel(bits, [&](auto kernel) {
+        return join_range_with<decltype(kernel)>(n, (const uint32_t*)X, np, K, lists, offsets, reverse, R, (uint32_t)seed,
+                                                 first, last, from_target, to_target, (uint64_t*)keys, worst);
+    });
 }
 
 namespace {

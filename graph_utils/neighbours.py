@@ -9,7 +9,7 @@ turns them into float32 similarities and numbers.
 import numpy as np
 
 from graph_utils import core
-from graph_utils.product import _check, _check_range, aligned_zeros, check_permutation
+from graph_utils.product import _check, _check_optional, _check_range, check_permutation
 
 products = core.products
 use_products = core.use_products
@@ -53,23 +53,22 @@ def words_of_bytes(d):
     return max(1, -(-d // 64)) * 16 + 1
 
 
-def _check_factors(n, scale, residual):
-    for array, name in ((scale, "scale"), (residual, "residual")):
-        if array is not None:
-            _check(array, np.float32, (n,), name)
-
-
 def to_bytes(x, scale=None, residual=None):
     """x float32 (n, d), finite, each row times scale (n,) if given, as int32 (n, words_of_bytes(d)).
 
     A row has 255 levels, evenly spaced from its largest element to the opposite of it. Products err by about .0006 of the
     norms where elements are alike in size. residual: as of to_bfloat16.
     """
+    return _rounded(core.to_bytes, words_of_bytes(x.shape[1]), x, scale, residual)
+
+
+def _rounded(convert, words, x, scale, residual):
     x = np.ascontiguousarray(x, np.float32)
     n, d = x.shape
-    out = np.empty((n, words_of_bytes(d)), np.int32)
-    _check_factors(n, scale, residual)
-    core.to_bytes(n, d, x, scale, words_of_bytes(d) - 1, out, residual)
+    out = np.empty((n, words), np.int32)
+    for array, name in ((scale, "scale"), (residual, "residual")):
+        _check_optional(array, np.float32, (n,), name)
+    convert(n, d, x, scale, words - words % 16, out, residual)
     return out
 
 
@@ -92,12 +91,7 @@ def to_bfloat16(x, scale=None, residual=None):
 
     residual: float32 (n,) that receives the L2 norm of what rounding took from each row.
     """
-    x = np.ascontiguousarray(x, np.float32)
-    n, d = x.shape
-    out = aligned_zeros((n, words(d)), np.int32)
-    _check_factors(n, scale, residual)
-    core.to_bfloat16(n, d, x, scale, words(d), out, residual)
-    return out
+    return _rounded(core.to_bfloat16, words(x.shape[1]), x, scale, residual)
 
 
 def to_float32(x, scale=None):
@@ -332,13 +326,9 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
         D, I = np.empty((nq, k), np.float32), np.empty((nq, k), np.int32)
     _check(D, np.float32, (nq, k), "D")
     _check(I, np.int32, (nq, k), "I")
-    if q_number is not None:
-        _check(q_number, np.int32, (m,), "q_number")
-    if x_number is not None:
-        _check(x_number, np.int32, (None,), "x_number")
-    for scale, n, name in ((q_scale, nq, "q_scale"), (x_scale, nb, "x_scale")):
-        if scale is not None:
-            _check(scale, np.float32, (n,), name)
+    for array, dtype, length, name in ((q_number, np.int32, m, "q_number"), (x_number, np.int32, None, "x_number"),
+                                       (q_scale, np.float32, nq, "q_scale"), (x_scale, np.float32, nb, "x_scale")):
+        _check_optional(array, dtype, (length,), name)
     nnumber = nb if x_number is None else len(x_number)
     core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, nnumber,
                         Q0.shape[1], Q0, len(Q0), Q1, nq, q_scale, X0, len(X0), X1, nb, x_scale, bool(self), k, known, D, I)
@@ -353,8 +343,7 @@ def products_in_part(numbers, Q, X, first, products, q_scale=None, x_scale=None)
                                       (X, np.float32, (n, d), "X"), (products, np.float32, (m, K), "products")):
         _check(array, dtype, shape, name)
     for scale, length, name in ((q_scale, m, "q_scale"), (x_scale, n, "x_scale")):
-        if scale is not None:
-            _check(scale, np.float32, (length,), name)
+        _check_optional(scale, np.float32, (length,), name)
     core.products_in_part(m, K, numbers, d, Q, q_scale, first, n, X, x_scale, products)
 
 

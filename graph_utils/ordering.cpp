@@ -136,14 +136,12 @@ std::vector<int32_t> propagate(const Level& g, int64_t limit) {
 // Members of each of m clusters: members[start[c] .. start[c + 1]), increasing.
 void list_members(const std::vector<int32_t>& cluster, int64_t m, std::vector<int64_t>& start,
                   std::vector<int32_t>& members) {
-    start.assign(m + 1, 0);
-    for (int32_t c : cluster) start[c + 1]++;
-    for (int64_t c = 0; c < m; c++) start[c + 1] += start[c];
+    start.assign(m + 2, 0);     // while members are listed, where cluster c goes on is at c + 1
+    for (int32_t c : cluster) start[c + 2]++;
+    for (int64_t c = 0; c < m; c++) start[c + 2] += start[c + 1];
     members.resize(cluster.size());
-    for (size_t i = cluster.size(); i-- > 0;) members[--start[cluster[i] + 1]] = (int32_t)i;
-    // the loop has moved each end to the beginning: start[c + 1] is where c begins
-    for (int64_t c = 0; c < m; c++) start[c] = start[c + 1];
-    start[m] = (int64_t)cluster.size();
+    for (size_t i = 0; i < cluster.size(); i++) members[start[cluster[i] + 1]++] = (int32_t)i;
+    start.pop_back();
 }
 
 // The graph whose nodes are the clusters of g, which are numbered here.

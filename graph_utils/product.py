@@ -51,6 +51,11 @@ def _check(array, dtype, shape, name):
     return array
 
 
+def _check_optional(array, dtype, shape, name):
+    """The same, or None for an array that need not be given."""
+    return None if array is None else _check(array, dtype, shape, name)
+
+
 def _check_range(numbers, first, stop, name):
     if numbers.size and (numbers.min() < first or numbers.max() >= stop):
         raise ValueError(f"{name}: numbers from {first} to {stop - 1} expected, found {numbers.min()} to {numbers.max()}")
@@ -178,13 +183,11 @@ class SymmetricGraph:
                 raise ValueError(f"{name} is {a.dtype} {a.shape}, float32 ({self.n}, {L.shape[1]}) expected")
         if np.may_share_memory(L, out):
             raise ValueError("out must not be L, nor have a part of it")
-        if scale is not None:
-            _check(scale, np.float32, (L.shape[1],), "scale")
+        _check_optional(scale, np.float32, (L.shape[1],), "scale")
         if rows is not None:
             rows = _int32(rows, "rows")
             _check_range(rows, 0, self.n, "rows")
-        if weights is not None:
-            _check(weights, np.float32, (self.n,), "weights")
+        _check_optional(weights, np.float32, (self.n,), "weights")
         colsum = np.empty(L.shape[1], np.float64)
         core.product(self.n, *self._csr, self.nsingle, L.shape[1], L, scale,
                      0 if rows is None else len(rows), rows, weights, out, colsum)
@@ -202,8 +205,7 @@ def neighbour_sums(I, L, scale=None, scores=None):
         scores = np.empty((len(I), L.shape[1]), np.float32)
     if scores.shape != (len(I), L.shape[1]):
         raise ValueError(f"scores has shape {scores.shape}, ({len(I)}, {L.shape[1]}) expected")
-    if scale is not None:
-        _check(scale, np.float32, (L.shape[1],), "scale")
+    _check_optional(scale, np.float32, (L.shape[1],), "scale")
     flat, stride = _rows(scores, np.float32, "scores", writeable=True)
     core.neighbour_sums(len(I), I.shape[1], I, len(L), L.shape[1], L, scale, stride, flat)
     return scores

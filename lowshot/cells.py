@@ -4,7 +4,7 @@ import mmap
 
 import numpy as np
 
-from graph_utils import neighbours as nb
+from graph_utils import aligned_zeros, neighbours as nb
 from lowshot import machine
 from lowshot.features import MatrixFile, row_norms, spread_rows
 from lowshot.packages import faiss
@@ -340,7 +340,7 @@ class Cells:
     def use(self, codes, progress=None):
         self.codes, self.X = codes, None
         self.C = codes(self.centroids)
-        self.X = nb.aligned_zeros((self.n, self.C.shape[1]), self.C.dtype)
+        self.X = aligned_zeros((self.n, self.C.shape[1]), self.C.dtype)
         position = self.position()
         for i, j in self.vectors.blocks():
             self.X[position[i:j]] = self.vectors.converted(codes, i, j)

@@ -80,7 +80,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
         index = open_index(path)
         if isinstance(index, faiss.IndexIVFFlat) and (index.ntotal, index.d, index.metric_type) == (
                 nbg, vectors.d, faiss.METRIC_INNER_PRODUCT):
-            centroids, cell = cells_of_index(index, path, "remove it and run build_graph.py again")
+            centroids, cell = cells_of_index(index, path)
             return Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
     return Cells.train(vectors, progress=progress)
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
 from lowshot.machine import cpus, end_with_parent, named_threads
-from lowshot.script import as_text, changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_yaml
+from lowshot.script import (as_text, changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_note,
+                            read_yaml)
 
 SYSTEMS = ("logreg", "diffusion")
 SETTINGS = {"logreg.py": ("mom", "precision"), "diffusion.py": ("k", "dim")}    # that parameters are chosen for
@@ -141,11 +142,8 @@ class Job:
 
     def result(self):
         """The record if it is complete, of these arguments and of the data as they are; None otherwise."""
-        try:
-            record = read_json(self.record)
-        except (OSError, ValueError):
-            return None
-        if not isinstance(record, dict) or not record.get("complete") or not isinstance(record.get("arguments"), dict):
+        record = read_note(self.record)
+        if not record.get("complete") or not isinstance(record.get("arguments"), dict):
             return None
         if not all(as_text(record["arguments"].get(k)) == as_text(v) for k, v in self.arguments.items()):
             return None

@@ -71,7 +71,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
     sample = sampled(n, SAMPLE, args.seed)
     x = vectors.scaled_rows(sample)
     true_D, true_I = exact_knn(x, vectors, k, progress)
-    nprobe, recall = args.nprobe or 1, 0.0
+    nprobe, recall = min(args.nprobe or 1, most), 0.0
     while True:
         has_nprobe = set_nprobe(nprobe)
         # among equals any is right, so similarities tell: exact ones, of what was found

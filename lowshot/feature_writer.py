@@ -30,11 +30,11 @@ class FeatureWriter:
     """
 
     def __init__(self, path, n, d, labels, made_from, overwrite=False, period=20, class_names=None):
-        self.path, self.n, self.d, self.made_from, self.period = path, n, d, made_from, period
-        self.partial, self.progress = path + ".partial", path + ".partial.json"
+        self.path, self.n, self.d, self.made_from, self.period = os.path.realpath(path), n, d, made_from, period
+        self.partial, self.progress = self.path + ".partial", self.path + ".partial.json"
         self.overwrite, self.widths = overwrite, {"all_feats": 4 * d, "readable": 1}       # bytes in a row
         self.done, self.notes = 0, {}
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(exclusive(self.partial))
             if not self._resumed():
@@ -96,7 +96,7 @@ class FeatureWriter:
         remove(self.progress)                   # of a file that is no more
         remove_left_behind(self.partial)
         needed = self.n * (4 * self.d + 5) + 10000
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(self.path))).free
+        free = shutil.disk_usage(os.path.dirname(self.path)).free
         if needed > free:
             raise OSError(f"{self.path} needs {size(needed)}, the disk has {size(free)} free")
         with whole(self.partial) as temporary:

@@ -23,6 +23,7 @@ from lowshot.script import allocate, log, read_note, remove, remove_left_behind,
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average
+MADE_AGAIN = "remove it and run build_graph.py again"       # an index; a graph that is there is kept
 
 
 def open_index(path):
@@ -31,8 +32,8 @@ def open_index(path):
     try:
         return faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as e:
-        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss index: remove it and run "
-                         f"build_graph.py again ({str(e).splitlines()[0]})")
+        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss index "
+                         f"({str(e).splitlines()[0]}): {MADE_AGAIN}")
 
 
 def read_index(path, n, d):
@@ -41,20 +42,20 @@ def read_index(path, n, d):
     have = (index.ntotal, index.d, index.metric_type)
     if have != (n, d, faiss.METRIC_INNER_PRODUCT):
         raise ValueError(f"{path} holds {have[0]} vectors of {have[1]} dimensions, metric {have[2]}; {n} of {d}, inner "
-                         f"product ({faiss.METRIC_INNER_PRODUCT}), expected: remove it and run build_graph.py again")
+                         f"product ({faiss.METRIC_INNER_PRODUCT}), expected: {MADE_AGAIN}")
     return index
 
 
-def check_numbers(number, n, path, remedy):
+def check_numbers(number, n, path):
     """ValueError where an index numbers its n vectors other than 0 .. n - 1. number: int (m,), m > 0, some of them."""
     if number.min() < 0 or number.max() >= n:
-        raise ValueError(f"{path} is damaged, or made from others: it numbers its {n} vectors {number.min()} .. {number.max()}; "
-                         f"{remedy}")
+        raise ValueError(f"{path} is damaged, or made from others: it numbers its {n} vectors {number.min()} .. {number.max()}: "
+                         f"{MADE_AGAIN}")
 
 
-def cells_of_index(index, path, remedy):
-    """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index. path, remedy: for the ValueError where
-    it is damaged."""
+def cells_of_index(index, path):
+    """(centroids float32 (nlist, d), cell of each vector int32 (n,)) of an IVF index. path: for the ValueError where it is
+    damaged."""
     cell = np.full(index.ntotal, -1, np.int32)
     lists = index.invlists
     for c in range(index.nlist):
@@ -62,11 +63,11 @@ def cells_of_index(index, path, remedy):
         if size:
             ids = lists.get_ids(c)
             number = faiss.rev_swig_ptr(ids, size)
-            check_numbers(number, index.ntotal, path, remedy)
+            check_numbers(number, index.ntotal, path)
             cell[number] = c
             lists.release_ids(c, ids)
     if (cell < 0).any():
-        raise ValueError(f"{path} is damaged: it has no vector number {np.argmax(cell < 0)}; {remedy}")
+        raise ValueError(f"{path} is damaged: it has no vector number {np.argmax(cell < 0)}: {MADE_AGAIN}")
     return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
 
 
@@ -131,14 +132,15 @@ def check_graph(vectors, n, path_I, path_D, columns, remedy):
                          f"was made from others, or in other dimensions; {remedy}")
 
 
-def check_index(index, vectors, path, remedy):
-    """The same for the vectors that an IVF,Flat or Flat index holds, those of some of its lists."""
+def check_index(index, vectors, path):
+    """Compare the vectors of some lists of an IVF,Flat or Flat index with those that it should hold: ValueError if they are
+    others."""
     def compare(number, x):
-        check_numbers(number, vectors.n, path, remedy)
+        check_numbers(number, vectors.n, path)
         with np.errstate(all="ignore"):         # of what is damaged
             wrong = ~(np.abs(np.asarray(x) - vectors.scaled_rows(number)).max(axis=1, initial=0) < SIMILAR)
         if wrong.any():
-            raise ValueError(f"{path} holds another vector {np.asarray(number)[wrong][0]}: it was made from others; {remedy}")
+            raise ValueError(f"{path} holds another vector {np.asarray(number)[wrong][0]}: it was made from others: {MADE_AGAIN}")
 
     if isinstance(index, faiss.IndexFlat):
         rows = spread_rows(vectors.n, 64)
@@ -271,9 +273,6 @@ class Checkpoint:
 
     def __exit__(self, *exception):
         self.give_up()
-
-    def remove(self):
-        remove(self.path)
 
 
 class GraphFiles:

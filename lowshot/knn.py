@@ -71,6 +71,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     comparison = compared_by(sample, cells, recall, progress, say)
     needed = comparison.needed(recall)
     curve = sample.recall_by_nprobe(cells, position)
+    nprobe = min(nprobe, len(curve))
     if n0:
         K = max(needed, initial[0].shape[1] + SPARE_LISTED)
         checkpoint = None

@@ -370,18 +370,20 @@ NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP     # as some parallel f
 def exclusive(path, wait=None):
     """While the block runs no other process can enter one for the same path. Ends with the process, however it ends, and is
     not passed on to processes it forks. Where another process is in it that is a ValueError; or, if `wait` is given, wait() is
-    called, and it is waited for. Where the file system has no locks, this holds for the processes of this machine."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    name = path + ".lock"
+    called, and it is waited for. Of a link what it leads to counts. Where the file system has no locks, this holds for the
+    processes of this machine."""
+    real = os.path.realpath(path)
+    os.makedirs(os.path.dirname(real), exist_ok=True)
+    name = real + ".lock"
     with contextlib.ExitStack() as stack:
         while True:
             lock = stack.enter_context(open(name, "w", opener=_open_no_link))
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
-                if e.errno in NO_LOCKS and name == path + ".lock":
+                if e.errno in NO_LOCKS and name == real + ".lock":
                     remove(name)
-                    digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
+                    digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:32]
                     name = os.path.join(tempfile.gettempdir(), f"lowshot-{os.getuid()}-{digest}.lock")
                     log(f"note: the file system of {path} has no locks: no other machine may write it now")
                     continue
@@ -423,7 +425,7 @@ def check_outputs(*paths, inputs=()):
             raise ValueError(f"{path}: the name is longer than {LONGEST_NAME} bytes, which leaves no room for temporary names")
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file: it would be replaced by one")
-        folder = os.path.dirname(os.path.abspath(path))
+        folder = os.path.dirname(real)
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):

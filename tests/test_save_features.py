@@ -337,6 +337,15 @@ def test_writer_killed_at_every_step(tmp_path):
     assert os.listdir(tmp_path) == ["x.hdf5"] and made_from(path) == {"a": 1}
 
 
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "far").mkdir()
+    os.symlink("far/there.hdf5", tmp_path / "link.hdf5")
+    with FeatureWriter(str(tmp_path / "link.hdf5"), 3, 2, np.arange(3), {}) as out:
+        out.write(np.ones((3, 2), np.float32), np.ones(3, bool))
+        out.finish()
+    assert os.path.islink(tmp_path / "link.hdf5") and os.listdir(tmp_path / "far") == ["there.hdf5"]
+
+
 def test_notes_of_rows_that_could_not_be_written_do_not_count(tmp_path, monkeypatch):
     path = str(tmp_path / "x.hdf5")
     with pytest.raises(OSError, match="No space"):

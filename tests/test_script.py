@@ -73,8 +73,9 @@ def test_run_turns_errors_into_one_line(main, status, text, capsys):
 
 @pytest.mark.parametrize("when", ["import lowshot; interrupt()", "from lowshot.script import run; run(interrupt)"])
 def test_ctrl_c_ends_a_script_with_one_line(when):
-    p = subprocess.run([sys.executable, "-c", f"import signal; interrupt = lambda: signal.raise_signal(signal.SIGINT); {when}"],
-                       capture_output=True, text=True, cwd=ROOT)
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)        # those in the background ignore it\n"
+            f"interrupt = lambda: signal.raise_signal(signal.SIGINT); {when}")
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (p.returncode, p.stderr) == (-signal.SIGINT, "-c: interrupted\n")
 
 
@@ -127,10 +128,12 @@ def test_one_process_at_a_time(tmp_path):
     path = str(tmp_path / "folder" / "file")
     code = ("import sys\nfrom lowshot.script import exclusive\n"
             "try:\n  with exclusive(sys.argv[1]): pass\nexcept ValueError: sys.exit(3)")
-    with script.exclusive(path):
-        assert subprocess.run([sys.executable, "-c", code, path]).returncode == 3
-    assert subprocess.run([sys.executable, "-c", code, path]).returncode == 0
-    assert os.listdir(tmp_path / "folder") == []
+    os.symlink(path, tmp_path / "link")
+    for one, other in (path, path), (path, str(tmp_path / "link")), (str(tmp_path / "link"), path):
+        with script.exclusive(one):
+            assert subprocess.run([sys.executable, "-c", code, other], cwd=ROOT).returncode == 3
+    assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT).returncode == 0
+    assert os.listdir(tmp_path / "folder") == [] and sorted(os.listdir(tmp_path)) == ["folder", "link"]
 
 
 def test_another_process_can_be_waited_for(tmp_path):
