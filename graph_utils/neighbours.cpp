@@ -1242,15 +1242,16 @@ void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d
 }
 
 void merge_lists(int64_t n, int64_t k1, const float* D1, const int32_t* I1, int64_t k2, const float* D2,
-                 const int32_t* I2, int64_t k, float* D, int32_t* I) {
+                 const int32_t* I2, const int32_t* own, int64_t k, float* D, int32_t* I) {
     parallel_blocks(n, 4096, [&](int64_t i0, int64_t i1) {
         for (int64_t i = i0; i < i1; i++) {
             const float *a = D1 + i * k1, *b = D2 + i * k2;
             const int32_t *u = I1 + i * k1, *v = I2 + i * k2;
+            const bool begins_with_own = own && k1 && u[0] == own[i];
             int64_t p = 0, q = 0;
             for (int64_t j = 0; j < k; j++) {
                 const bool left = p < k1 && u[p] >= 0, right = q < k2 && v[q] >= 0;
-                if (left && (!right || a[p] >= b[q])) {
+                if (left && (!right || a[p] >= b[q] || (begins_with_own && !p))) {
                     D[i * k + j] = a[p];
                     I[i * k + j] = u[p++];
                 } else if (right) {

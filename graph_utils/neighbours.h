@@ -153,6 +153,7 @@ void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float
 // rows  in   n; out n x d
 void read_rows(int file, int64_t nrow, int64_t n, const int64_t* rows, int64_t d, float* out);
 
-// The k best of two neighbour lists per row, each best first with -1 at the end; out may be neither of the inputs.
+// The k best of two neighbour lists per row, each best first with -1 at the end; out may be neither of the inputs. own: null, or
+// n, of which each stays the first where the first list begins with it.
 void merge_lists(int64_t n, int64_t k1, const float* D1, const int32_t* I1, int64_t k2, const float* D2,
-                 const int32_t* I2, int64_t k, float* D, int32_t* I);
+                 const int32_t* I2, const int32_t* own, int64_t k, float* D, int32_t* I);

@@ -359,14 +359,16 @@ def best_by_products(numbers, products, first, D, I, known=0):
     core.best_by_products(m, K, numbers, products, first, known, k, D, I)
 
 
-def merge_lists(D1, I1, D2, I2, k):
-    """The k best of two neighbour lists per row, each best first with -1 at the end. Returns D (n, k), I (n, k)."""
+def merge_lists(D1, I1, D2, I2, k, own=None):
+    """The k best of two neighbour lists per row, each best first with -1 at the end. own int32 (n,): the node of each row, which
+    stays the first where the first list begins with it, as it does beside many copies. Returns D (n, k), I (n, k)."""
     n = len(I1)
     arrays = []
     for D, I in ((D1, I1), (D2, I2)):
         arrays += [np.ascontiguousarray(D, np.float32), np.ascontiguousarray(I, np.int32)]
         if len(D) != n or D.shape != I.shape:
             raise ValueError(f"lists of {len(I1)} and {len(I2)} rows, similarities {D.shape}, numbers {I.shape}")
+    _check_optional(own, np.int32, (n,), "own")
     D, I = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
-    core.merge_lists(n, D1.shape[1], arrays[0], arrays[1], D2.shape[1], arrays[2], arrays[3], k, D, I)
+    core.merge_lists(n, D1.shape[1], arrays[0], arrays[1], D2.shape[1], arrays[2], arrays[3], own, k, D, I)
     return D, I

@@ -24,10 +24,11 @@ from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import COMPLETION_SAMPLE, Sample
-from lowshot.script import Progress, exclusive, file_identities, log, read_json, show_progress, whole, write_json
+from lowshot.script import (Progress, digest_of_some, exclusive, file_identities, log, read_json, show_progress, whole,
+                            write_json)
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
-VERSION = 9
+VERSION = 10
 BLOCK = 65536
 
 
@@ -243,6 +244,10 @@ class FixedPart:
             if found != dtype or len(shape) != len(letters) or any(sizes.setdefault(*s) != s[1] for s in zip(letters, shape)):
                 raise ValueError(f"{self._path(name)} holds {found} {shape}, and does not fit the other arrays there")
 
+    def digests(self):
+        """What tells of files in the folder that were damaged since they were written."""
+        return {name: digest_of_some(self._path(name)) for name in self.ARRAYS}
+
     def _path(self, name):
         return os.path.join(self.folder, name + ".npy")
 
@@ -289,11 +294,10 @@ class FixedKey:
     def stored(self):
         """The stored part, or None where it is missing, not whole, or made from something else."""
         with contextlib.suppress(OSError, ValueError):
-            if read_json(os.path.join(self.folder, "made_from.json")) != self.made_from:
-                return None
             part = FixedPart(folder=self.folder)
             part.check()
-            return part
+            if read_json(os.path.join(self.folder, "made_from.json")) == {**self.made_from, "arrays": part.digests()}:
+                return part
         return None
 
     def check_unchanged(self, part):
@@ -334,7 +338,8 @@ class FixedKey:
                     np.save(path, np.ascontiguousarray(part.arrays[name]))
 
             at_once(store, FixedPart.ARRAYS)
-            write_json(os.path.join(temporary, "made_from.json"), self.made_from)
+            digests = FixedPart(folder=temporary).digests()
+            write_json(os.path.join(temporary, "made_from.json"), {**self.made_from, "arrays": digests})
             shutil.rmtree(self.folder, ignore_errors=True)
             os.rename(temporary, self.folder)
         finally:

@@ -282,7 +282,7 @@ def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
     n, k = I.shape
     D_new, I_new = exact_knn(new, new, k, self=True)
     I_new[I_new >= 0] += n
-    m = new.n
+    m, numbers = new.n, np.arange(n, n + new.n, dtype=np.int32)
     if not m or not X.n:
         return D_new, I_new
     progress, replace = progress or silent, replace or in_place
@@ -292,7 +292,7 @@ def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
         rows, found_D, found_I = _entering(keys, error, x, scale, new, k)
         found_I[found_I >= 0] += n
         rows += i
-        merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, k)
+        merged_D, merged_I = nb.merge_lists(D[rows], I[rows], found_D, found_I, k, rows.astype(np.int32))
         entered = (merged_I >= n).any(axis=1)
         replace(rows[entered], merged_D[entered], merged_I[entered])
 
@@ -304,7 +304,7 @@ def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
             keys[nb.similarities(keys) <= (worst[i:j] - error)[:, None]] = 0
             enter(keys, error, X.stretch(i, j), X.factors(slice(i, j)), i)
             progress("nodes compared with new ones", j, X.n)
-        return nb.merge_lists(D_new, I_new, *_exact_on_gpu(new, X, k, progress, False, on_gpu, existing), k)
+        return nb.merge_lists(D_new, I_new, *_exact_on_gpu(new, X, k, progress, False, on_gpu, existing), k, numbers)
     new_lost = np.empty(m, np.float32)
     queries = np.concatenate([new.converted(nb.to_bytes, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
@@ -324,7 +324,7 @@ def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
     found_D, found_I, unsure = best_and_unsure(keys_new, _error(new_lost, X_lost_most, new, X), new, X, k)
     if len(unsure):
         found_D[unsure], found_I[unsure] = exact_knn(new.scaled_rows(unsure), X, k, spare=MANY_SPARE)
-    return nb.merge_lists(D_new, I_new, found_D, found_I, k)
+    return nb.merge_lists(D_new, I_new, found_D, found_I, k, numbers)
 
 
 def _entering(keys, error, x, scale, new, k):

@@ -359,15 +359,19 @@ class Driver:
                 return
             log(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {self.prefix} {shlex.join(job.command())}")
             output.truncate(0)
-            process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                       env=self.environment, preexec_fn=end_with_parent)
+            try:
+                process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                           env=self.environment, preexec_fn=end_with_parent)
+            except (OSError, subprocess.SubprocessError) as e:         # for want of memory, or of files that may be open
+                self._fail(job, f"to start: {e}")
+                return
             self.running[process] = job, lock.pop_all()
 
     def _finish(self, process):
         job, lock = self.running.pop(process)
         with lock:
             if process.returncode or job.result() is None:
-                why = f"status {process.returncode}" if process.returncode else "no complete record"
+                why = ended_how(process.returncode)
                 try:
                     said = last_line(job.log)
                     with full_disk_named(job.log), open(job.log, "a") as output:
@@ -388,6 +392,14 @@ class Driver:
         elapsed = time.time() - self.t0
         left = elapsed / self.done * (len(self.jobs) - self.done)
         log(f"  {self.done}/{len(self.jobs)} jobs done{how and f' ({how})'}, {clock(elapsed)} elapsed, about {clock(left)} left")
+
+
+def ended_how(status):
+    """Words for a process that failed, by its exit status: of signals what may be behind them, as it could not say so itself."""
+    if status < 0:
+        why = {signal.SIGKILL: ", for want of memory?", signal.SIGSEGV: ", for a limit of ulimit -v?"}.get(-status, "")
+        return f"ended by signal {-status}, {signal.strsignal(-status)}{why}"
+    return f"status {status}" if status else "no complete record"
 
 
 def last_line(path):

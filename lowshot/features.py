@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lowshot.script import log
+
 SLAB_BYTES = 64 << 20
 READERS = 4                 # threads that read parts of a slab: one alone waits for the disk, or for pages of memory
 READ_AT_ONCE = 8 << 20      # bytes that are not worth a thread of their own
@@ -74,6 +76,8 @@ class FeatureFile:
         if not 0 <= self.n <= min(feats.shape[0], labels.shape[0]):
             raise ValueError(f"{path}: count is {self.n}, but all_feats has {feats.shape[0]} rows and all_labels "
                              f"{labels.shape[0]}")
+        if not self.n and len(feats):
+            raise ValueError(f"{path}: count is 0, but all_feats has {feats.shape[0]} rows: the file is damaged, or was cut off")
         if not self.d:
             raise ValueError(f"{path}: all_feats has no columns")
         if labels.dtype.kind not in "iuf":
@@ -84,7 +88,7 @@ class FeatureFile:
             if dataset.is_virtual or dataset.external or not os.path.samefile(dataset.file.filename, path):
                 # their changes would not be noticed
                 raise ValueError(f"{path}: {name} is kept in other files: copy it into this one")
-        self._offset = None
+        self._offset, self.zeros = None, 0
         # rows of a contiguous dataset are read straight from the file, much faster than by h5py's index lists
         offset = feats.id.get_offset() if feats.chunks is None else None
         if offset is not None and feats.dtype == np.dtype("<f4"):
@@ -212,13 +216,17 @@ class FeatureFile:
         # one sum per row tells NaN and infinity without a temporary the size of x
         with np.errstate(over="ignore", invalid="ignore"):
             x = np.ascontiguousarray(x, np.float32)
-            bad = ~np.isfinite(x.sum(axis=1)) if len(x) else np.zeros(0, bool)
+            sums = x.sum(axis=1)
+        self.zeros += int((~x[sums == 0].any(axis=1)).sum())
+        bad = ~np.isfinite(sums)
         if bad.any() and not np.isfinite(x[bad]).all():
             bad &= ~np.isfinite(x).all(axis=1)
             raise ValueError(f"{self.path}: row {rows[np.argmax(bad)]} holds NaN or infinity")
         return x
 
     def close(self):
+        if self.zeros:
+            log(f"note: {self.path}: {self.zeros} of the rows that were read are zeros, which networks do not give: is it whole?")
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

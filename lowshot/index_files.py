@@ -32,8 +32,8 @@ def open_index(path):
     try:
         return faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as e:
-        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss index "
-                         f"({str(e).splitlines()[0]}): {MADE_AGAIN}")
+        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or not a Faiss index: {MADE_AGAIN} "
+                         f"({str(e).splitlines()[0]})")
 
 
 def read_index(path, n, d):

@@ -19,7 +19,7 @@ from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, ch
                                  read_parameters, run_jobs, validation_jobs)
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
-from lowshot.script import Parser, as_text, log, run, write_json
+from lowshot.script import Parser, as_text, exclusive, log, run, write_json
 
 PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
 
@@ -28,9 +28,10 @@ def phase_choose(e, system, ddir):
     chosen = choose(e, system, ddir)
     path = e.parameters_path(system, ddir)
     old = {}
-    with contextlib.suppress(ValueError):       # what is no parameters is written anew
-        old = read_parameters(e, system, ddir, "chosen")
-    write_json(path, merge(old, chosen))
+    with exclusive(path, lambda: log(f"another process is writing {path}")):
+        with contextlib.suppress(ValueError):       # what is no parameters is written anew
+            old = read_parameters(e, system, ddir, "chosen")
+        write_json(path, merge(old, chosen))
     for nbg, of_labels in chosen.items() if system == "diffusion" else [(None, chosen)]:
         for n, p in of_labels.items():
             where = "" if nbg is None else f"nbg={nbg} "

@@ -81,8 +81,10 @@ def run(main):
         if os.environ.get("LOWSHOT_TRACEBACK"):
             raise
         text = " ".join(str(e).split())
+        if isinstance(e, MemoryError) or "can't start new thread" in text:
+            text = f"{text or 'out of memory'} ({size(available_memory())} are free; ulimit -a tells of limits)"
         # what remains is input that nobody thought of, or an error of ours
-        if not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):
+        elif not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):
             text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1
@@ -91,7 +93,10 @@ def run(main):
 
 def log(*words):
     """Print one line at once, also into a pipe."""
-    print(*words, flush=True)
+    try:
+        print(*words, flush=True)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, "standard output")
 
 
 def provenance(args):
@@ -213,6 +218,7 @@ def whole(path):
     `path` is a link, the file that it leads to is written.
     """
     path = os.path.realpath(path)
+    remove_left_behind(path, 86400)     # others may be writing the same
     temporary = _temporary(path, os.getpid())
     folder = os.path.dirname(temporary)
     os.makedirs(folder, exist_ok=True)
@@ -227,6 +233,9 @@ def whole(path):
         remove(temporary)
 
 
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 @contextlib.contextmanager
 def full_disk_named(path):
     """Where the block fails for want of space and does not say so of a file, an OSError names `path`."""
@@ -234,8 +243,8 @@ def full_disk_named(path):
         yield
     except (OSError, RuntimeError) as e:
         # some libraries tell neither which file nor why
-        if getattr(e, "filename", None) is None and re.search(
-                r"No space|File too large|requested and .* written|fwrite|faiss::write|inline_container", str(e)):
+        if getattr(e, "filename", None) is None and (getattr(e, "errno", None) in NO_ROOM or re.search(
+                r"No space|File too large|requested and .* written|fwrite|faiss::write|inline_container", str(e))):
             text, free = " ".join(str(e).split())[:200], shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
             raise OSError(f"{path} could not be written, the disk has {size(free)} free ({text})") from e
         raise
@@ -245,11 +254,12 @@ def file_identities(paths):
     """What tells whether files are still the same, for those that are there: name, size, time of last change in nanoseconds, and
     a digest of some of their bytes (of other features of as many images, unpacked with the same times, say)."""
     found = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
-    return [[os.path.basename(path), s.st_size, s.st_mtime_ns, _digest_of_some(path, s.st_size)] for path, s in found]
+    return [[os.path.basename(path), s.st_size, s.st_mtime_ns, digest_of_some(path)] for path, s in found]
 
 
-def _digest_of_some(path, nbytes, pieces=16, piece=4096):
-    digest = hashlib.sha256()
+def digest_of_some(path, pieces=16, piece=4096):
+    """A digest of pieces of a file all over it, hexadecimal."""
+    digest, nbytes = hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb", buffering=0) as f:
         for i in range(pieces):
             digest.update(os.pread(f.fileno(), piece, max(0, nbytes - piece) * i // (pieces - 1)))
@@ -261,10 +271,12 @@ def changed_file(paths, identities):
     return next((f[0] for f in file_identities(paths) if not isinstance(identities, list) or f not in identities), None)
 
 
-def remove_left_behind(path):
-    """Remove what processes that were killed while they wrote `path` left of it."""
+def remove_left_behind(path, seconds=0):
+    """Remove what processes that were killed while they wrote `path` left of it, if it is so many seconds old."""
     for temporary in glob.glob(_temporary(glob.escape(os.path.realpath(path)), "*")):
-        remove(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getmtime(temporary) <= time.time() - seconds:
+                os.unlink(temporary)
 
 
 def allocate(path, nbytes=None):
@@ -426,6 +438,8 @@ def check_outputs(*paths, inputs=()):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file: it would be replaced by one")
         folder = os.path.dirname(real)
+        if os.path.islink(path) and not os.path.isdir(folder):      # of a disk that is not mounted, say
+            raise OSError(f"{path} leads to {real}, and {folder} is not there")
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):

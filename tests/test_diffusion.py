@@ -17,7 +17,8 @@ from graph_utils import has_mkl
 from lowshot.packages import faiss
 from lowshot import completion, index_files, machine, split as class_split
 from lowshot.index_files import scratch
-from lowshot.script import exclusive, write_json
+from lowshot.completion import FixedPart
+from lowshot.script import exclusive, read_json, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NBG, DIM, KS = 400, 32, 16
@@ -251,10 +252,19 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
         f.truncate(200)
     again = diffusion(root, *arguments)
     assert "images: from " not in again and printed(again) == printed(changed)
-    # nor is one that does not fit the others; where only values are damaged, that is told
+    # nor is one that does not fit the others, or holds other values
     I = np.load(os.path.join(folder, "I.npy"))
     np.save(os.path.join(folder, "I.npy"), I[:-1])
     assert "images: from " not in diffusion(root, *arguments)
+    for name in FixedPart.ARRAYS:
+        with open(os.path.join(folder, name + ".npy"), "rb+") as f:
+            f.seek(128 + (os.path.getsize(f.name) - 128) // 2)
+            f.write(bytes(os.path.getsize(f.name) - f.tell()))
+        again = diffusion(root, *arguments)
+        assert "images: from " not in again and printed(again) == printed(changed)
+    # where values are damaged that its digest does not see, that is told
+    made_from = os.path.join(folder, "made_from.json")
+    note = read_json(made_from)
     for name, wrong in (("rank", -1), ("rank", 3), ("test_I", 10 ** 6), ("indices", 10 ** 6), ("indptr", -4), ("nsingle", 999),
                         ("base", np.nan), ("scale", np.inf)):
         path = os.path.join(folder, name + ".npy")
@@ -262,9 +272,11 @@ def test_stored_completion_is_made_anew_when_its_files_change(tmp_path):
         whole = a.copy()
         a.reshape(-1)[0 if name == "test_I" else len(a) // 2] = wrong
         np.save(path, a)
+        write_json(made_from, {**note, "arrays": FixedPart(folder=folder).digests()})
         error = diffusion(root, *arguments, ok=False)
         assert f"{folder} is damaged (" in error and "remove it" in error, error
         np.save(path, whole)
+    write_json(made_from, note)
     assert printed(diffusion(root, *arguments)) == printed(changed)
 
 

@@ -175,6 +175,21 @@ def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):
     check_exact(D, I, old, everything, 6)
 
 
+@pytest.mark.parametrize("new_are_shorter", [True, False])
+def test_nodes_stay_in_their_own_lists_beside_many_copies(new_are_shorter):
+    """Of copies that differ by rounding, the shorter ones are nearer to all others than to themselves."""
+    v = clustered(1)
+    old, new = np.repeat(v, 9, axis=0), np.repeat(v, 8, axis=0)
+    (new if new_are_shorter else old)[:] *= np.float32(1 - 4e-7)
+    D, I = exact_search.exact_knn(old, old, 5, self=True)
+    assert (I[:, 0] == np.arange(9)).all()
+    before = I.copy()
+    D_new, I_new = exact_search.cross_insert(new, old, D, I)
+    assert (I[:, 0] == np.arange(9)).all() and (I_new[:, 0] == np.arange(9, 17)).all()
+    assert (I_new[:, 1:] < 9).all() if new_are_shorter else (I[:, 1:] >= 9).all()
+    assert (before == I).all() == new_are_shorter and all(len(set(row)) == 5 for row in (*I, *I_new))
+
+
 def test_merge():
     D, I = nb.merge_lists(np.array([[.5, -np.inf]]), np.array([[3, -1]]), np.array([[.7]]), np.array([[8]]), 2)
     assert I.tolist() == [[8, 3]] and D.dtype == np.float32

@@ -342,6 +342,26 @@ def test_failed_jobs_are_named_and_the_others_go_on(tmp_path, capsys):
     assert jobs[1].result() is not None
 
 
+def test_jobs_that_cannot_start_or_are_killed_are_named(tmp_path, capsys, monkeypatch):
+    jobs = stand_in_jobs(tmp_path, {"a": 1}, {"a": 2}, {"a": 3})
+    start, started = subprocess.Popen, []
+
+    def popen(command, **options):
+        started.append(command)
+        if len(started) == 2:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        if len(started) == 3:
+            command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+        return start(command, **options)
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", popen)
+    with pytest.raises(ValueError, match="2 of 3 jobs failed: job1, job2"):
+        experiments.run_jobs(jobs, 3, {**os.environ, "DDIR": "."})
+    out = capsys.readouterr().out
+    assert "job1 FAILED to start: [Errno 11] Resource temporarily unavailable" in out
+    assert "job2 FAILED (ended by signal 9, Killed, for want of memory?)" in out and jobs[0].result() is not None
+
+
 def start_driver(jobs):
     listed = ", ".join(f"Job({j.name!r}, {j.script!r}, {j.arguments!r}, {j.record!r})" for j in jobs)
     return subprocess.Popen([sys.executable, "-c", f"from lowshot.experiments import *\nrun_jobs([{listed}], 1)"],

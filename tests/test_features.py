@@ -117,6 +117,19 @@ def test_large_but_finite_rows_are_taken(tmp_path):
         assert np.array_equal(f.read([0, 2]), x[[0, 2]])
 
 
+def test_rows_of_zeros_are_told(tmp_path, capsys):
+    path, x = str(tmp_path / "f.hdf5"), np.ones((9, 4), np.float32)
+    x[5:] = 0
+    x[6] = 1, -1, 2, -2         # which add up to zero
+    write_features(path, x, np.zeros(9))
+    with FeatureFile(path) as f:
+        f.read([0, 6])
+    assert capsys.readouterr().out == ""
+    with FeatureFile(path) as f:
+        assert np.array_equal(np.concatenate([part for _, part in f.slabs()]), x)
+    assert "f.hdf5: 3 of the rows that were read are zeros" in capsys.readouterr().out
+
+
 def test_labels_are_whole_numbers(tmp_path):
     path = str(tmp_path / "f.hdf5")
     write_features(path, np.ones((3, 4), np.float32), np.zeros(3))
@@ -251,6 +264,7 @@ def edit(path, **datasets):
     (dict(count=np.zeros(0, "i4")), "'count' is empty"),
     (dict(count=np.array([99], "i4")), "count is 99, but all_feats has 20 rows and all_labels 20"),
     (dict(count=np.array([-1], "i4")), "count is -1"),
+    (dict(count=np.array([0], "i4")), "count is 0, but all_feats has 20 rows: the file is damaged, or was cut off"),
     (dict(count=np.array([19.5])), "count holds float64 .*19.5.*, a number of rows was expected"),
     (dict(all_labels=np.zeros(19, "i4")), "all_labels 19"),
     (dict(all_feats=np.zeros((20, 3), "i4")), "all_feats holds int32, floating point was expected"),

@@ -62,7 +62,8 @@ def raising(error):
     (lambda: None, None, ""), (lambda: 3, 3, ""),
     (raising(ValueError("a\n  b")), 1, ": error: a b\n"),
     (raising(FileNotFoundError(2, "No such file", "x.bin")), 1, "No such file: 'x.bin'\n"),
-    (raising(MemoryError()), 1, ": error: MemoryError\n"),
+    (raising(MemoryError()), 1, " are free; ulimit -a tells of limits)\n"),
+    (raising(RuntimeError("can't start new thread")), 1, " are free; ulimit -a tells of limits)\n"),
     (raising(ImportError("graph_utils is not built")), 1, ": error: graph_utils is not built\n")])
 def test_run_turns_errors_into_one_line(main, status, text, capsys):
     with pytest.raises(SystemExit) as e:
@@ -99,6 +100,9 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         script.check_outputs(str(tmp_path / "file" / "record.json"))
     with pytest.raises(ValueError, match="named for two outputs"):
         script.check_outputs(str(tmp_path / "a"), None, f"{tmp_path}/new/../a")
+    os.symlink(tmp_path / "unmounted" / "a", tmp_path / "link")
+    with pytest.raises(OSError, match="unmounted is not there"):
+        script.check_outputs(str(tmp_path / "link"))
     with pytest.raises(ValueError, match="file is an input"):
         script.check_outputs(str(tmp_path / "a"), f"{tmp_path}/./file", inputs=[None, str(tmp_path / "file")])
 
@@ -286,6 +290,7 @@ def test_whole_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_named_once(tmp_path):
     for error, message in ((OSError(errno.ENOSPC, "No space"), "out could not be written"),
+                           (OSError(errno.EDQUOT, "Quota"), "out could not be written"),
                            (OSError(errno.ENOSPC, "No space", "other"), "'other'$"), (OSError(errno.EIO, "broken"), "broken$")):
         with pytest.raises(OSError, match=message):
             with script.full_disk_named(str(tmp_path / "out")):
@@ -304,7 +309,14 @@ def test_whole_under_a_kill(tmp_path):
     process.stdout.close()
     assert path.read_bytes() == b"old"
     assert len(os.listdir(tmp_path)) == 2
+    script.write_text(path, "new")
+    assert len(os.listdir(tmp_path)) == 2           # it may be another's that is still at it
     script.remove_left_behind(str(path))
+    assert os.listdir(tmp_path) == ["out.bin"]
+    left = tmp_path / f".out.{process.pid}.tmp.bin"
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    script.write_text(path, "newer")
     assert os.listdir(tmp_path) == ["out.bin"]
 
 
