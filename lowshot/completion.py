@@ -50,15 +50,15 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     """
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
     again = f"{graph_command(nbg, columns, vectors.d)} --overwrite makes it again"
-    for path, dtype, out in ((path_I, "<i4", I), (path_D, "<f4", D)):
+    for path in (path_I, path_D):
         have, width = os.path.getsize(path), 4 * columns
         if have != nbg * width:
             raise ValueError(f"{path} has {have} bytes, {nbg * width} ({nbg} rows of {width}) expected: {again}")
-        matrix = MatrixFile(path, dtype, columns, nbg)
-        for i in range(0, nbg, BLOCK):
-            out[i:i + BLOCK] = matrix[i:i + BLOCK][:, :k]
+    stored_I, stored_D = MatrixFile(path_I, "<i4", columns, nbg), MatrixFile(path_D, "<f4", columns, nbg)
     for i in range(0, nbg, BLOCK):
-        d, number = D[i:i + BLOCK], I[i:i + BLOCK]
+        rows = slice(i, i + BLOCK)
+        d, number = stored_D[rows][:, :k], stored_I[rows][:, :k]
+        D[rows], I[rows] = d, number
         if number.max(initial=-1) >= nbg or number.min(initial=0) < -1:
             row = int(np.argmax(((number >= nbg) | (number < -1)).any(axis=1)))
             raise ValueError(f"{path_I}: row {i + row} names a neighbour that is not below {nbg}: {again}")

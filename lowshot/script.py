@@ -283,11 +283,8 @@ def allocate(path, nbytes=None):
     """Reserve the disk space of a file before it is written through a memory map: on a full disk that is an OSError now,
     and would end the process without a word later. The file is made anew, with nbytes of zeros; or it is there, and is
     as long as it will be, if nbytes is None."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if nbytes is None else os.O_CREAT | os.O_TRUNC), 0o666)
-    try:
-        reserve(fd, os.fstat(fd).st_size if nbytes is None else nbytes, path)
-    finally:
-        os.close(fd)
+    with open(path, "rb+" if nbytes is None else "wb") as f:
+        reserve(f.fileno(), os.path.getsize(path) if nbytes is None else nbytes, path)
 
 
 def reserve(fd, nbytes, path):
@@ -307,13 +304,11 @@ def write_text(path, text):
 
 def write_json(path, content):
     """Write JSON whole or not at all."""
-    with whole(path) as temporary:
-        with open(temporary, "w") as f:
-            try:
-                json.dump(content, f, indent=1, allow_nan=False)
-            except ValueError as e:
-                raise ValueError(f"{path}: a number to be written is NaN or infinite ({e})")
-            f.write("\n")
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as e:
+        raise ValueError(f"{path}: a number to be written is NaN or infinite ({e})")
+    write_text(path, text + "\n")
 
 
 def read_note(path):
