@@ -280,6 +280,9 @@ def run_jobs(jobs, parallel, environment=os.environ):
           file=sys.stdout if parallel else sys.stderr, flush=True)
     if not todo:
         return
+    replaced = sum(os.path.exists(job.record) for job in todo)
+    if replaced and parallel:
+        log(f"note: records of {replaced} jobs are of other arguments or data, or not complete, and are replaced")
     added = {"DDIR": environment["DDIR"]}
     if parallel > 1 and (KEPT_TO_QUOTA or not named_threads(environment)):
         added["OMP_NUM_THREADS"] = str(max(1, cpus() // min(parallel, len(todo))))
