@@ -132,7 +132,7 @@ def default_nlist(n):
     return max(1, min(int(4 * n ** 0.5), n))
 
 
-def train_centroids(vectors, nlist, seed=0, progress=None):
+def train_centroids(vectors, nlist, seed=0, progress=silent):
     """Spherical k-means on a sample. Returns centroids float32 (nlist, d), of norm 1 (0 where all vectors are zero), and the
     sample in bytes and its cells, int32."""
     rs = np.random.RandomState(seed)
@@ -153,8 +153,7 @@ def train_centroids(vectors, nlist, seed=0, progress=None):
         norms = np.sqrt(np.einsum("ij,ij->i", sums, sums))
         norms[norms == 0] = 1
         centroids = sums / norms[:, None]
-        if progress is not None:
-            progress(iteration + 1)
+        progress("rounds of k-means", iteration + 1, ROUNDS)
     return centroids, (X, cell)
 
 
@@ -206,7 +205,7 @@ def ways_to_cells(centroids, X, cell, seed=0):
     return top, (offsets, (pairs % nlist).astype(np.int32))
 
 
-def assign(vectors, centroids, ways=None, progress=None, first=0):
+def assign(vectors, centroids, ways=None, progress=silent, first=0):
     """The cell of each vector from number `first` on, int32 (n - first,), a block at a time.
 
     ways: of ways_to_cells(), or None. With them a few vectors get a cell that is not the most similar one.
@@ -220,8 +219,7 @@ def assign(vectors, centroids, ways=None, progress=None, first=0):
         else:
             top, listed = ways
             cell[i - first:j - first] = nearest_of_listed(X, nearest_cell(X, top), listed, C)
-        if progress is not None:
-            progress(j)
+        progress("vectors assigned to cells", j, vectors.n)
     return cell
 
 
@@ -337,26 +335,22 @@ class Cells:
         surplus[order] = np.arange(len(numbers)) - first >= KEPT
         return surplus
 
-    def use(self, codes, progress=None):
+    def use(self, codes, progress=silent):
         self.codes, self.X = codes, None
         self.C = codes(self.centroids)
         self.X = aligned_zeros((self.n, self.C.shape[1]), self.C.dtype)
         position = self.position()
         for i, j in self.vectors.blocks():
             self.X[position[i:j]] = self.vectors.converted(codes, i, j)
-            if progress is not None:
-                progress(j)
+            progress("vectors sorted by cell", j, self.n)
 
     @classmethod
-    def train(cls, vectors, nlist=None, seed=0, progress=None):
-        """Cells found by k-means. progress: called with (stage, done, total)."""
-        at = progress or silent
-        centroids, sample = train_centroids(vectors, nlist or default_nlist(vectors.n), seed,
-                                            progress=lambda i: at("rounds of k-means", i, ROUNDS))
+    def train(cls, vectors, nlist=None, seed=0, progress=silent):
+        """Cells found by k-means. progress: as in exact_search.py."""
+        centroids, sample = train_centroids(vectors, nlist or default_nlist(vectors.n), seed, progress)
         ways = ways_to_cells(centroids, *sample, seed) if len(centroids) > FEW_CELLS else None
         del sample
-        return cls(vectors, centroids, assign(vectors, centroids, ways,
-                                              lambda i: at("vectors assigned to cells", i, vectors.n)))
+        return cls(vectors, centroids, assign(vectors, centroids, ways, progress))
 
     def cell_of(self, rows):
         """The cell of rows of X, int64, in the shape of rows."""

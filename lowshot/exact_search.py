@@ -63,7 +63,7 @@ def _on_gpu(Q, X, self=False):
             and all_on_gpu(Q.n, X.n, X.d, self))
 
 
-def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
+def exact_knn(xq, x, k, progress=silent, self=False, spare=SPARE):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
     Candidates come from products in bfloat16, in bytes with `self` where these do, or in float16 on a GPU in use; they are
@@ -78,7 +78,6 @@ def exact_knn(xq, x, k, progress=None, self=False, spare=SPARE):
         raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
     if not Q.n or not X.n:
         return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
-    progress = progress or silent
     if _on_gpu(Q, X, self):
         return _exact_on_gpu(Q, X, k, progress, self)
     convert = nb.to_bfloat16
@@ -264,7 +263,7 @@ def worst_neighbours(D, I):
     return np.where(I[:, -1] < 0, np.float32(-np.inf), D[:, -1])
 
 
-def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
+def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
     """Add m new nodes to a graph of n existing ones, exactly; the existing vectors are read once, and again for new nodes whose
     neighbours the first products leave in doubt.
 
@@ -285,7 +284,7 @@ def cross_insert(x_new, x, D, I, progress=None, worst=None, replace=None):
     m, numbers = new.n, np.arange(n, n + new.n, dtype=np.int32)
     if not m or not X.n:
         return D_new, I_new
-    progress, replace = progress or silent, replace or in_place
+    replace = replace or in_place
     worst = worst_neighbours(D, I) if worst is None else worst
 
     def enter(keys, error, x, scale, i):

@@ -19,7 +19,7 @@ from lowshot import machine
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, spread_rows
 from lowshot.packages import faiss
-from lowshot.script import allocate, log, read_note, remove, remove_left_behind, reserve, whole, write_json
+from lowshot.script import allocate, log, read_note, remove, remove_left_behind, reserve, silent, whole, write_json
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average
@@ -71,7 +71,7 @@ def cells_of_index(index, path):
     return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
 
 
-def write_ivf_flat(path, cells, progress=None):
+def write_ivf_flat(path, cells, progress=silent):
     """Write the vectors of `cells` as a Faiss IVF,Flat index: what faiss.write_index would, without a copy in memory. It
     searches 256 cells if nobody says otherwise (paper, section 3.2)."""
     v = cells.vectors
@@ -95,8 +95,7 @@ def write_ivf_flat(path, cells, progress=None):
                 rows = slice(cells.begin[c], cells.end[c])
                 f.write(x[rows.start - begin:rows.stop - begin])
                 f.write(cells.order[rows].astype("<i8"))
-            if progress is not None:
-                progress("vectors written to the index", int(end), v.n)
+            progress("vectors written to the index", int(end), v.n)
 
 
 def stretches_of_cells(cells):

@@ -34,7 +34,7 @@ WIDE_START = .75            # recall that these rounds start from; from lower, t
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
-def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=None, say=None,
+def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=silent, say=silent,
                     checkpoint=None, release=False, sample=None, exact=False, folder=None):
     """The graph of each vector's k nearest, itself included.
 
@@ -53,7 +53,6 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
     Returns D, I, info (recall, exact, and nprobe and rounds where it is not).
     """
-    progress, say = progress or silent, say or (lambda line: None)
     vectors = cells.vectors if cells is not None else as_vectors(x)
     n = vectors.n
     D, I = out if out is not None else (np.empty((n, k), np.float32), np.empty((n, k), np.int32))
@@ -148,7 +147,7 @@ class Lists:
     `folder`, unless that is None.
     """
 
-    def __init__(self, cells, position, K, initial=None, error=0.0, checkpoint=None, folder=None, say=lambda line: None):
+    def __init__(self, cells, position, K, initial=None, error=0.0, checkpoint=None, folder=None, say=silent):
         self.cells, self.position, self.checkpoint = cells, position, checkpoint
         self.initial, self.error = initial, error
         self.n0 = len(initial[0]) if initial is not None else 0
@@ -279,14 +278,13 @@ def memory_of_graph(n, k, d, in_file=False):
     return 4 * n * nb.words_of_bytes(d) + memory_of_lists(n, longest_list(k), in_file) + 24 * n
 
 
-def search_begun(cells, xq, k, recall=0.95, progress=None, say=lambda line: None):
+def search_begun(cells, xq, k, recall=0.95, progress=silent, say=silent):
     """The k nearest of each of xq among the vectors of cells, with at least the given recall on a sample of xq.
 
     In two parts: this one needs the codes in cells; the function that it returns, which needs them no more, returns
     D, I, info (recall, exact, and nprobe where it is not).
     say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
-    progress = progress or silent
     Q, X = as_vectors(xq), cells.vectors
     if Q.n <= 2 * sampling.SAMPLE or compares_all(Q.n, X.n, X.d):
         found = *exact_search.exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}

@@ -37,11 +37,11 @@ class Sample:
     time; products are then taken to err by BYTES_ERR standard errors at the most. Cells that hold nothing get the vectors so.
     """
 
-    def __init__(self, vectors, X, k, seed, progress=None, size=SAMPLE, first=0, cells=None):
+    def __init__(self, vectors, X, k, seed, progress=silent, size=SAMPLE, first=0, cells=None):
         self.number = (first + sampled(vectors.n - first, size, seed)).astype(np.int32)
         self.k, self.X = k, X
         self.x = vectors.scaled_rows(self.number)
-        Q, progress = as_vectors(self.x), progress or silent
+        Q = as_vectors(self.x)
         # in tight clusters the errors of candidates leave many in doubt, and float32 is slow
         K = k + exact_search.MANY_SPARE
         if cells is None or cells.codes is not None and not cells.codes.plain:
@@ -60,7 +60,7 @@ class Sample:
     def _by_bytes(Q, X, K, cells, progress):
         """(keys, error) as of candidates_for(). A step of bytes errs like a uniform variable, whose variance is 1 / 12."""
         if cells.codes is None:
-            cells.use(Codes(), lambda done: progress("vectors sorted by cell", done, cells.n))
+            cells.use(Codes(), progress)
         keys, queries = np.zeros((Q.n, min(K, X.n)), np.int64), Q.converted(cells.codes, 0, Q.n)
         step = 0.0
         for i in range(0, X.n, SEARCH_BLOCK):
@@ -208,7 +208,7 @@ def compared_by(sample, cells, recall, progress, say, half=True):
     elif best.codes.transform is not None:
         say(f"vectors are compared in {m} of {d} dimensions, {best.needed(recall)} candidates are kept for each")
     if best.codes is not cells.codes:
-        cells.use(best.codes, lambda done: progress("vectors sorted by cell", done, cells.n))
+        cells.use(best.codes, progress)
     cells.chosen = True
     return best
 
