@@ -262,7 +262,7 @@ def outside(e, parameters):
     """Which of chosen parameters the experiment's grid has not, as text; None if there is none."""
     grid = e.diffusion if "niter" in parameters else e.logreg
     for key in ("lr", "wd", "batchsize", "maxiter", "niter"):
-        if key in parameters and (parameters[key] not in grid[key] if key in e.LISTS else parameters[key] > grid[key]):
+        if key in parameters and key in grid and (parameters[key] not in grid[key] if key in e.LISTS else parameters[key] > grid[key]):
             return f"grid, which had {key} {as_text(parameters[key])}"
     return None
 
@@ -494,8 +494,8 @@ def read_parameters(e, system, ddir, source):
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist: bash run_{system}.bash 2 writes it; "
                          "PARAMS=published takes the paper's parameters instead")
-    parameters = read_json(path)
-    if not are_parameters(parameters, system):
+    parameters = read_note(path)
+    if not parameters or not are_parameters(parameters, system):
         raise ValueError(f"{path} does not hold parameters of {system}: bash run_{system}.bash 2 writes it anew")
     return parameters
 
