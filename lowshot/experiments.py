@@ -262,8 +262,9 @@ def outside(e, parameters):
     """Which of chosen parameters the experiment's grid has not, as text; None if there is none."""
     grid = e.diffusion if "niter" in parameters else e.logreg
     for key in ("lr", "wd", "batchsize", "maxiter", "niter"):
-        if key in parameters and key in grid and (parameters[key] not in grid[key] if key in e.LISTS else parameters[key] > grid[key]):
-            return f"grid, which had {key} {as_text(parameters[key])}"
+        have, of = parameters.get(key), grid.get(key)
+        if None not in (have, of) and (have not in of if key in e.LISTS else have > of):
+            return f"grid, which had {key} {as_text(have)}"
     return None
 
 
