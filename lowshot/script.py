@@ -84,7 +84,7 @@ def run(main):
         if isinstance(e, MemoryError) or "can't start new thread" in text:
             text = f"{text or 'out of memory'} ({size(available_memory())} are free; ulimit -a tells of limits)"
         # what remains is input that nobody thought of, or an error of ours
-        elif not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):
+        elif not isinstance(e, (ValueError, OSError, ImportError)):
             text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1
