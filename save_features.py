@@ -31,7 +31,7 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.machine import peak_memory, thread_count, torch_device
+from lowshot.machine import MOST_WORKERS, peak_memory, thread_count, torch_device
 from lowshot.script import Parser, Progress, check_outputs, clock, file_name, file_sha256, log, number, print_header, run, size
 
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
@@ -161,7 +161,7 @@ def arguments():
                        "any")
     group.add_argument("--batchsize", type=number(int, 1), help="images at a time; on a CPU, of each worker "
                        "(default: on a CPU what its caches hold, on a GPU what the configuration says)")
-    group.add_argument("--workers", type=number(int, 1), help="on a CPU, threads that decode and run the "
+    group.add_argument("--workers", type=number(int, 1, MOST_WORKERS), help="on a CPU, threads that decode and run the "
                        "network; with a GPU, processes that read and decode (default: of the configuration, or as many as "
                        "OMP_NUM_THREADS says or there are CPUs, but for one that feeds the GPU)")
     return parser.parse_args()

@@ -93,9 +93,10 @@ class FeatureWriter:
             raise ValueError(f"{self.partial} is damaged ({why}): delete it and {self.progress} to start over")
 
     def _create(self, labels, class_names):
-        remove(self.progress)                   # of a file that is no more
+        remove(self.progress)                   # of a file that is no more, or is not gone on with
+        remove(self.partial)
         remove_left_behind(self.partial)
-        needed = self.n * (4 * self.d + 5) + 10000
+        needed = self.n * (4 * self.d + 5) + (1 << 16)
         free = shutil.disk_usage(os.path.dirname(self.path)).free
         if needed > free:
             raise OSError(f"{self.path} needs {size(needed)}, the disk has {size(free)} free")

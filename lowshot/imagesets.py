@@ -30,7 +30,6 @@ import errno
 import functools
 import hashlib
 import io
-import math
 import os
 import re
 import struct
@@ -47,6 +46,7 @@ try:
 except ImportError:
     simplejpeg = None
 
+from lowshot.machine import MOST_WORKERS
 from lowshot.packages import load_torchvision
 from lowshot.script import Progress, read_json, read_yaml
 
@@ -135,10 +135,11 @@ def _checked(content, path):
          f"crop ({transforms['crop']}) is larger than resize ({transforms['resize']})")
     for key in ("mean", "std"):
         v = transforms[key]
-        need(isinstance(v, list) and len(v) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in v)
-             and (key == "mean" or min(v) > 0), f"{key} is {v!r}, three numbers (for red, green, blue) were expected")
+        need(isinstance(v, list) and len(v) == 3 and all(type(x) in (int, float) and abs(x) <= 1e6 for x in v)
+             and (key == "mean" or min(v) >= 1e-6), f"{key} is {v!r}, three numbers (for red, green, blue) were expected")
     whole_number(loader, "batchsize", 1)
     whole_number(loader, "workers", 1, optional=True)
+    need((loader["workers"] or 1) <= MOST_WORKERS, f"workers is {loader['workers']}, at most {MOST_WORKERS} are possible")
     whole_number(loader, "open_zips", 1)
     return {"dataset": dataset, "transforms": transforms, "loader": loader}
 
@@ -261,6 +262,7 @@ class ZipReader:
         self.error = None
         try:
             self.zip = zipfile.ZipFile(path)
+            self.size = os.fstat(self.zip.fp.fileno()).st_size
             self.members = {m.filename: m for m in self.zip.infolist()}
         except FileNotFoundError:
             self.error = Missing(f"no file {path}")
@@ -278,6 +280,8 @@ class ZipReader:
             raise Missing(f"no {name} in {self.zip.filename}")
         if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1:
             return self.zip.read(m)
+        if m.header_offset + m.file_size > self.size:
+            raise zipfile.BadZipFile(f"{name} would end beyond the file")
         # a member is a header of 30 bytes, its name, an extra field, then the data
         spare = 64
         data, at = self._stretch(m.header_offset, 30 + len(name) + spare + m.file_size)

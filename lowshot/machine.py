@@ -10,6 +10,7 @@ import resource
 import signal
 
 MOST_THREADS = 1 << 14
+MOST_WORKERS = 1 << 10      # that load images
 LIBC = ctypes.CDLL(None)       # not looked for in a new process, whose parent's threads may have been at it
 
 

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 
 import torch
 from torch import nn
@@ -184,6 +185,8 @@ def load_checkpoint(network, path):
     for old, new in OLD_NAMES:
         own = {old.sub(new, name): n for name, n in own.items()}
     state = {name: content[n] for name, n in own.items()}
+    if len(state) < len(content):
+        raise ValueError(f"{path}: two of its {len(content)} tensors are for the same place in the network")
 
     def other(what):
         hint = ""
@@ -204,7 +207,11 @@ def load_checkpoint(network, path):
         if name not in expected and not name.startswith(tuple(f"{c}." for c in classifiers)):
             raise other(f"its tensor {own[name]} of shape {tuple(tensor.shape)} has no place in the network")
     for name, tensor in state.items():
-        if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
+        if name not in expected or not expected[name].is_floating_point():
+            continue
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {own[name]} is {tensor.dtype}, {tensor.layout}: plain floating point was expected")
+        if not tensor.float().isfinite().all():
             raise ValueError(f"{path}: tensor {own[name]} holds NaN or infinity")
     # what state_dict() returned tells of its version, which some of torchvision's networks insist on
     expected.update((n, t) for n, t in state.items() if n in expected)
@@ -232,6 +239,10 @@ def _read(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # remarks on the file's age
+            if zipfile.is_zipfile(path):        # torch does not look at checksums
+                with zipfile.ZipFile(path) as z:
+                    if damaged_part := z.testzip():
+                        raise zipfile.BadZipFile(f"bad checksum of {damaged_part}")
             # latin1: the strings of a Python 2 pickle are bytes
             content = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except MemoryError:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -93,6 +94,9 @@ def test_a_path_goes_before_a_bare_name(tmp_path, monkeypatch):
     ("dataset: {kind: folder, root: /x}\ntransforms: {crop: null}", "crop is None"),
     ("dataset: {kind: folder, root: /x}\ntransforms: {std: [1, 1]}", "three numbers"),
     ("dataset: {kind: folder, root: /x}\ntransforms: {std: [1, 1, 0]}", "three numbers"),
+    ("dataset: {kind: folder, root: /x}\ntransforms: {std: [1, 1, 1.0e-300]}", "three numbers"),
+    ("dataset: {kind: folder, root: /x}\ntransforms: {mean: [1, 1, 1" + 400 * "0" + "]}", "three numbers"),
+    ("dataset: {kind: folder, root: /x}\nloader: {workers: 1000000000}", "at most 1024"),
     ("dataset: {kind: folder, root: /x}\nloader: {batchsize: no}", "batchsize is False"),
     ("dataset: {kind: folder, root: /x}\nloader: {workers: -1}", "workers is -1"),
     ("dataset: !!python/object/apply:os.system ['touch /tmp/never']", "not valid YAML")])
@@ -177,6 +181,13 @@ def test_truncated_zip_and_damaged_members(tmp_path):
     data[at] ^= 255
     path.write_bytes(data)
     images = ZipSet(str(tmp_path))
+    with zipfile.ZipFile(path) as f:
+        entry = f.start_dir                 # of 000.jpg
+    with open(path, "r+b") as f:
+        f.seek(entry + 20)
+        f.write(struct.pack("<II", 1 << 31, 1 << 31))
+    with pytest.raises(zipfile.BadZipFile, match="000.jpg would end beyond the file"):
+        imagesets.ZipReader(path).read("000.jpg")
     with pytest.raises(zipfile.BadZipFile, match="checksum of 003"):
         images.read(3)
     assert images.read(4) == picture(4)

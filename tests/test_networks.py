@@ -291,6 +291,28 @@ def test_more_or_fewer_tensors(tmp_path):
     assert "trunk.7.BN2.running_var" in refusal(network, tmp_path / "x")
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    network = make_network("ResNet10")
+    save_checkpoint(network, tmp_path / "x", 1)
+    content = bytearray((tmp_path / "x").read_bytes())
+    content[len(content) // 2] ^= 64
+    (tmp_path / "x").write_bytes(content)
+    assert "bad checksum of" in refusal(network, tmp_path / "x")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.update({"trunk.0.weight": state["module.trunk.0.weight"]}), "for the same place in the network"),
+    (lambda state: state.update({"module.trunk.0.weight": state["module.trunk.0.weight"].to(torch.complex64)}), "complex64"),
+    (lambda state: state.update({"module.trunk.0.weight": state["module.trunk.0.weight"].to(torch.int32)}), "int32"),
+    (lambda state: state.update({"module.trunk.0.weight": state["module.trunk.0.weight"].to_sparse()}), "sparse_coo")])
+def test_tensors_of_other_kinds(tmp_path, change, message):
+    network = make_network("ResNet10")
+    state = {"module." + n: t for n, t in network.state_dict().items()}
+    change(state)
+    torch.save({"state": state}, tmp_path / "x")
+    assert message in refusal(network, tmp_path / "x")
+
+
 def test_a_refused_checkpoint_leaves_the_network_alone(tmp_path):
     network = make_network("ResNet10")
     before = {n: t.clone() for n, t in network.state_dict().items()}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import save_features
-from lowshot import imagesets
+from lowshot import feature_writer, imagesets
 from lowshot.feature_writer import FeatureWriter, first_difference, made_from
 from lowshot.features import FeatureFile
 from lowshot.imagesets import Batches, Preprocess, ZipSet
@@ -368,6 +368,16 @@ def test_progress_of_a_file_that_is_gone_is_not_believed(tmp_path):
     with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:
         assert out.done == 0 and not os.path.exists(path + ".partial.json")
     assert not (tmp_path / ".x.hdf5.77.tmp.partial").exists()
+
+
+def test_what_is_not_gone_on_with_takes_no_room(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.hdf5")
+    (tmp_path / "x.hdf5.partial").write_bytes(bytes(1000))      # of a process that was killed before it said what it is
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(feature_writer.shutil, "disk_usage", lambda folder: disk_usage(folder)._replace(
+        free=0 if os.path.exists(path + ".partial") else 1 << 20))
+    with FeatureWriter(path, 4, 2, np.zeros(4), {}) as out:
+        assert out.done == 0
 
 
 def test_class_names_are_kept_as_they_are(tmp_path):
