@@ -105,7 +105,8 @@ def train(args, block0, path):
     if not (np.isfinite(variances).all() and np.isfinite(faiss.vector_to_array(pca.A)).all()):
         raise ValueError(f"{block0}: the features are too large, their covariances are NaN or infinite")
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
-    with exclusive(path), whole(path) as temporary:      # the note beside it and the file, of one training
+    # the note beside it and the file are of one training
+    with exclusive(path, lambda: log(f"another process is writing {path}")), whole(path) as temporary:
         faiss.write_VectorTransform(pca, temporary)
         make_way(path, origin)
     log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "

@@ -292,7 +292,7 @@ class FixedKey:
         self.folder = os.path.realpath(ddir.path("knngraph", f"completed_{mode}_ndis{nbg}_k{k}_d{dim}"))
 
     def stored(self):
-        """The stored part, or None where it is missing, not whole, or made from something else."""
+        """The stored part, or None where it is missing, damaged, or made from something else."""
         with contextlib.suppress(OSError, ValueError):
             part = FixedPart(folder=self.folder)
             part.check()

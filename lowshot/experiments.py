@@ -283,7 +283,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
         return
     replaced = sum(os.path.exists(job.record) for job in todo)
     if replaced and parallel:
-        log(f"note: records of {replaced} jobs are of other arguments or data, or not complete, and are replaced")
+        log(f"note: {replaced} of these jobs have records of other arguments or data, or incomplete ones, which are replaced")
     added = {"DDIR": environment["DDIR"]}
     if parallel > 1 and (KEPT_TO_QUOTA or not named_threads(environment)):
         added["OMP_NUM_THREADS"] = str(max(1, cpus() // min(parallel, len(todo))))
@@ -367,6 +367,7 @@ class Driver:
                 process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                            env=self.environment, preexec_fn=end_with_parent)
             except (OSError, subprocess.SubprocessError) as e:         # for want of memory, or of files that may be open
+                print(f"could not be started: {e}", file=output)         # another driver may still try it
                 self._fail(job, f"to start: {e}")
                 return
             self.running[process] = job, lock.pop_all()
@@ -495,9 +496,13 @@ def read_parameters(e, system, ddir, source):
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist: bash run_{system}.bash 2 writes it; "
                          "PARAMS=published takes the paper's parameters instead")
-    parameters = read_note(path)
+    parameters, why = {}, ""
+    try:
+        parameters = read_json(path)
+    except ValueError as e:
+        why = f" ({e})"
     if not parameters or not are_parameters(parameters, system):
-        raise ValueError(f"{path} does not hold parameters of {system}: bash run_{system}.bash 2 writes it anew")
+        raise ValueError(f"{path} does not hold parameters of {system}{why}: bash run_{system}.bash 2 writes it anew")
     return parameters
 
 

@@ -225,12 +225,13 @@ class FeatureFile:
         return x
 
     def close(self):
-        if self.zeros:
-            log(f"note: {self.path}: {self.zeros} of the rows that were read are zeros, which networks do not give: is it whole?")
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
         self.file.close()
+        zeros, self.zeros = self.zeros, 0
+        if zeros:
+            log(f"note: {self.path}: {zeros} of the rows that were read are zeros, which networks do not give: is it whole?")
 
     def __enter__(self):
         return self

@@ -81,10 +81,10 @@ def run(main):
         if os.environ.get("LOWSHOT_TRACEBACK"):
             raise
         text = " ".join(str(e).split())
-        if isinstance(e, MemoryError) or "can't start new thread" in text:
+        if isinstance(e, MemoryError) and not text or "can't start new thread" in text:
             text = f"{text or 'out of memory'} ({size(available_memory())} are free; ulimit -a tells of limits)"
         # what remains is input that nobody thought of, or an error of ours
-        elif not isinstance(e, (ValueError, OSError, ImportError)):
+        elif not isinstance(e, (ValueError, OSError, MemoryError, ImportError)):
             text = f"{type(e).__name__}: {text[:300]} (not foreseen: LOWSHOT_TRACEBACK=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {text or type(e).__name__}", file=sys.stderr)
         status = 1
@@ -274,8 +274,8 @@ def changed_file(paths, identities):
 def remove_left_behind(path, seconds=0):
     """Remove what processes that were killed while they wrote `path` left of it, if it is so many seconds old."""
     for temporary in glob.glob(_temporary(glob.escape(os.path.realpath(path)), "*")):
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.getmtime(temporary) <= time.time() - seconds:
+        with contextlib.suppress(OSError):      # another user's, say
+            if not seconds or os.path.getmtime(temporary) <= time.time() - seconds:
                 os.unlink(temporary)
 
 

@@ -148,8 +148,8 @@ def test_cross_insert_of_duplicates():
     new = np.concatenate([old[:150], np.tile(old[7], (100, 1)), np.zeros((3, 32), "f4")])
     D, I = exact_search.exact_knn(old, old, 6)
     D_new, I_new = exact_search.cross_insert(new, Vectors(old, normalise=True), D, I)
-    check_exact(D_new, I_new, new, np.concatenate([old, new]), 6)
-    check_exact(D, I, old, np.concatenate([old, new]), 6)
+    check_exact(D_new, I_new, new, np.concatenate([old, new]), 6, own=True)
+    check_exact(D, I, old, np.concatenate([old, new]), 6, own=True)
 
 
 def test_cross_insert_where_bytes_leave_all_in_doubt(monkeypatch):

@@ -287,7 +287,7 @@ def test_run_jobs(tmp_path, capsys):
     assert open(jobs[1].log).read().startswith("pid ")
     jobs[0].arguments["a"] = 5
     experiments.run_jobs(jobs, 2, environment)
-    assert "note" not in out and "note: records of 1 jobs are of other arguments" in capsys.readouterr().out
+    assert "note" not in out and "note: 1 of these jobs have records of other arguments" in capsys.readouterr().out
 
     # the printed command, pasted into a shell, makes the same record
     command = next(line for line in out.splitlines() if "job1.json" in line).split("] ", 1)[1]

@@ -63,6 +63,7 @@ def raising(error):
     (raising(ValueError("a\n  b")), 1, ": error: a b\n"),
     (raising(FileNotFoundError(2, "No such file", "x.bin")), 1, "No such file: 'x.bin'\n"),
     (raising(MemoryError()), 1, " are free; ulimit -a tells of limits)\n"),
+    (raising(MemoryError("5 GB are free: take less")), 1, ": error: 5 GB are free: take less\n"),
     (raising(RuntimeError("can't start new thread")), 1, " are free; ulimit -a tells of limits)\n"),
     (raising(ImportError("graph_utils is not built")), 1, ": error: graph_utils is not built\n")])
 def test_run_turns_errors_into_one_line(main, status, text, capsys):
