@@ -31,9 +31,9 @@ from lowshot.evaluate import accuracies, notes_of_images
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory
-from lowshot.script import (Parser, Progress, changed_file, check_outputs, exclusive, file_identities, file_name, log, number,
-                            print_header, provenance, remove_left_behind, reserve, run, size, warn_of_memory, whole,
-                            within_memory, write_json)
+from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
+                            provenance, remove_left_behind, reserve, run, size, warn_of_memory, whole, within_memory,
+                            write_json)
 from lowshot.split import images_of_run, load_split
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
@@ -304,8 +304,7 @@ def main():
     free = spendable_memory()
 
     # ---- which images are labelled, and which are classified
-    read_first = [ddir.label_idx(), ddir.train, ddir.val]
-    identities = file_identities(read_first)
+    identities = file_identities([ddir.label_idx(), ddir.train, ddir.val])
     split = load_split(ddir.label_idx(), args.mode)
     with FeatureFile(ddir.train) as train_file, FeatureFile(ddir.val) as val_file:
         rows, labels, nbase, test_rows, test_labels, unreadable = images_of_run(train_file, val_file, split, args.nlabeled,
@@ -316,8 +315,8 @@ def main():
     key = FixedKey(ddir, args.mode, args.nbg, k, args.dim, rows[:nbase], test_rows)
     check_outputs(record_path, args.storeexamples, *(f"{args.storeLname}_iter{i}.npy" for i in store_at),
                   inputs=[ddir.label_idx(), *key.sources])
-    if changed := changed_file(read_first, identities):
-        raise ValueError(f"{changed} was replaced while it was read: run this again")
+    if identities != file_identities([ddir.label_idx()]) + key.made_from["files"][:2]:
+        raise ValueError(f"{ddir.train}, {ddir.val} or {ddir.label_idx()} was replaced while it was read: run this again")
     record["files"] = key.made_from["files"] + identities[:1]
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, k)

@@ -386,6 +386,21 @@ def test_what_a_killed_run_left_of_a_stored_L_is_removed(root, tmp_path):
     assert (tmp_path / "L_iter1.npy").exists() and not list(tmp_path.glob(".L*"))
 
 
+@pytest.mark.parametrize("name", ["train", "label_idx"])
+def test_files_that_are_replaced_while_they_are_read_end_the_run(root, monkeypatch, name):
+    load_split = class_split.load_split
+
+    def replaced(path, mode):
+        os.utime(path if name == "label_idx" else os.path.join(root, "features", "train.hdf5"))
+        return load_split(path, mode)
+
+    monkeypatch.setattr("diffusion.load_split", replaced)
+    monkeypatch.setenv("DDIR", str(root))
+    monkeypatch.setattr(sys, "argv", f"diffusion.py --nbg 0 --dim {DIM} --k 5 --niter 1".split())
+    with pytest.raises(ValueError, match="was replaced while it was read"):
+        main()
+
+
 def test_a_stored_part_that_is_replaced_while_it_is_read_ends_the_run(root, monkeypatch):
     add_novel = completion.add_novel
 
