@@ -35,7 +35,6 @@ ON_GPU = 1 << 30            # comparisons from which a GPU is asked
 ALL_ON_GPU = 1 << 48        # comparisons for which other ways than comparing all are not better there: 7 minutes on an H200
 FLOAT32_ON_GPU = 1 << 17    # queries that are compared in float32 there while the vectors are read once
 MANY_ON_GPU = 16            # times as many candidates as first, where these leave doubt
-IN_PARTS = "vectors are read in parts, as the file of them does not fit in the memory that is free"
 
 
 _gpu = None
@@ -216,13 +215,29 @@ def best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None, m
     return D, I
 
 
-def products_in_parts(vectors, candidates, D, I, progress, known=0, x_number=None):
-    """exact_products() of all nodes with their candidates, themselves included, where the file of the vectors does not fit in
-    memory: candidates are all over it, so it is read from end to end for as many nodes at a time as there is memory for.
+def products_of_all(vectors, candidates, D, I, progress, say, known=0, x_number=None):
+    """exact_products() of all nodes with their candidates, themselves included.
 
-    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I. x_number
-    int32 (n,): original numbers of these. D, I (n, k) change, of which the first `known` rows hold products already.
+    candidates: function of nodes int32 (m,) that gives numbers int32 (m, K), -1 for none; it may look into I at these nodes.
+    x_number int32 (n,): original numbers of candidates, and an order of nodes in which these are near each other.
+    D, I (n, k) change, of which the first `known` rows hold products already.
     """
+    if not vectors.fit(D.nbytes + I.nbytes):
+        say("vectors are read in parts, as the file of them does not fit in the memory that is free")
+        products_in_parts(vectors, candidates, D, I, progress, known, x_number)
+        return
+    n, k = D.shape
+    for i in range(0, n, BLOCK):
+        nodes = np.arange(i, min(i + BLOCK, n), dtype=np.int32) if x_number is None else x_number[i:i + BLOCK]
+        numbers = candidates(nodes)
+        nb.exact_products(nb.make_keys(np.zeros(numbers.shape, np.float32), numbers), vectors.arrays, vectors.arrays, k, nodes,
+                          x_number, vectors.scale, vectors.scale, True, D, I, known=known)
+        progress("nodes' similarities computed", i + len(nodes), n)
+
+
+def products_in_parts(vectors, candidates, D, I, progress, known=0, x_number=None):
+    """products_of_all() where the file of the vectors does not fit in memory: candidates are all over it, so it is read from end
+    to end for as many nodes at a time as there is memory for."""
     n, K, free = vectors.n, candidates(np.arange(1, dtype=np.int32)).shape[1] + 1, machine.available_memory()
     nodes = max(BLOCK, int(.4 * free / (4 * vectors.d + 8 * K)))
     part = max(BLOCK, int(.2 * free / (4 * vectors.d)))

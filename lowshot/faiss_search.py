@@ -4,7 +4,7 @@ import contextlib
 import numpy as np
 
 from graph_utils import neighbours as nb
-from lowshot.exact_search import IN_PARTS, exact_knn, products_in_parts
+from lowshot.exact_search import exact_knn, products_of_all
 from lowshot.packages import faiss
 from lowshot.sampling import SAMPLE, sampled
 from lowshot.script import log
@@ -94,14 +94,12 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
         files.save(j)
         progress("images searched", j, n)
     # what is stored are exact similarities of what was found, the node itself among it, also beside more than k copies
-    if coarse and not vectors.fit(D.nbytes + I.nbytes):
-        log(IN_PARTS)
-        products_in_parts(vectors, lambda nodes: I[nodes], D, I, progress)
+    if coarse:
+        products_of_all(vectors, lambda nodes: I[nodes], D, I, progress, log)
     else:
         for i in range(0, n, BLOCK):
             rows = np.arange(i, min(i + BLOCK, n), dtype=np.int32)
-            if not coarse:
-                rows = rows[(I[rows] != rows[:, None]).all(axis=1)]
+            rows = rows[(I[rows] != rows[:, None]).all(axis=1)]
             nb.exact_products(nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
                               vectors.scale, vectors.scale, True, D, I)
             progress("nodes' similarities computed", min(i + BLOCK, n), n)

@@ -68,25 +68,15 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     sample = sample or Sample(vectors, vectors, min(k, n), seed, progress, first=n0, cells=cells)
     wanted, reverse = with_margin(recall), REVERSE
     comparison = compared_by(sample, cells, recall, progress, say)
-    needed = comparison.needed(recall)
+    K = needed = comparison.needed(recall)
     curve = sample.recall_by_nprobe(cells, position)
     nprobe = min(nprobe, len(curve))
     if n0:
-        K = max(needed, initial[0].shape[1] + SPARE_LISTED)
-        checkpoint = None
-        # few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall and a
-        # little further, as codes err; and as far as it takes a second or two
-        affordable = AFFORDABLE // max(1, (n - n0) * n // len(curve))
-        p = nprobe or max(min(cells_reaching(curve, wanted + comparison.lost(K) + MISSED), max(1, len(curve) // 8)),
-                          min(affordable, len(curve)))
+        K, checkpoint = max(needed, initial[0].shape[1] + SPARE_LISTED), None
+        p = nprobe or cells_for_new(curve, wanted + comparison.lost(K) + MISSED, n - n0, n)
     else:
-        # from here on neighbours of neighbours are the quicker way, unless a round takes longer than the cells that are left
-        p, K = nprobe or cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5)), needed
-        alone = cells_reaching(curve, wanted + min(comparison.lost(K), (1 - wanted) / 4) + MISSED)
-        round_cells = int(ROUND * (K + REVERSE) ** 2 * len(curve) / n)
-        if not nprobe and alone - p < round_cells:
-            p = max(alone, min(cells_reaching(curve, max(NEARLY_ALL, wanted)), alone + round_cells // 4))
-        elif not nprobe and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
+        p, without_rounds = (nprobe, True) if nprobe else cells_for_all(curve, wanted, comparison.lost(K), K, n)
+        if not without_rounds and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
             # in all dimensions: with half of them lists would be long for their sake alone
             needed = compared_by(sample, cells, recall, progress, say, half=False).needed(recall)
             curve = sample.recall_by_nprobe(cells, position)
@@ -125,18 +115,33 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     numbers = lists.become_numbers(needed)
     if n0 and not np.may_share_memory(D, initial[0]):
         D[:n0], I[:n0] = (a[:, :k] for a in initial)
-    if vectors.fit(D.nbytes + I.nbytes):
-        for i in range(0, n, BLOCK):
-            rows = slice(i, i + BLOCK)
-            keys = nb.make_keys(np.zeros(numbers[rows].shape, np.float32), numbers[rows])
-            nb.exact_products(keys, vectors.arrays, vectors.arrays, k, cells.order[rows], cells.order, vectors.scale,
-                              vectors.scale, True, D, I, known=n0)
-            progress("nodes' similarities computed", min(i + BLOCK, n), n)
-    else:
-        say(exact_search.IN_PARTS)
-        exact_search.products_in_parts(vectors, lambda nodes: numbers[position[nodes]], D, I, progress, n0, cells.order)
+    exact_search.products_of_all(vectors, lambda nodes: numbers[position[nodes]], D, I, progress, say, n0, cells.order)
     vectors.release()
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": lists.rounds, "exact": False}
+
+
+def cells_for_new(curve, wanted, new, n):
+    """Cells to search for each of the `new` ones of n nodes, given the recall by number of cells.
+
+    Few are searched for: cheaper than a round over all nodes, up to some number of cells. To the wanted recall, and as far as it
+    takes a second or two.
+    """
+    affordable = AFFORDABLE // max(1, new * n // len(curve))
+    return max(min(cells_reaching(curve, wanted), max(1, len(curve) // 8)), min(affordable, len(curve)))
+
+
+def cells_for_all(curve, wanted, lost, K, n):
+    """Cells to search for each of n nodes, and whether these find the wanted recall without neighbours of neighbours, which are
+    the quicker way from some recall on, unless a round takes longer than the cells that are left.
+
+    lost: recall that codes lose with K candidates.
+    """
+    p = cells_reaching(curve, max(1 - 2.5 * (1 - wanted), .5))
+    alone = cells_reaching(curve, wanted + min(lost, (1 - wanted) / 4) + MISSED)
+    round_cells = int(ROUND * (K + REVERSE) ** 2 * len(curve) / n)
+    if alone - p >= round_cells:
+        return p, False
+    return max(alone, min(cells_reaching(curve, max(NEARLY_ALL, wanted)), alone + round_cells // 4)), True
 
 
 class Lists:
