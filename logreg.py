@@ -127,17 +127,21 @@ class Checkpoint:
                 np.savez(f, key=self.key, rest=json.dumps(rest), **classifiers.state())
 
     def load(self, classifiers):
-        """Restore the classifiers; returns the rest that was saved, None if there is no state of the same run."""
+        """Restore the classifiers; returns the rest that was saved, None if there is no whole state of the same run."""
         if not os.path.exists(self.path):
             return None
         try:
             with np.load(self.path, allow_pickle=False) as state:
                 if str(state["key"]) != self.key:
                     return None
-                classifiers.restore(state)
-                return json.loads(str(state["rest"]))
+                arrays, rest = dict(state), json.loads(str(state["rest"]))
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as e:
-            raise ValueError(f"{self.path} is not a state of logreg.py ({e}): delete it to start afresh")
+            if getattr(e, "errno", None):       # not of what is in the file
+                raise
+            log(f"note: {self.path} is damaged ({e}): training begins anew")
+            return None
+        classifiers.restore(arrays)
+        return rest
 
     def remove(self):
         remove(self.path)
