@@ -78,7 +78,7 @@ def main():
     from lowshot.cells import Vectors
     from lowshot.faiss_search import faiss_graph, on_gpus
     from lowshot.gpu_search import search_device
-    from lowshot.index_files import Checkpoint, GraphFiles, check_graph
+    from lowshot.index_files import Checkpoint, GraphFiles, check_graph, open_graph
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
@@ -97,12 +97,9 @@ def main():
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
-        for path in (path_I, path_D):
-            have = os.path.getsize(path) if os.path.exists(path) else 0
-            if have != 4 * n * k:
-                raise ValueError(f"{path} has {have} bytes, {4 * n * k} expected: --overwrite makes it again")
+        graph = open_graph(path_I, path_D, n, k, "--overwrite makes it again")
         vectors = Vectors(rows, normalise=True)
-        check_graph(vectors, n, path_I, path_D, k, "--overwrite makes it again")
+        check_graph(vectors, *graph, "--overwrite makes it again")
         if os.path.exists(lists):       # of a run that was killed at its last step
             remove(lists)
         if os.path.exists(ddir.index(n)):
@@ -162,7 +159,7 @@ def main():
         f"({size(predicted)} predicted)")
 
 
-def predict_memory(n, d, k, all_on_gpu=False, beside_gpu=False, least=False):
+def predict_memory(n, d, k, all_on_gpu, beside_gpu, least=False):
     """Peak memory in bytes. Pages of mapped files count as long as they are mapped, though the system may drop them. `least`: of
     a large set what it cannot do without, with candidates in a file."""
     from lowshot import exact_search, knn, sampling

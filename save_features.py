@@ -125,16 +125,7 @@ def main():
             if todo:
                 report_speed(todo, seconds, [*memory, fed_from_memory()])
     if images.class_names:
-        names = images.class_names
-        told = range(len(names)) if len(names) <= CLASSES_TOLD else (0, 1, len(names) - 1)
-        listed = [f"{c} {names[c]}" for c in told]
-        if len(names) > CLASSES_TOLD:
-            listed.insert(2, "...")
-        log(f"{len(names)} classes in sorted order, by label: {', '.join(listed)}; label_idx.json counts them from 1")
-        empty = sorted(set(range(len(names))) - set(images.labels(0, len(images)).tolist()))
-        if empty:
-            log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}"
-                + " ..." * (len(empty) > 10))
+        tell_classes(images.class_names, images.labels(0, len(images)))
     log(f"wrote {args.outfile}: {n} x {d} in {clock(seconds)}, peak memory "
         f"{size(peak_memory())} ({size(predicted)} predicted)")
 
@@ -352,6 +343,18 @@ def report_unreadable(out, i0, images):
         out.discard()
         raise ValueError(f"none of the {out.n} images could be read{detail}")
     log(f"{bad} of {out.n} images unreadable{', with the features of a black image' if bad else ''}{detail}")
+
+
+def tell_classes(names, labels):
+    """Say which label stands for which class, and which classes have no image."""
+    told = range(len(names)) if len(names) <= CLASSES_TOLD else (0, 1, len(names) - 1)
+    listed = [f"{c} {names[c]}" for c in told]
+    if len(names) > CLASSES_TOLD:
+        listed.insert(2, "...")
+    log(f"{len(names)} classes in sorted order, by label: {', '.join(listed)}; label_idx.json counts them from 1")
+    empty = sorted(set(range(len(names))) - set(labels.tolist()))
+    if empty:
+        log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}" + " ..." * (len(empty) > 10))
 
 
 def from_memory_speed(results, extract, workers, shape):

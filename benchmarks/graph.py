@@ -68,9 +68,9 @@ def ivf(data, ddir):
     return index
 
 
-def faiss_search(data, index, nprobe, queries=4000):
+def faiss_search(data, index, nprobe):
     index.nprobe = nprobe
-    rows = np.random.RandomState(5).choice(data.n, min(queries, data.n), replace=False)
+    rows = np.random.RandomState(5).choice(data.n, min(4000, data.n), replace=False)
     recall = data.recall(index.search(data.x[data.sample], K)[1])
     start = time.time()
     index.search(data.x[rows], K)
@@ -90,10 +90,10 @@ def faiss_rows(data, ddir, wanted):
     yield f"Faiss IVF{index.nlist},Flat, nprobe {nprobe} (equal recall)", *faiss_search(data, index, nprobe)
 
 
-def batch_row(data, ddir, nprobe=16):
+def batch_row(data, ddir):
     from faiss.contrib.big_batch_search import big_batch_search
     index = ivf(data, ddir)
-    index.nprobe = nprobe
+    index.nprobe = nprobe = 16
     start = time.time()
     _, I = big_batch_search(index, data.x, K, method="pairwise_distances", verbose=0)
     return f"faiss.contrib.big_batch_search, nprobe {nprobe}", time.time() - start, data.recall(I[data.sample]), "whole"

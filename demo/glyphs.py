@@ -134,9 +134,9 @@ def choose_distinct(paths, codes, distinct, count):
     return [code for code, kept in zip(codes, keep) if kept]
 
 
-def _fitted(path, code, side=20):
+def _fitted(path, code):
     """Mask of a glyph scaled into a square, as a unit vector float32 (side * side,)."""
-    mask, _ = glyph(path, code)
+    side, (mask, _) = 20, glyph(path, code)
     scale = side / max(mask.size)
     w, h = (max(1, round(s * scale)) for s in mask.size)
     x = np.zeros((side, side), np.float32)

@@ -240,7 +240,7 @@ class Inserter {
             if (list[j] < list[least]) least = j;
         const bool enters = key > list[least] && !holds(list, key);
         if (enters) {
-            list[least] = key;
+            __atomic_store_n(list + least, key, __ATOMIC_RELAXED);
             float worst = product_of(*std::min_element(list, list + K_));
             __atomic_store(worst_ + (a - first_), &worst, __ATOMIC_RELAXED);
         }
@@ -1160,15 +1160,12 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     int64_t known, float* D, int32_t* I) {
     if (k < 1) throw std::invalid_argument("exact_products: k is less than 1");
     const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
-    struct Scratch {
-        List list;
-    };
-    parallel_blocks<Scratch>(nq, 16, [&](int64_t i0, int64_t i1, Scratch& t) {
+    parallel_blocks<List>(nq, 16, [&](int64_t i0, int64_t i1, List& list) {
         for (int64_t i = i0; i < i1; i++) {
             const int64_t q = q_number ? q_number[i] : i;
             if (q < 0 || q >= nQ) throw std::invalid_argument("exact_products: there is no query " + std::to_string(q));
             const float* x = Q[q];
-            t.list.clear();
+            list.clear();
             bool has_self = !self;
             for (int64_t j = 0; j < K; j++) {
                 const uint64_t key = (uint64_t)keys[i * K + j];
@@ -1177,21 +1174,21 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                 if (at >= nnumber || number < 0 || number >= nX)
                     throw std::invalid_argument("exact_products: a list is damaged, no vector is " + std::to_string(number));
                 has_self |= number == q;
-                t.list.emplace_back(0.0f, (int32_t)number);
+                list.emplace_back(0.0f, (int32_t)number);
             }
-            if (!has_self) t.list.emplace_back(0.0f, (int32_t)q);
-            const size_t done = q < known ? look_up(t.list, q, k, D, I) : 0, ahead = 4;
-            for (size_t j = done; j < t.list.size() + ahead; j++) {
-                if (j < t.list.size()) {
-                    const float* y = X[t.list[j].second];
+            if (!has_self) list.emplace_back(0.0f, (int32_t)q);
+            const size_t done = q < known ? look_up(list, q, k, D, I) : 0, ahead = 4;
+            for (size_t j = done; j < list.size() + ahead; j++) {
+                if (j < list.size()) {
+                    const float* y = X[list[j].second];
                     for (int64_t w = 0; w < d; w += 16) __builtin_prefetch(y + w);
                 }
                 if (j >= done + ahead) {
-                    auto& entry = t.list[j - ahead];
+                    auto& entry = list[j - ahead];
                     entry.first = inner_product(x, X[entry.second], d) * (Q.factor(q) * X.factor(entry.second));
                 }
             }
-            write_best(t.list, self ? q : -1, q, k, D, I);
+            write_best(list, self ? q : -1, q, k, D, I);
         }
     });
 }
@@ -1212,21 +1209,18 @@ void products_in_part(int64_t nq, int64_t K, const int32_t* numbers, int64_t d, 
 void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float* products, int64_t first, int64_t known,
                       int64_t k, float* D, int32_t* I) {
     if (k < 1) throw std::invalid_argument("best_by_products: k is less than 1");
-    struct Scratch {
-        List list;
-    };
-    parallel_blocks<Scratch>(nq, 256, [&](int64_t i0, int64_t i1, Scratch& t) {
+    parallel_blocks<List>(nq, 256, [&](int64_t i0, int64_t i1, List& list) {
         for (int64_t i = i0; i < i1; i++) {
-            t.list.clear();
+            list.clear();
             bool has_self = false;
             for (int64_t e = i * K; e < (i + 1) * K; e++)
                 if (numbers[e] >= 0) {
-                    t.list.emplace_back(products[e], numbers[e]);
+                    list.emplace_back(products[e], numbers[e]);
                     has_self |= numbers[e] == first + i;
                 }
             if (!has_self) throw std::invalid_argument("best_by_products: a list is without the node itself");
-            if (i < known) look_up(t.list, i, k, D, I);
-            write_best(t.list, first + i, i, k, D, I);
+            if (i < known) look_up(list, i, k, D, I);
+            write_best(list, first + i, i, k, D, I);
         }
     });
 }

@@ -214,9 +214,9 @@ def search_cells(Q, centroids, nprobe, begin, end, X, keys, insert=None, near=No
                       _check(keys, np.int64, (nq, K), "keys"), middle, numbers, x_keys, x_worst)
 
 
-def worst_products(keys, block=1 << 16):
+def worst_products(keys):
     """The worst product in each list of keys (n, K), float32 (n,): -inf where it is not full."""
-    worst = np.empty(len(keys), np.float32)
+    worst, block = np.empty(len(keys), np.float32), 1 << 16
     for i in range(0, len(keys), block):
         # the order of keys is that of integers without sign
         worst[i:i + block] = similarities(keys[i:i + block].view(np.uint64).min(axis=1).view(np.int64))
@@ -258,7 +258,8 @@ def descent_round(X, keys, R=32, seed=0, progress=None, part=None, empty=np.empt
     core.start_round(n, K, keys, lists, worst)
     if started is not None:
         started(lists)
-    inserted, parts = 0, [slice(i, min(i + (part or n), n)) for i in range(0, n, part or n)]
+    step = part or max(n, 1)
+    inserted, parts = 0, [slice(i, min(i + step, n)) for i in range(0, n, step)]
     offsets = np.empty(n + 1, np.int64)
     reverse = empty(core.reverse_offsets(n, K, lists, offsets), np.int32)
     for nodes in parts:
@@ -310,7 +311,7 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
                    D=None, I=None, known=0):
     """The k best of each list of keys (m, K), by float32 inner products, best first.
 
-    queries, base: float32 (., d), or pairs of such arrays that follow each other; q_scale, x_scale: factors of their
+    queries, base: float32 (., d), finite, or pairs of such arrays that follow each other; q_scale, x_scale: factors of their
     rows. q_number int32 (m,): the query and the row of D, I of each list (default: in order). x_number int32: original
     numbers of the numbers in the keys. self: queries and base are the same; each is in its own list, and first in it
     where none is nearer by more than rounding. known: rows of D, I before this one hold exact products already, which are

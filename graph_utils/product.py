@@ -33,7 +33,7 @@ def _rows(a, dtype, name, writeable=False):
     """(flat view, row stride in items) of a matrix whose rows are contiguous but may be strided, as slices of columns
     are. The C++ side gets all from the first item to the last."""
     n, m = a.shape
-    if a.dtype != dtype or a.size and (m > 1 and a.strides[1] != a.itemsize or a.strides[0] % a.itemsize):
+    if a.dtype != dtype or a.size and (m > 1 and a.strides[1] != a.itemsize or a.strides[0] < 0 or a.strides[0] % a.itemsize):
         raise ValueError(f"{name} is {a.dtype} with strides {a.strides}, {np.dtype(dtype)} with contiguous rows expected")
     if not a.size:
         return np.empty(0, dtype), m
@@ -124,7 +124,7 @@ class SymmetricGraph:
         """The graph of n nodes that a smaller one becomes by changes of its entries: quicker than to make it anew.
 
         arrays: indptr, indices, nsingle of the smaller one, whose nodes are the first ones; they may come from a file, and
-        ValueError is raised where they are damaged. rows, columns int32, by int8: each changed entry of W once, and by how
+        ValueError is raised where numbers are out of range or order. rows, columns int32, by int8: each changed entry of W once, and by how
         much; in order of rows, then of columns. empty: makes the array of entries, (shape, dtype) -> zeros, which may be in a
         file, as it is read in order. Memory: that of both graphs.
         """

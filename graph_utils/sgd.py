@@ -57,6 +57,8 @@ class FusedSGD:
         self.points, self.C, self.d, self.mom, self.arithmetic = points, int(C), int(d), mom, arithmetic
         self.exact = "split" if arithmetic == "bfloat16" else arithmetic
         G = len(points)
+        if min(G, self.C, self.d) < 1:
+            raise ValueError(f"{G} points, {C} classes and {d} columns: at least one of each expected")
         self.rows, self.dpad = padded(G * self.C), padded(self.d)
         self.W, self.M = (aligned_zeros((self.rows, self.dpad)) for _ in range(2))
         self.b, self.mb = (np.zeros(self.rows, np.float32) for _ in range(2))

@@ -509,6 +509,10 @@ void mkl_product(int64_t n, int64_t ncols_A, const int64_t* indptr, const int32_
         return true;
     }();
     (void)once;
+    if (!ncol || !ncols_A) {        // which MKL refuses
+        std::fill(out, out + n * ncol, 0.0f);
+        return;
+    }
     constexpr int64_t most = (int64_t(1) << 31) - 1;
     std::vector<int32_t> begin;
     for (int64_t i0 = 0; i0 < n;) {

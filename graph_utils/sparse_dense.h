@@ -36,7 +36,8 @@ void symmetrise_fill(int64_t n, int64_t k, int64_t stride, const int32_t* I, con
 
 // A graph of symmetrise_fill with some multiplicities changed and nodes added: first pass, the new offsets.
 //
-// indptr, indices, nsingle  in   of n0 nodes, nnz entries. Both passes throw std::invalid_argument where they are damaged
+// indptr, indices, nsingle  in   of n0 nodes, nnz entries. Both passes throw std::invalid_argument where they are out of
+//                                range or order
 // n                         in   nodes afterwards, >= n0
 // row, column, by           in   nchange changes by -2 .. 2, in increasing order of row and then column, none twice;
 //                                multiplicities have to be from 0 to 2 afterwards

@@ -251,7 +251,7 @@ struct BytesRows {
     static int64_t tile_bytes(int64_t np) { return 4 * kTile * (np + 2); }
     static void row(const uint32_t* x, int64_t np, void* rows, int r) {
         std::memcpy((uint32_t*)rows + r * np, x, 4 * np);
-        ((uint32_t*)rows)[kTile * np + r] = x[np];
+        std::memcpy((uint32_t*)rows + kTile * np + r, x + np, 4);
     }
 
     // What makes products of sums: of row r with the two halves of a panel.

@@ -18,7 +18,7 @@ from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
-from lowshot.index_files import SIMILAR, allocator, cells_of_index, check_graph, open_index
+from lowshot.index_files import SIMILAR, allocator, cells_of_index, check_graph, open_graph, open_index
 from lowshot.layout import graph_command, pca_command
 from lowshot.machine import release_memory
 from lowshot.packages import faiss
@@ -36,8 +36,6 @@ def read_features(path, rows, pca_path, what):
     """Rows of a feature file after PCA and L2 normalisation, float32 (len(rows), d)."""
     with FeatureFile(path) as f, Progress(len(rows), what) as progress:
         pca = load_pca(pca_path, f)
-        if not len(rows):
-            return np.empty((0, pca.d_out), np.float32)
         x = f.read(rows, lambda x: normalise_rows(pca.apply(x), path), progress.update)
     release_memory()
     return x
@@ -50,11 +48,7 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     """
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
     again = f"{graph_command(nbg, columns, vectors.d)} --overwrite makes it again"
-    for path in (path_I, path_D):
-        have, width = os.path.getsize(path), 4 * columns
-        if have != nbg * width:
-            raise ValueError(f"{path} has {have} bytes, {nbg * width} ({nbg} rows of {width}) expected: {again}")
-    stored_I, stored_D = MatrixFile(path_I, "<i4", columns, nbg), MatrixFile(path_D, "<f4", columns, nbg)
+    stored_I, stored_D = open_graph(path_I, path_D, nbg, columns, again)
     for i in range(0, nbg, BLOCK):
         rows = slice(i, i + BLOCK)
         d, number = stored_D[rows][:, :k], stored_I[rows][:, :k]
@@ -65,7 +59,7 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
         have = number >= 0
         if not np.isfinite(d[have]).all() or not (d[:, :-1] >= d[:, 1:] - SIMILAR)[have[:, 1:]].all():
             raise ValueError(f"{path_D} is damaged: similarities in decreasing order were expected; {again}")
-    check_graph(vectors, nbg, path_I, path_D, columns, again)
+    check_graph(vectors, stored_I, stored_D, again)
 
 
 def fixed_vectors(ddir, nbg, dim, base, scale=None):
@@ -111,7 +105,7 @@ def fixed_graph(ddir, nbg, k, vectors, base, test):
         else:
             cells = cells_of_nodes(ddir, nbg, vectors, progress)
             # before codes are chosen; and the graph gives the vectors in cells up
-            new = Sample(vectors, vectors, k, 0, progress, size=COMPLETION_SAMPLE, first=nbg, cells=cells) if len(base) else None
+            new = Sample(vectors, vectors, k, 0, cells, progress, size=COMPLETION_SAMPLE, first=nbg) if len(base) else None
             search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
             if len(base):
                 knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),

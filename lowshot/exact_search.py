@@ -82,7 +82,9 @@ def exact_knn(xq, x, k, progress=silent, self=False, spare=SPARE):
     convert = nb.to_bfloat16
     if self and _bytes_tell_apart(X, k):
         convert, spare = nb.to_bytes, BYTES_SPARE
-    return exact_of(*candidates_for(Q, X, k + spare, progress, self, convert), Q, X, k, progress, self)
+    keys, error = candidates_for(Q, X, k + spare, progress, self, convert)
+    D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
+    return _in_float32(D, I, unsure, Q, X, k, progress, self)
 
 
 def memory_of_self(n, d, k):
@@ -118,12 +120,6 @@ def candidates_for(Q, X, K, progress, self, convert=nb.to_bfloat16):
             lost_most = max(lost_most, float(residual.max()))
             progress("vectors compared with all queries", j, X.n)
     return keys, _error(lost, lost_most, Q, X)
-
-
-def exact_of(keys, error, Q, X, k, progress, self):
-    """exact_knn(), given what candidates_for() found; keys are changed."""
-    D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
-    return _in_float32(D, I, unsure, Q, X, k, progress, self)
 
 
 def _in_float32(D, I, unsure, Q, X, k, progress, self, on_gpu=False):

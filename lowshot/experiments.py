@@ -201,7 +201,8 @@ def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
     k, dim = e.diffusion["k"], e.diffusion["dim"]
     arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter, "dim": dim}
     return make_job(e, "diffusion", ddir, name, arguments, lambda: [ddir.pca(dim)], lambda: [ddir.raw(dim)] if nbg else [],
-                    lambda: ddir.find_graph(nbg, k, dim)[:2] if nbg else [])
+                    lambda: ddir.find_graph(nbg, k, dim)[:2] if nbg else [],
+                    lambda: [path for path in [ddir.index(nbg)] if nbg and os.path.exists(path)])
 
 
 def validation_jobs(e, system, ddir):
@@ -499,8 +500,8 @@ def read_parameters(e, system, ddir, source):
     parameters, why = {}, ""
     try:
         parameters = read_json(path)
-    except ValueError as e:
-        why = f" ({e})"
+    except ValueError as error:
+        why = f" ({error})"
     if not parameters or not are_parameters(parameters, system):
         raise ValueError(f"{path} does not hold parameters of {system}{why}: bash run_{system}.bash 2 writes it anew")
     return parameters

@@ -185,7 +185,10 @@ class FeatureFile:
             out[part] = x
             if progress is not None:
                 progress(i + len(part))
-        return np.empty((0, self.d), np.float32) if out is None else out
+        if out is None:
+            out = np.empty((0, self.d), np.float32)
+            out = out if transform is None else transform(out)
+        return out
 
     def _pick(self, rows, out):
         """Read rows, given in increasing order, into out (len(rows), d). Returns out."""
@@ -334,10 +337,10 @@ def row_norms(x, name, first=None):
     return norms
 
 
-def normalise_rows(x, name="the vectors", first=None):
-    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. name, first: see row_norms().
+def normalise_rows(x, name):
+    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. name: what errors name.
     Returns x."""
-    norms = row_norms(x, name, first)
+    norms = row_norms(x, name)
     norms[norms == 0] = 1
     x /= norms[:, None]
     return x

@@ -322,7 +322,7 @@ class FileSet:
         return len(self.names)
 
     def identity(self, i0, i1):
-        digest = hashlib.sha256(self.names[i0:i1].tobytes())
+        digest = hashlib.sha256(b"\0".join(self.names[i0:i1].tolist()))     # not as stored, as wide as the longest of all
         digest.update(self._labels[i0:i1].tobytes())
         sizes = np.empty(i1 - i0, np.int64)
         with Progress(len(sizes), "files looked up") as progress:

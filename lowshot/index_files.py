@@ -107,27 +107,35 @@ def stretches_of_cells(cells):
         first = last
 
 
-def check_graph(vectors, n, path_I, path_D, columns, remedy):
+def open_graph(path_I, path_D, n, columns, remedy):
+    """(I, D): a stored graph of n nodes, as MatrixFiles. ValueError, with the remedy, where a file has another size."""
+    for path in (path_I, path_D):
+        have, width = os.path.getsize(path) if os.path.exists(path) else 0, 4 * columns
+        if have != n * width:
+            raise ValueError(f"{path} has {have} bytes, {n * width} ({n} rows of {width}) expected: {remedy}")
+    return MatrixFile(path_I, "<i4", columns, n), MatrixFile(path_D, "<f4", columns, n)
+
+
+def check_graph(vectors, I, D, remedy):
     """Compare some rows of a stored graph of n nodes with the vectors it should be of, the first n of `vectors`: ValueError,
-    with the remedy, if it is of others."""
-    I, D = (MatrixFile(path, dtype, columns, n) for path, dtype in ((path_I, "<i4"), (path_D, "<f4")))
-    differences = []
+    with the remedy, if it is of others. I, D: of open_graph()."""
+    n, differences = len(I), []
     for row in spread_rows(n, 64):
         number, similarity = I[row:row + 1][0], D[row:row + 1][0]
         have = number >= 0
         if number.min() < -1 or number.max() >= n or not have.any():
-            raise ValueError(f"{path_I}: row {row} is no list of neighbours among {n} nodes ({number.min()} to {number.max()}); "
+            raise ValueError(f"{I.filename}: row {row} is no list of neighbours among {n} nodes ({number.min()} to {number.max()}); "
                              f"{remedy}")
         exact = vectors.scaled_rows(number[have]) @ vectors.scaled_rows([row])[0]
         wrong = ~(np.abs(similarity[have] - exact) < SIMILAR)
         if wrong.any():
-            raise ValueError(f"{path_D} says {similarity[have][wrong][0]:.4g} for the similarity of vectors {row} and "
+            raise ValueError(f"{D.filename} says {similarity[have][wrong][0]:.4g} for the similarity of vectors {row} and "
                              f"{number[have][wrong][0]}, which is {exact[wrong][0]:.4g}: the graph was made from other "
                              f"vectors; {remedy}")
         differences.append(np.abs(similarity[have] - exact))
     mean = np.concatenate(differences or [np.zeros(1)]).mean()
     if mean > SIMILAR_MEAN:
-        raise ValueError(f"{path_D} holds similarities that differ by {mean:.4g} on average from those of the vectors: the graph "
+        raise ValueError(f"{D.filename} holds similarities that differ by {mean:.4g} on average from those of the vectors: the graph "
                          f"was made from others, or in other dimensions; {remedy}")
 
 
@@ -280,7 +288,7 @@ class GraphFiles:
     A run that writes blocks of rows in order may say how many are done with save(), and go on there the next time.
     """
 
-    def __init__(self, path_I, path_D, n, k, identity=None):
+    def __init__(self, path_I, path_D, n, k, identity):
         self.paths = [os.path.realpath(path) for path in (path_D, path_I)]     # what links lead to is written
         self.temporary = [p + ".partial" for p in self.paths]
         self.state_path = self.temporary[1] + ".json"
@@ -294,12 +302,11 @@ class GraphFiles:
                 self.done = int(state["done"])
         if not self.done:
             remove(self.state_path)
-        maps = []
+        self.maps = []
         for path, dtype in zip(self.temporary, ("<f4", "<i4")):
             if not self.done:
                 allocate(path, 4 * n * k)
-            maps.append(np.memmap(path, dtype, "r+", shape=(n, k)))
-        self.maps = maps
+            self.maps.append(np.memmap(path, dtype, "r+", shape=(n, k)))
 
     @property
     def arrays(self):

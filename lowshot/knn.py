@@ -65,7 +65,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     position = cells.position()
     n0 = len(initial[0]) if initial is not None else 0
     # known lists are as they are: it is the new nodes, and their entries in these lists, that have to be found
-    sample = sample or Sample(vectors, vectors, min(k, n), seed, progress, first=n0, cells=cells)
+    sample = sample or Sample(vectors, vectors, min(k, n), seed, cells, progress, first=n0)
     wanted, reverse = with_margin(recall), REVERSE
     comparison = compared_by(sample, cells, recall, progress, say)
     K = needed = comparison.needed(recall)
@@ -294,7 +294,7 @@ def search_begun(cells, xq, k, recall=0.95, progress=silent, say=silent):
     if Q.n <= 2 * sampling.SAMPLE or compares_all(Q.n, X.n, X.d):
         found = *exact_search.exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
-    sample = Sample(Q, X, k, 0, progress, size=sampling.COMPLETION_SAMPLE, cells=cells)
+    sample = Sample(Q, X, k, 0, cells, progress, size=sampling.COMPLETION_SAMPLE)
     K = compared_by(sample, cells, recall, progress, say).needed(recall)
     curve = sample.recall_by_nprobe(cells, cells.position())
     p = cells_reaching(curve, with_margin(recall))

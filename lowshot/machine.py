@@ -82,11 +82,11 @@ def check_threads(environment=os.environ):
         raise ValueError(f"OMP_NUM_THREADS is {given!r}, a number from 1 to {MOST_THREADS} was expected")
 
 
-def wait_briefly(environment=os.environ):
+def wait_briefly():
     """To be called before libraries are loaded: the threads of GCC's OpenMP would wait for each other in a loop of 300,000 turns,
     and keep cores from the one that they wait for where other processes want these. With many short steps that is slow."""
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def release_memory():

@@ -163,7 +163,7 @@ def usual_transforms(name, pretrained):
 
 
 def load_checkpoint(network, path):
-    """Load the weights of `network` from a checkpoint; returns its epoch, or None if it does not tell.
+    """Load the weights of `network` from a checkpoint.
 
     The published form is a dict whose `state` holds tensors named `module.trunk.0.weight` and so on, written by any
     PyTorch since 2017, also under Python 2. The tensors may lie under another of KEYS, or be the dict itself (torchvision),
@@ -174,7 +174,6 @@ def load_checkpoint(network, path):
     architecture.
     """
     content = _read(path)
-    epoch = content.get("epoch")
     content = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
     content = {n: t.detach() for n, t in content.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
     if not content:
@@ -216,7 +215,6 @@ def load_checkpoint(network, path):
     # what state_dict() returned tells of its version, which some of torchvision's networks insist on
     expected.update((n, t) for n, t in state.items() if n in expected)
     network.load_state_dict(expected)
-    return epoch if isinstance(epoch, int) else None
 
 
 def _names_of_torchvision(name, state):

@@ -6,7 +6,7 @@ import numpy as np
 from graph_utils import neighbours as nb
 from lowshot import exact_search
 from lowshot.cells import Codes, as_vectors, main_directions, nearest_cells
-from lowshot.exact_search import best_and_unsure, best_of, candidates_for, exact_of
+from lowshot.exact_search import best_and_unsure, best_of
 from lowshot.script import silent, size
 
 SAMPLE = 1000               # queries that recall is measured on: its standard error is about .003
@@ -33,33 +33,27 @@ class Sample:
 
     number int32 (m,); D, I: their k nearest by exact search. candidates: int64 (m, k + MANY_SPARE), the nearest by products in
     bytes or bfloat16, in no order; in very tight clusters these miss some of the k nearest.
-    cells: Cells of X, or None. Where these hold all dimensions in bytes, that serves to find candidates, in less than half the
-    time; products are then taken to err by BYTES_ERR standard errors at the most. Cells that hold nothing get the vectors so.
+    cells: Cells of X, which get the vectors in bytes of all dimensions, if they do not hold them; these serve to find candidates,
+    and products are taken to err by BYTES_ERR standard errors at the most.
     """
 
-    def __init__(self, vectors, X, k, seed, progress=silent, size=SAMPLE, first=0, cells=None):
+    def __init__(self, vectors, X, k, seed, cells, progress=silent, size=SAMPLE, first=0):
         self.number = (first + sampled(vectors.n - first, size, seed)).astype(np.int32)
         self.k, self.X = k, X
         self.x = vectors.scaled_rows(self.number)
         Q = as_vectors(self.x)
         # in tight clusters the errors of candidates leave many in doubt, and float32 is slow
         K = k + exact_search.MANY_SPARE
-        if cells is None or cells.codes is not None and not cells.codes.plain:
-            keys, error = candidates_for(Q, X, K, progress, False)
-            self.candidates = nb.numbers(keys)
-            self.D, self.I = exact_of(keys, error, Q, X, k, progress, False)
-        else:
-            keys, error = self._by_bytes(Q, X, K, cells, progress)
-            self.candidates = nb.numbers(keys)
-            self.D, self.I, unsure = best_and_unsure(keys, error, Q, X, k)
-            if len(unsure):
-                self.D[unsure], self.I[unsure] = exact_search.exact_knn(self.x[unsure], X, k, progress,
-                                                                        spare=exact_search.MANY_SPARE)
+        keys, error = self._by_bytes(Q, X, K, cells, progress)
+        self.candidates = nb.numbers(keys)
+        self.D, self.I, unsure = best_and_unsure(keys, error, Q, X, k)
+        if len(unsure):
+            self.D[unsure], self.I[unsure] = exact_search.exact_knn(self.x[unsure], X, k, progress, spare=exact_search.MANY_SPARE)
 
     @staticmethod
     def _by_bytes(Q, X, K, cells, progress):
-        """(keys, error) as of candidates_for(). A step of bytes errs like a uniform variable, whose variance is 1 / 12."""
-        if cells.codes is None:
+        """(keys, error) as of exact_search.candidates_for(). A step of bytes errs like a uniform variable, whose variance is 1 / 12."""
+        if cells.codes is None or not cells.codes.plain:
             cells.use(Codes(), progress)
         keys, queries = np.zeros((Q.n, min(K, X.n)), np.int64), Q.converted(cells.codes, 0, Q.n)
         step = 0.0

@@ -6,7 +6,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -35,22 +34,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def number(kind, low=None, high=None):
+def number(kind, low, high=None):
     """Argument type: an int or a finite float within [low, high]; an int below 2^31 if `high` is not given."""
-    most = 2 ** 31 - 1 if kind is int and high is None else high
+    most = high if high is not None else 2 ** 31 - 1 if kind is int else sys.float_info.max
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number")
-        if value != value or abs(value) == math.inf or (low is not None and value < low) or (most is not None and value > most):
-            bounds = [f"at least {low}"] * (low is not None)
-            if high is not None or kind is int and value > most:
-                bounds.append(f"at most {most}")
-            elif kind is float:
-                bounds.append("finite")
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
+        if not low <= value <= most:           # nor is NaN
+            bound = " and finite" if kind is float and high is None else \
+                f" and at most {most}" if high is not None or value > most else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{bound}")
         return value
     return parse
 
@@ -257,9 +253,9 @@ def file_identities(paths):
     return [[os.path.basename(path), s.st_size, s.st_mtime_ns, digest_of_some(path)] for path, s in found]
 
 
-def digest_of_some(path, pieces=16, piece=4096):
+def digest_of_some(path, pieces=16):
     """A digest of pieces of a file all over it, hexadecimal."""
-    digest, nbytes = hashlib.sha256(), os.path.getsize(path)
+    digest, nbytes, piece = hashlib.sha256(), os.path.getsize(path), 4096
     with open(path, "rb", buffering=0) as f:
         for i in range(pieces):
             digest.update(os.pread(f.fileno(), piece, max(0, nbytes - piece) * i // (pieces - 1)))

@@ -269,7 +269,7 @@ def test_files_made_anew_are_not_taken_for_those_of_an_earlier_state(tmp_path):
     assert GraphFiles(*paths, 6, 2, "a search by Faiss").done == 4
     assert GraphFiles(*paths, 6, 2, "a search of another index").done == 0
     files.save(4)
-    assert GraphFiles(*paths, 6, 2).done == 0               # another way, whose run is then killed
+    assert GraphFiles(*paths, 6, 2, None).done == 0               # another way, whose run is then killed
     files = GraphFiles(*paths, 6, 2, "a search by Faiss")
     assert files.done == 0 and not files.arrays[0].any()
 
@@ -711,7 +711,7 @@ def test_a_search_by_faiss_of_something_else_begins_anew(tmp_path, monkeypatch, 
 
 
 def test_the_graphs_files_are_on_disk_before_they_get_their_names_D_first(tmp_path, monkeypatch):
-    files = GraphFiles(str(tmp_path / "I"), str(tmp_path / "D"), 6, 2)
+    files = GraphFiles(str(tmp_path / "I"), str(tmp_path / "D"), 6, 2, None)
     calls = []
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, lambda *a, call=getattr(os, name): calls.append(a[1:]) or call(*a))

@@ -349,7 +349,7 @@ def test_training_killed_and_resumed(data, tmp_path):
     assert state["module.trunk.7.BNshortcut.running_var"].shape == (512,)
     assert state["module.classifier.weight"].shape == (NCLASS // 2, 512) and "module.classifier.bias" not in state
     assert all(tensor.is_contiguous() and tensor.isfinite().all() for tensor in state.values())
-    assert load_checkpoint(make_network("ResNet10"), folder / "2.tar") == 2
+    load_checkpoint(make_network("ResNet10"), folder / "2.tar")
 
     record = json.loads((two / "logs" / "train_network_ResNet10_2.json").read_text())
     assert record["classes"] == NCLASS // 2 and record["training_images"] == NCLASS // 2 * NTRAIN

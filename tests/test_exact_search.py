@@ -104,7 +104,7 @@ def test_files_are_normalised_as_they_are_read(tmp_path):
     x[17] = 0
     x.tofile(tmp_path / "raw")
     parts = MatrixFile(str(tmp_path / "raw"), "<f4", 32, 300), more
-    vectors, whole = Vectors(*parts, normalise=True), normalise_rows(np.concatenate([x, more]))
+    vectors, whole = Vectors(*parts, normalise=True), normalise_rows(np.concatenate([x, more]), "all")
     check_exact(*exact_search.exact_knn(more, vectors, 9), more, whole, 9)
     D, I, info = knn.build_knn_graph(vectors, 9)
     check_exact(D, I, whole, whole, 9)
@@ -121,7 +121,7 @@ def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
     x, more = 7 * clustered(700, seed=1), clustered(150, seed=2)
     x.tofile(tmp_path / "raw")
     vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), more, normalise=True)
-    new, q, whole = clustered(90, seed=3), clustered(60), normalise_rows(np.concatenate([x, more]))
+    new, q, whole = clustered(90, seed=3), clustered(60), normalise_rows(np.concatenate([x, more]), "all")
     for a, b in zip(exact_search.exact_knn(q, vectors, 9), exact_search.exact_knn(q, whole, 9)):
         np.testing.assert_allclose(a, b, atol=1e-6)
     D, I = exact_search.exact_knn(whole, whole, 6)

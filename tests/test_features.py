@@ -327,16 +327,16 @@ def test_a_matrix_is_read_in_parts(tmp_path, monkeypatch, at_once):
 
 def test_normalise_rows():
     x = np.array([[3, 4], [0, 0], [0, -2]], np.float32)
-    assert normalise_rows(x) is x and np.allclose(x, [[.6, .8], [0, 0], [0, -1]])
-    assert normalise_rows(np.zeros((0, 5), np.float32)).shape == (0, 5)
+    assert normalise_rows(x, "x") is x and np.allclose(x, [[.6, .8], [0, 0], [0, -1]])
+    assert normalise_rows(np.zeros((0, 5), np.float32), "none").shape == (0, 5)
     x = np.array([[3e-18, 4e-18], [3e-21, 4e-21]], np.float32)
-    assert np.allclose(normalise_rows(x), [[.6, .8], [0, 0]])      # the second has no direction that float32 could tell
+    assert np.allclose(normalise_rows(x, "x"), [[.6, .8], [0, 0]])      # the second has no direction that float32 could tell
     # squares that float32 cannot hold give no norm; numpy's warnings would be errors here
     x[1, 1] = 2e30
     with pytest.raises(ValueError, match="f.raw: row 8 holds numbers as large as 2e\\+30"):
-        normalise_rows(x, "f.raw", 7)
+        features.row_norms(x, "f.raw", 7)
     with pytest.raises(ValueError, match="the vectors: a row holds numbers"):
-        normalise_rows(x)
+        normalise_rows(x, "the vectors")
 
 
 def test_data_directory_is_the_same_each_time(tmp_path):

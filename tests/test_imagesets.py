@@ -337,6 +337,8 @@ def test_identity_follows_the_files(tmp_path):
     assert images.identity(0, 3) != whole and images.identity(0, 2) == part
     (tmp_path / "c.jpg").unlink()
     assert len({str(x) for x in (images.identity(0, 3), whole, part)}) == 3
+    (tmp_path / "zz of a longer name.jpg").write_bytes(b"x")        # one of other images
+    assert folder_set(str(tmp_path)).identity(0, 2) == part
 
 
 def test_flat_folder(tmp_path):

@@ -149,8 +149,7 @@ def test_best_of_longer_lists():
 def test_cells_near_a_nodes_own_hold_its_nearest(spread):
     x = clustered(6000, spread=spread)
     cells = Cells.train(Vectors(x), 300)
-    sample = sampling.Sample(cells.vectors, cells.vectors, 10, 0)
-    cells.use(Codes())
+    sample = sampling.Sample(cells.vectors, cells.vectors, 10, 0, cells)
     position, p = cells.position(), 6
     curve = sample.recall_by_nprobe(cells, position)
     near = sample.near_cells(cells, position, p, curve[p - 1])

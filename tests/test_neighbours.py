@@ -618,6 +618,7 @@ def test_no_queries_and_no_vectors():
     empty, x = nb.to_bfloat16(np.empty((0, 32), "f4")), nb.to_bfloat16(unit_vectors(3, 32))
     assert nb.search_all(empty, x, 4).shape == (0, 4)
     assert not nb.search_all(x, empty, 4).any()
+    assert nb.descent_round(empty, np.empty((0, 4), np.int64)) == 0
 
 
 @pytest.mark.parametrize("call,message", [

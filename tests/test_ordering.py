@@ -119,4 +119,5 @@ def test_how_near_neighbours_come():
     q, y = np.c_[x, np.ones(n)].astype("f4"), np.c_[2 * x, -(x ** 2).sum(1)].astype("f4")      # the nearest in the plane
     I = nb.exact_products(nb.search_all(nb.to_float32(q), nb.to_float32(y), 9), q, y, 9)[1]
     place = locality_rank(I)
-    assert np.abs(place[I] - place[:, None]).mean() < 128
+    # 115 to 192 for other points and other rounding; 6700 at random
+    assert np.abs(place[I] - place[:, None]).mean() < 256

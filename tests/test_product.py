@@ -175,6 +175,9 @@ def test_mkl_product(n, k):
     W = np.zeros((n, n))
     W[np.repeat(np.arange(n), np.diff(graph.indptr)), graph.indices] = graph.values()
     np.testing.assert_allclose(found, W @ L, rtol=1e-5)
+    assert mkl_product(graph.indptr, graph.indices, graph.values(), L[:, :0].copy()).shape == (n, 0)
+    empty = np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
+    assert not mkl_product(*empty, np.empty((0, 3), np.float32), np.ones((n, 3), np.float32)).any()
 
 
 @pytest.mark.parametrize("nq,k,ncol", [(0, 3, 5), (1, 1, 1), (130, 7, 33), (300, 30, 64)])
@@ -266,6 +269,8 @@ def test_bad_graphs():
     packed = np.zeros(4, np.dtype([("I", "i4", 3), ("more", "i1")]))
     with pytest.raises(ValueError, match="contiguous rows expected"):
         SymmetricGraph(packed["I"])
+    with pytest.raises(ValueError, match="contiguous rows expected"):
+        SymmetricGraph(np.array([[0, 1], [1, 0]], np.int32)[::-1])
 
 
 def test_no_nodes_at_all():

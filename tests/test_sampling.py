@@ -19,11 +19,11 @@ def test_a_sample_by_bytes_has_the_true_neighbours(spread, unsure, monkeypatch):
     monkeypatch.setattr(exact_search, "exact_knn", lambda x, *args, **options: again.append(len(x)) or exact(x, *args, **options))
     x = clustered(3000, spread=spread)
     cells = Cells.train(Vectors(x), 60)
-    sample = sampling.Sample(cells.vectors, cells.vectors, 10, 0, first=500, size=300, cells=cells)
+    sample = sampling.Sample(cells.vectors, cells.vectors, 10, 0, cells, first=500, size=300)
     assert cells.codes.plain and (sum(again) > 0) == unsure and sample.number.min() >= 500
     check_exact(sample.D, sample.I, x[sample.number], x, 10)
     assert sample.candidates.shape == (300, 60) and all(len(set(row)) == 60 for row in sample.candidates)
-    few = sampling.Sample(cells.vectors, Vectors(x[:40].copy()), 10, 0, cells=Cells.train(Vectors(x[:40].copy()), 4))
+    few = sampling.Sample(cells.vectors, Vectors(x[:40].copy()), 10, 0, Cells.train(Vectors(x[:40].copy()), 4))
     check_exact(few.D, few.I, x[few.number], x[:40], 10)
 
 
@@ -37,8 +37,7 @@ def test_measured_recall_is_the_recall():
 def test_the_curve_predicts_what_a_number_of_cells_finds():
     x = clustered(3000, spread=1.)
     cells = Cells.train(Vectors(x), 60)
-    sample = sampling.Sample(cells.vectors, cells.vectors, 10, 0)
-    cells.use(Codes())
+    sample = sampling.Sample(cells.vectors, cells.vectors, 10, 0, cells)
     curve = sample.recall_by_nprobe(cells, cells.position())
     assert len(curve) == 60 and abs(curve[-1] - 1) < 1e-9 and (np.diff(curve) >= 0).all()
     for nprobe in (1, 4, 16):
@@ -48,7 +47,7 @@ def test_the_curve_predicts_what_a_number_of_cells_finds():
 
 def test_what_codes_lose_is_what_a_search_of_all_loses():
     x = with_energies(5000, .99 ** np.arange(256))
-    sample = sampling.Sample(Vectors(x), Vectors(x), 20, 0)
+    sample = sampling.Sample(Vectors(x), Vectors(x), 20, 0, Cells.train(Vectors(x), 50))
     codes = Codes("bytes", main_directions(Vectors(x), 128))
     [comparison] = sample.compared([codes], 60)
     measured, error = comparison.curve, comparison.error
@@ -73,7 +72,8 @@ def test_each_sample_tells_whether_codes_serve_it():
     nodes = np.concatenate([x, base])
     D0, I0 = exact_search.exact_knn(x, x, k)
     cells, lines = Cells.train(Vectors(nodes), 50), []
-    comparison = sampling.compared_by(sampling.Sample(Vectors(q), cells.vectors, k, 0), cells, .97, lambda *a: None, lines.append)
+    sample = sampling.Sample(Vectors(q), cells.vectors, k, 0, cells)
+    comparison = sampling.compared_by(sample, cells, .97, lambda *a: None, lines.append)
     assert cells.codes is comparison.codes and cells.codes.words(256) == 33
     D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, say=lines.append)
     assert cells.codes.words(256) > 33 and info["recall"] >= .96

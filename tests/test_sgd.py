@@ -84,6 +84,12 @@ def test_training_in_bfloat16_is_near_that_in_float32(d, C, B, T):
             assert 0 < np.abs(a - b).max() < .02 * np.abs(a).max()
 
 
+@pytest.mark.parametrize("points,C,d", [([], 2, 3), (POINTS, 0, 3), (POINTS, 2, 0)])
+def test_nothing_to_train(points, C, d):
+    with pytest.raises(ValueError, match="at least one of each"):
+        FusedSGD(points, C, d, 0.9)
+
+
 def test_unknown_arithmetic():
     with pytest.raises(KeyError):
         FusedSGD(POINTS, 2, 2, 0.9, "float16").steps(np.zeros((1, 2), np.float32), np.array([[0]]), np.array([[0]]))
