@@ -78,7 +78,7 @@ def main():
     from lowshot.cells import Vectors
     from lowshot.faiss_search import faiss_graph, on_gpus
     from lowshot.gpu_search import search_device
-    from lowshot.index_files import Checkpoint, GraphFiles, check_graph, open_graph
+    from lowshot.index_files import Checkpoint, GraphFiles, check_graph, checked_rows, open_graph
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
@@ -97,9 +97,11 @@ def main():
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
-        graph = open_graph(path_I, path_D, n, k, "--overwrite makes it again")
-        vectors = Vectors(rows, normalise=True)
-        check_graph(vectors, *graph, "--overwrite makes it again")
+        again = "--overwrite makes it again"
+        graph, vectors = open_graph(path_I, path_D, n, k, again), Vectors(rows, normalise=True)
+        for _ in checked_rows(*graph, k, again):
+            pass
+        check_graph(vectors, *graph, again)
         if os.path.exists(lists):       # of a run that was killed at its last step
             remove(lists)
         if os.path.exists(ddir.index(n)):

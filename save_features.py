@@ -66,6 +66,7 @@ def main():
 
     images = open_set(config)
     i0, i1 = block(args, len(images))
+    images.check(i0, i1)
     n, d = i1 - i0, network.feature_dim
     # what the features depend on; not where it is stored
     origin = {"model": args.model, "modelfile_sha256": args.modelfile and file_sha256(args.modelfile), "i0": i0, "i1": i1,

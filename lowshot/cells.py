@@ -55,7 +55,7 @@ class Vectors:
             name = getattr(source, "filename", "the features")
             for i in range(0, len(source), BLOCK):
                 rows = source[i:i + BLOCK]
-                norms[start + i:start + i + len(rows)] = row_norms(rows, name, i)
+                norms[start + i:start + i + len(rows)] = row_norms(rows, name, range(i, i + len(rows)))
         self.longest = 1.0 if normalise else float(norms.max(initial=0))
         if normalise:
             norms[norms == 0] = 1

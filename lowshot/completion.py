@@ -18,8 +18,8 @@ from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
 from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
-from lowshot.index_files import SIMILAR, allocator, cells_of_index, check_graph, open_graph, open_index
-from lowshot.layout import graph_command, pca_command
+from lowshot.index_files import allocator, cells_of_index, check_graph, checked_rows, open_graph, open_index
+from lowshot.layout import command_for, graph_command, pca_command
 from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
@@ -29,7 +29,6 @@ from lowshot.script import (Progress, digest_of_some, exclusive, file_identities
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 10
-BLOCK = 65536
 
 
 def read_features(path, rows, pca_path, what):
@@ -49,16 +48,8 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
     again = f"{graph_command(nbg, columns, vectors.d)} --overwrite makes it again"
     stored_I, stored_D = open_graph(path_I, path_D, nbg, columns, again)
-    for i in range(0, nbg, BLOCK):
-        rows = slice(i, i + BLOCK)
-        d, number = stored_D[rows][:, :k], stored_I[rows][:, :k]
-        D[rows], I[rows] = d, number
-        if number.max(initial=-1) >= nbg or number.min(initial=0) < -1:
-            row = int(np.argmax(((number >= nbg) | (number < -1)).any(axis=1)))
-            raise ValueError(f"{path_I}: row {i + row} names a neighbour that is not below {nbg}: {again}")
-        have = number >= 0
-        if not np.isfinite(d[have]).all() or not (d[:, :-1] >= d[:, 1:] - SIMILAR)[have[:, 1:]].all():
-            raise ValueError(f"{path_D} is damaged: similarities in decreasing order were expected; {again}")
+    for rows, number, similarity in checked_rows(stored_I, stored_D, k, again):
+        I[rows], D[rows] = number, similarity
     check_graph(vectors, stored_I, stored_D, again)
 
 
@@ -275,7 +266,7 @@ class FixedKey:
             if os.path.exists(ddir.index(nbg)):
                 self.sources.append(ddir.index(nbg))
         for path in self.sources:
-            check_readable(path, "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim))
+            check_readable(path, command_for(path, dim))
         load_pca(ddir.pca(dim))         # tells whether it is damaged: then its digest is another, too
         if nbg:
             check_made_by(ddir.pca(dim), ddir.raw(dim), dim)
@@ -305,7 +296,13 @@ class FixedKey:
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
         vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base)
         graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test)
-        indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
+        try:
+            indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
+        except ValueError as e:     # nothing of ours lists a neighbour twice
+            if not self.nbg:
+                raise
+            path, _, columns = self.ddir.find_graph(self.nbg, self.k, self.dim)
+            raise ValueError(f"{path}: {e}; {graph_command(self.nbg, columns, self.dim)} --overwrite makes it again")
         return FixedPart(dict(base=base, test=test, **graph, worst=exact_search.worst_neighbours(graph["D"], graph["I"]),
                               indptr=indptr, indices=indices, nsingle=nsingle))
 
@@ -316,9 +313,15 @@ class FixedKey:
                 stack.enter_context(exclusive(self.folder, lambda: log(f"another run is making {self.folder}")))
             except OSError as e:
                 raise OSError(f"{e}: the completed graph cannot be kept there; --nocache --record FILE does without")
-            if self.stored() is None:
-                self._store(self.make())
-            return self.stored()
+            part = self.stored()
+            if part is None:
+                part = self.make()
+                try:
+                    self._store(part)
+                    part = self.stored()
+                except OSError as e:        # a full disk: what took longest is done
+                    log(f"note: the completed graph is not kept for further runs ({e})")
+            return part
 
     def _store(self, part):
         """Write the arrays to a folder that appears under its name only when it is whole."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
+from lowshot.layout import command_for
 from lowshot.machine import cpus, end_with_parent, named_threads
 from lowshot.script import (as_text, changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_note,
                             read_yaml)
@@ -193,7 +194,8 @@ def make_job(e, system, ddir, name, arguments, *more):
             inputs += find()
         except ValueError as error:
             lacks.append(str(error))
-    lacks = [f"{path} does not exist" for path in inputs if not os.path.exists(path)] + lacks
+    lacks = [f"{path} does not exist: {command_for(path, arguments.get('dim', 256))} makes it"
+             for path in inputs if not os.path.exists(path)] + lacks
     return Job(name, f"{system}.py", arguments, os.path.join(e.folder(system, ddir), name + ".json"), inputs, lacks)
 
 

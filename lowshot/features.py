@@ -216,15 +216,10 @@ class FeatureFile:
         return out
 
     def _checked(self, x, rows):
-        # one sum per row tells NaN and infinity without a temporary the size of x
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore"):
             x = np.ascontiguousarray(x, np.float32)
-            sums = x.sum(axis=1)
-        self.zeros += int((~x[sums == 0].any(axis=1)).sum())
-        bad = ~np.isfinite(sums)
-        if bad.any() and not np.isfinite(x[bad]).all():
-            bad &= ~np.isfinite(x).all(axis=1)
-            raise ValueError(f"{self.path}: row {rows[np.argmax(bad)]} holds NaN or infinity")
+        norms = row_norms(x, self.path, rows)
+        self.zeros += int((~x[norms == 0].any(axis=1)).sum())
         return x
 
     def close(self):
@@ -323,16 +318,16 @@ class MatrixFile:
         return x
 
 
-def row_norms(x, name, first=None):
-    """L2 norms of the rows of x float32 (n, d), 0 where they are less than LEAST_NORM. name: the file they are from, first: the
-    number of the first row in it or None, for the ValueError about a row that has none."""
+def row_norms(x, name, rows=None):
+    """L2 norms of the rows of x float32 (n, d), 0 where they are less than LEAST_NORM. name: the file they are from, rows: their
+    numbers in it or None, for the ValueError about a row that has none."""
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("ij,ij->i", x, x))
     bad = ~np.isfinite(norms)
     if bad.any():
         row = np.argmax(bad)
         what = "NaN or infinity" if not np.isfinite(x[row]).all() else f"numbers as large as {np.abs(x[row]).max():.3g}"
-        raise ValueError(f"{name}: {'a row' if first is None else f'row {first + row}'} holds {what}")
+        raise ValueError(f"{name}: {'a row' if rows is None else f'row {rows[row]}'} holds {what}")
     norms[norms < LEAST_NORM] = 0
     return norms
 

@@ -48,7 +48,7 @@ except ImportError:
 
 from lowshot.machine import MOST_WORKERS
 from lowshot.packages import load_torchvision
-from lowshot.script import Progress, read_json, read_yaml
+from lowshot.script import Progress, log, read_json, read_yaml
 
 warnings.filterwarnings("ignore", module="PIL")     # of transparency, and of sizes
 
@@ -161,7 +161,7 @@ def open_set(config):
 
     len(images), images.labels(i0, i1) int32, images.read(i) -> bytes or uint8 (h, w, 3), images.name(i),
     images.class_names (list or None), images.identity(i0, i1): dict that tells these images from others, wherever
-    they are stored.
+    they are stored; images.check(i0, i1): ValueError where files that hold many of them are damaged.
     """
     dataset = config["dataset"]
     kind = dataset["kind"]
@@ -182,12 +182,19 @@ def _size(path):
         return -1
 
 
-class ZipSet:
+class ImageSet:
+    """What sets have if they have nothing of their own."""
+    class_names = None
+
+    def check(self, i0, i1):
+        pass
+
+
+class ZipSet(ImageSet):
     """YFCC100M: image number abcdefgh is fgh.jpg in ab/cde.zip. Numbers may be missing; there are no labels (0).
 
     At most `open_zips` files are kept open, the ones used last; threads may share them.
     """
-    class_names = None
 
     def __init__(self, root, length=None, open_zips=8):
         if not os.path.isdir(root):
@@ -213,12 +220,27 @@ class ZipSet:
     def __len__(self):
         return self.length
 
+    def _paths(self, i0, i1):
+        """The zip files of these images."""
+        return [os.path.join(self.root, f"{z // 1000:02d}", f"{z % 1000:03d}.zip") for z in range(i0 // 1000, -(-i1 // 1000))]
+
     def identity(self, i0, i1):
         digest = hashlib.sha256()
-        for z in range(i0 // 1000, -(-i1 // 1000)):
-            path = os.path.join(self.root, self.name(z * 1000).rsplit("/", 1)[0])
+        for path in self._paths(i0, i1):
             digest.update(b"%d " % _size(path))
         return {"sha256_zip_sizes": digest.hexdigest()}
+
+    def check(self, i0, i1):
+        """ValueError for a zip file that is truncated, and a line on those that are not there."""
+        paths = self._paths(i0, i1)
+        absent = [path for path in paths if not os.path.exists(path)]
+        if absent:
+            log(f"note: {len(absent)} of {len(paths)} zip files are not there, {absent[0]} for one: their images are missing")
+        for path in sorted(set(paths) - set(absent)):
+            with open(path, "rb") as f:
+                if not zipfile.is_zipfile(f):
+                    raise ValueError(f"{path} ({_size(path)} bytes) is truncated, or no zip file: copy it again, or remove it to "
+                                     "do without its images")
 
     def labels(self, i0, i1):
         return np.zeros(i1 - i0, np.int32)
@@ -240,7 +262,7 @@ class ZipSet:
             if reader is None:
                 while len(self.files) >= self.open_zips:
                     self.files.popitem(last=False)          # closed when the last thread that reads it lets go
-                reader = self.files[z] = ZipReader(os.path.join(self.root, f"{z // 1000:02d}", f"{z % 1000:03d}.zip"))
+                reader = self.files[z] = ZipReader(*self._paths(z * 1000, z * 1000 + 1))
             else:
                 self.files.move_to_end(z)
         return reader
@@ -307,7 +329,7 @@ class ZipReader:
         return have.data, at
 
 
-class FileSet:
+class FileSet(ImageSet):
     """Images in files of their own. names: paths below `root`; labels: int32 (n,)."""
 
     def __init__(self, root, names, labels, class_names=None):
@@ -432,7 +454,7 @@ def _is_image(name):
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-class CifarSet:
+class CifarSet(ImageSet):
     """CIFAR-10 or CIFAR-100 (its 100 fine classes), read and checked by torchvision; all in memory."""
 
     def __init__(self, kind, root, train, download):

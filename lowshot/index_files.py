@@ -116,16 +116,30 @@ def open_graph(path_I, path_D, n, columns, remedy):
     return MatrixFile(path_I, "<i4", columns, n), MatrixFile(path_D, "<f4", columns, n)
 
 
+def checked_rows(I, D, k, remedy):
+    """Yield (rows, I, D): the first k columns of a stored graph, a block of rows after the other; ValueError, with the remedy,
+    where these are no lists of neighbours. I, D: of open_graph()."""
+    n = len(I)
+    for i in range(0, n, BLOCK):
+        rows = slice(i, i + BLOCK)
+        number, similarity = I[rows][:, :k], D[rows][:, :k]
+        have = number >= 0
+        for wrong, what in ((~have[:, :1], "lists no neighbour"), ((number >= n) | (number < -1), f"names a neighbour that is not below {n}"),
+                            (have[:, 1:] & ~have[:, :-1], "has a gap between its neighbours")):
+            if wrong.any():
+                raise ValueError(f"{I.filename}: row {i + np.argmax(wrong.any(axis=1))} {what}: {remedy}")
+        if not np.isfinite(similarity[have]).all() or not (similarity[:, :-1] >= similarity[:, 1:] - SIMILAR)[have[:, 1:]].all():
+            raise ValueError(f"{D.filename} is damaged: similarities in decreasing order were expected; {remedy}")
+        yield rows, number, similarity
+
+
 def check_graph(vectors, I, D, remedy):
-    """Compare some rows of a stored graph of n nodes with the vectors it should be of, the first n of `vectors`: ValueError,
-    with the remedy, if it is of others. I, D: of open_graph()."""
+    """Compare some rows of a stored graph of n nodes, checked_rows(), with the vectors it should be of, the first n of `vectors`:
+    ValueError, with the remedy, if it is of others. I, D: of open_graph()."""
     n, differences = len(I), []
     for row in spread_rows(n, 64):
         number, similarity = I[row:row + 1][0], D[row:row + 1][0]
         have = number >= 0
-        if number.min() < -1 or number.max() >= n or not have.any():
-            raise ValueError(f"{I.filename}: row {row} is no list of neighbours among {n} nodes ({number.min()} to {number.max()}); "
-                             f"{remedy}")
         exact = vectors.scaled_rows(number[have]) @ vectors.scaled_rows([row])[0]
         wrong = ~(np.abs(similarity[have] - exact) < SIMILAR)
         if wrong.any():

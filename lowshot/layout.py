@@ -15,6 +15,11 @@ def pca_command(step, dim):
     return f"python train_apply_pca.py {step}" + (f" --dim {dim}" if dim != 256 else "")
 
 
+def command_for(path, dim):
+    """What makes a file of features or of the PCA."""
+    return "save_features.py" if path.endswith(".hdf5") else pca_command("train apply", dim)
+
+
 def padded_to_power_of_two(k):
     """The number of columns that a stored graph of k neighbours has."""
     return 1 << (k - 1).bit_length()

@@ -88,6 +88,7 @@ def main():
             run_jobs(jobs, jobs_at_a_time())
         else:
             print_report(e, args.what, ddir, jobs, parameters, source)
+    return 0
 
 
 if __name__ == "__main__":

@@ -90,11 +90,11 @@ def print_report(e, system, ddir, jobs, parameters, source):
                 f"be read, up to {max(bad)}, which have the features of a black one")
     table = report_table(e, system, rows)
     log("\n" + table + "\n")
+    check_none_lacks(without, jobs, 3)      # before files of them all are replaced
     stem = os.path.join(e.folder(system, ddir), "report" if source == "chosen" else f"report-{source}")
     write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
     write_text(stem + ".md", table + "\n")
     log(f"wrote {stem}.md and {stem}.json")
-    check_none_lacks(without, jobs, 3)
 
 
 # ------------------------------------------------------------------------------------------------ all systems together

@@ -118,7 +118,7 @@ def test_a_stored_graph_is_never_replaced_unasked(tmp_path):
     for path, content in zip(paths, before):
         path.write_bytes(content[:-4])
         done = run(tmp_path, 500, "--k", 8)
-        assert done.returncode == 1 and "16000 expected" in done.stderr and path.name in done.stderr
+        assert done.returncode == 1 and "16000 (500 rows of 32) expected" in done.stderr and path.name in done.stderr
         assert path.read_bytes() == content[:-4]
         path.write_bytes(content)
     os.rename(paths[1], folder / "D")
@@ -584,9 +584,11 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     assert run(tmp_path, 300, "--k", 8).returncode == 0
     stored = tmp_path / "knngraph" / "ndis300_k8_I_11.int32"
     right = stored.read_bytes()
-    for wrong in (b"\xff" * len(right), right[:4] + b"\0\0\1\0" + right[8:]):
+    for wrong, said in ((b"\xff" * len(right), "row 0 lists no neighbour"),
+                        (right[:4] + b"\0\0\1\0" + right[8:], "row 0 names a neighbour that is not below 300"),
+                        (right[:7 * 32 + 8] + b"\xff" * 4 + right[7 * 32 + 12:], "row 7 has a gap between its neighbours")):
         stored.write_bytes(wrong)
-        assert "row 0 is no list of neighbours among 300 nodes" in run(tmp_path, 300, "--k", 8).stderr
+        assert f"I_11.int32: {said}: --overwrite makes it again" in run(tmp_path, 300, "--k", 8).stderr
     stored.write_bytes(right)
     index = tmp_path / "knngraph" / "ndis300.index"
     os.truncate(index, 0)

@@ -1,5 +1,6 @@
 """Graph completion against exact search over all images."""
 import contextlib
+import errno
 import os
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_by_cells(data, monkeypatch, index, stored):
 def test_vectors_of_another_pca_are_an_error(data):
     ddir, _ = data
     note = ddir.raw(DIM) + ".json"
-    for content, said in (({"pca_sha256": file_sha256(ddir.pca(DIM))}, None), ([], None), ({"pca_sha256": "0"}, "another PCA")):
+    for content, said in (({"pca_sha256": file_sha256(ddir.pca(DIM))}, None), ([], "raw.json is damaged"), ({"pca_sha256": "0"}, "another PCA")):
         write_json(note, content)
         with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
             completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(3), np.arange(3))
@@ -149,6 +150,22 @@ def test_test_images_are_searched_by_cells(data, monkeypatch, nbg, nbase):
     x = np.concatenate([v["background"][:nbg], v["train"][base], v["train"][novel]])
     assert recall(I, reference.neighbours(x, x, K)) >= 0.95
     assert recall(test_I, reference.neighbours(v["val"][test], x, K)) >= 0.97
+
+
+def test_a_part_that_cannot_be_stored_serves_this_run(data, monkeypatch, capsys):
+    ddir, v = data
+    key = completion.FixedKey(ddir, "full", NBG, K, DIM, np.arange(20), np.arange(30))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(completion.np, "save", full)
+        part = key.stored_or_made()
+    assert "note: the completed graph is not kept for further runs" in capsys.readouterr().out
+    assert part.folder is None and key.stored() is None
+    assert not [name for name in os.listdir(ddir.path("knngraph")) if name.startswith("completed_full")]
+    np.testing.assert_array_equal(part.load("I"), key.stored_or_made().load("I"))
 
 
 def test_a_stored_part_that_is_replaced_while_it_is_read_is_an_error(data):

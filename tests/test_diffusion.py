@@ -297,6 +297,13 @@ def set_label(ddir, name, row, label):
         f["all_labels"][row] = label
 
 
+def repeats_a_neighbour(stem):
+    I, D = np.fromfile(stem + "I_11.int32", "i4").reshape(60, 8), np.fromfile(stem + "D_11.float32", "f4").reshape(60, 8)
+    I[:, 2], D[:, 2] = I[:, 1], D[:, 1]
+    I.tofile(stem + "I_11.int32")
+    D.tofile(stem + "D_11.float32")
+
+
 def truncated(path, nbytes):
     with open(path, "rb+") as f:
         f.truncate(nbytes)
@@ -315,13 +322,15 @@ def truncated(path, nbytes):
     (lambda d: None, ["--nlabeled", 21], "nlabeled is 21, but novel class .* has 20"),
     (lambda d: None, ["--nlabeled", 0], "must be at least 1"),
     (lambda d: None, ["--storeLname", "x", "--storeLiters", "3"], "asks for iteration 3, --niter is 2"),
+    (lambda d: repeats_a_neighbour(d + "/knngraph/ndis60_k8_"), [],
+     "I_11.int32: node [0-9]+ lists neighbour [0-9]+ twice; python build_graph.py 60 --k 8 --dim 32 --overwrite makes it again"),
     (lambda d: np.full(60 * 8, 99, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [],
      "row 0 names a neighbour that is not below 60"),
     (lambda d: np.full(60 * 8, 9, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "made from other vectors"),
     (lambda d: np.full(60 * 8, np.nan, np.float32).tofile(d + "/knngraph/ndis60_k8_D_11.float32"), [], "is damaged"),
     (lambda d: np.random.RandomState(0).randn(60, 32).astype("f4").tofile(
         d + "/features/f100m/concatenated_PCAR32.raw"), [], "made from other vectors"),
-    (lambda d: np.full(60 * 8, -1, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "row 0 is no list of neighbours"),
+    (lambda d: np.full(60 * 8, -1, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [], "row 0 lists no neighbour"),
     (lambda d: set_label(d, "val", 3, 20), [], "val.hdf5: the label of row 3 is 20, .*labels 0 to 19"),
     (lambda d: set_label(d, "train", 5, -1), [], "train.hdf5: the label of row 5 is -1"),
     (lambda d: None, ["--record", "/"], "is a directory"),

@@ -207,7 +207,8 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     assert diffusion.result() is not None
     # vectors of the background count as well
     of_background = experiments.validation_jobs(e, "diffusion", ddir)[-1]
-    assert of_background.arguments["nbg"] == 500 and f"{ddir.raw()} does not exist" in of_background.lacks
+    assert of_background.arguments["nbg"] == 500
+    assert f"{ddir.raw()} does not exist: python train_apply_pca.py train apply makes it" in of_background.lacks
     figures = all_points({500: (0.5, 0.5), 1000: (0.5, 0.5)})
     write_record(logreg, figures)
     assert logreg.result() is not None
@@ -594,6 +595,7 @@ def test_report_tells_what_is_missing(finished, ddir, capsys):
     with pytest.raises(ValueError, match=f"1 of 4 jobs have no complete record .* {jobs[1].name} for one"):
         report.print_report(e, "logreg", ddir, jobs, parameters, "chosen")
     assert "nl=1: 60.50 +/- 0.000" in capsys.readouterr().out
+    assert not os.path.exists(os.path.join(e.folder("logreg", ddir), "report.md"))
     for job in jobs[:1] + jobs[2:]:
         os.unlink(job.record)
     with pytest.raises(ValueError, match="4 of 4 jobs have no complete record"):

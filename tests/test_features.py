@@ -111,10 +111,13 @@ def test_nan_names_the_row(stored, value):
 
 def test_large_but_finite_rows_are_taken(tmp_path):
     path = str(tmp_path / "f.hdf5")
-    x = np.full((3, 4), 3e38, np.float32)                   # their sum overflows
+    x = np.full((3, 4), 9e18, np.float32)
+    x[1] = 1e19                 # whose squares add up to more than float32 holds
     write_features(path, x, np.zeros(3))
     with FeatureFile(path) as f:
         assert np.array_equal(f.read([0, 2]), x[[0, 2]])
+        with pytest.raises(ValueError, match=r"f.hdf5: row 1 holds numbers as large as 1e\+19"):
+            f.read([2, 1])
 
 
 def test_rows_of_zeros_are_told(tmp_path, capsys):
@@ -334,7 +337,7 @@ def test_normalise_rows():
     # squares that float32 cannot hold give no norm; numpy's warnings would be errors here
     x[1, 1] = 2e30
     with pytest.raises(ValueError, match="f.raw: row 8 holds numbers as large as 2e\\+30"):
-        features.row_norms(x, "f.raw", 7)
+        features.row_norms(x, "f.raw", range(7, 9))
     with pytest.raises(ValueError, match="the vectors: a row holds numbers"):
         normalise_rows(x, "the vectors")
 

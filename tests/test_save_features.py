@@ -160,12 +160,20 @@ def test_ddir_must_be_set(script, monkeypatch):
 
 def test_no_readable_image_is_an_error(script, tmp_path):
     (tmp_path / "zips/00").mkdir(parents=True)
-    (tmp_path / "zips/00/000.zip").write_bytes(b"not a zip")
+    with zipfile.ZipFile(tmp_path / "zips/00/000.zip", "w") as f:
+        for i in range(30):
+            f.writestr(f"{i:03d}.jpg", b"no image")
     (tmp_path / "c.yaml").write_text(f"dataset: {{kind: yfcc100m, root: {tmp_path}/zips, length: 30}}\n"
                                      "transforms: {resize: null, crop: 32}")
     with pytest.raises(ValueError, match="none of the 30 images could be read .0 missing, 30 damaged.*009.jpg and 20 more; "):
         script(cfg=tmp_path / "c.yaml")
     assert sorted(os.listdir(tmp_path)) == ["c.yaml", "zips"]
+    os.truncate(tmp_path / "zips/00/000.zip", 700)
+    with pytest.raises(ValueError, match="000.zip .700 bytes. is truncated, or no zip file: copy it again, or remove it"):
+        script(cfg=tmp_path / "c.yaml")
+    os.unlink(tmp_path / "zips/00/000.zip")
+    with pytest.raises(ValueError, match="none of the 30 images could be read .30 missing, 0 damaged"):
+        script(cfg=tmp_path / "c.yaml")
 
 
 def test_complete_and_other_outputs(data, script, tmp_path):

@@ -293,6 +293,12 @@ def huge(root):
         f["all_feats"][4] = 3e38
 
 
+def steep(root):
+    transform = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
+    faiss.copy_array_to_vector(faiss.vector_to_array(transform.A) * np.float32(3e38), transform.A)
+    faiss.write_VectorTransform(transform, path(root, f"PCAR{DIM}.vt"))
+
+
 def test_a_damaged_output_of_the_right_size_is_not_complete(root):
     run(root, "train", "apply")
     right = raw(root)
@@ -327,7 +333,8 @@ def nan(root):
             faiss.RandomRotationMatrix(D, 5), path(root, "PCAR5.vt")), "gives 5 dimensions, its name says 10"),
     (lambda root: os.unlink(path(root, "block1.hdf5")), "no block1.hdf5"),
     (nan, "block1.hdf5: row 4 holds NaN"),
-    (huge, "block1.hdf5: row 4 is too large"),
+    (huge, "block1.hdf5: row 4 holds numbers as large as 3e+38"),
+    (steep, "is too large, the PCA makes NaN or infinity of it"),
 ])
 def test_bad_input_is_one_line_and_leaves_no_output(root, spoil, message):
     run(root, "train")
