@@ -124,9 +124,9 @@ class SymmetricGraph:
         """The graph of n nodes that a smaller one becomes by changes of its entries: quicker than to make it anew.
 
         arrays: indptr, indices, nsingle of the smaller one, whose nodes are the first ones; they may come from a file, and
-        ValueError is raised where numbers are out of range or order. rows, columns int32, by int8: each changed entry of W once, and by how
-        much; in order of rows, then of columns. empty: makes the array of entries, (shape, dtype) -> zeros, which may be in a
-        file, as it is read in order. Memory: that of both graphs.
+        ValueError is raised where numbers are out of range or order. rows, columns int32, by int8: each changed entry of W once,
+        and by how much; in order of rows, then of columns. empty: makes the array of entries, (shape, dtype) -> zeros, which may
+        be in a file, as it is read in order. Memory: that of both graphs.
         """
         indptr, indices, nsingle = arrays
         if len(indptr) != len(nsingle) + 1:

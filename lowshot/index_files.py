@@ -124,7 +124,8 @@ def checked_rows(I, D, k, remedy):
         rows = slice(i, i + BLOCK)
         number, similarity = I[rows][:, :k], D[rows][:, :k]
         have = number >= 0
-        for wrong, what in ((~have[:, :1], "lists no neighbour"), ((number >= n) | (number < -1), f"names a neighbour that is not below {n}"),
+        for wrong, what in ((~have[:, :1], "lists no neighbour"),
+                            ((number >= n) | (number < -1), f"names a neighbour that is not below {n}"),
                             (have[:, 1:] & ~have[:, :-1], "has a gap between its neighbours")):
             if wrong.any():
                 raise ValueError(f"{I.filename}: row {i + np.argmax(wrong.any(axis=1))} {what}: {remedy}")
@@ -149,8 +150,8 @@ def check_graph(vectors, I, D, remedy):
         differences.append(np.abs(similarity[have] - exact))
     mean = np.concatenate(differences or [np.zeros(1)]).mean()
     if mean > SIMILAR_MEAN:
-        raise ValueError(f"{D.filename} holds similarities that differ by {mean:.4g} on average from those of the vectors: the graph "
-                         f"was made from others, or in other dimensions; {remedy}")
+        raise ValueError(f"{D.filename} holds similarities that differ by {mean:.4g} on average from those of the vectors: the "
+                         f"graph was made from others, or in other dimensions; {remedy}")
 
 
 def check_index(index, vectors, path):

@@ -52,7 +52,7 @@ class Sample:
 
     @staticmethod
     def _by_bytes(Q, X, K, cells, progress):
-        """(keys, error) as of exact_search.candidates_for(). A step of bytes errs like a uniform variable, whose variance is 1 / 12."""
+        """(keys, error) as exact_search.candidates_for(). A step of bytes errs like a uniform variable, of variance 1 / 12."""
         if cells.codes is None or not cells.codes.plain:
             cells.use(Codes(), progress)
         keys, queries = np.zeros((Q.n, min(K, X.n)), np.int64), Q.converted(cells.codes, 0, Q.n)

@@ -109,7 +109,8 @@ def test_by_cells(data, monkeypatch, index, stored):
 def test_vectors_of_another_pca_are_an_error(data):
     ddir, _ = data
     note = ddir.raw(DIM) + ".json"
-    for content, said in (({"pca_sha256": file_sha256(ddir.pca(DIM))}, None), ([], "raw.json is damaged"), ({"pca_sha256": "0"}, "another PCA")):
+    for content, said in (({"pca_sha256": file_sha256(ddir.pca(DIM))}, None), ([], "raw.json is damaged"),
+                          ({"pca_sha256": "0"}, "another PCA")):
         write_json(note, content)
         with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
             completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(3), np.arange(3))

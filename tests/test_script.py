@@ -28,7 +28,8 @@ def test_number_takes(kind, low, high, text, value):
     (int, 1, None, str(2 ** 31), "at least 1 and at most 2147483647"),
     (int, 1, None, "1.5", "'1.5' is not a whole number"), (float, 0, None, "x", "'x' is not a number"),
     (float, 0, None, "nan", "nan must be at least 0 and finite"), (float, 0, 1, "inf", "inf must be at least 0 and at most 1$"),
-    (float, 0, None, "inf", "inf must be at least 0 and finite"), (float, 0, None, "-1e400", "-1e400 must be at least 0 and finite")])
+    (float, 0, None, "inf", "inf must be at least 0 and finite"),
+    (float, 0, None, "-1e400", "-1e400 must be at least 0 and finite")])
 def test_number_refuses(kind, low, high, text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         number(kind, low, high)(text)
