@@ -20,11 +20,11 @@ A run that was killed goes on from its last checkpoint when the same command is 
 import argparse
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import time
-import zipfile
 
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
@@ -130,15 +130,18 @@ class Checkpoint:
         """Restore the classifiers; returns the rest that was saved, None if there is no whole state of the same run."""
         if not os.path.exists(self.path):
             return None
+        with open(self.path, "rb") as f:        # errors of the disk are none of the content
+            content = io.BytesIO(f.read())
         try:
-            with np.load(self.path, allow_pickle=False) as state:
+            with np.load(content, allow_pickle=False) as state:
                 if str(state["key"]) != self.key:
                     return None
-                arrays, rest = dict(state), json.loads(str(state["rest"]))
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as e:
-            if getattr(e, "errno", None):       # not of what is in the file
-                raise
-            log(f"note: {self.path} is damaged ({e}): training begins anew")
+                own, arrays, rest = classifiers.state(), dict(state), json.loads(str(state["rest"]))
+            for name in own:
+                if (arrays[name].dtype, arrays[name].shape) != (own[name].dtype, own[name].shape):
+                    raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
+        except Exception as e:          # of parsers, in many ways
+            log(f"note: {self.path} is damaged ({type(e).__name__}: {e}): training begins anew")
             return None
         classifiers.restore(arrays)
         return rest

@@ -35,7 +35,7 @@ def read_features(path, rows, pca_path, what):
     """Rows of a feature file after PCA and L2 normalisation, float32 (len(rows), d)."""
     with FeatureFile(path) as f, Progress(len(rows), what) as progress:
         pca = load_pca(pca_path, f)
-        x = f.read(rows, lambda x: normalise_rows(pca.apply(x), path), progress.update)
+        x = f.read(rows, lambda x: normalise_rows(pca.apply(x), f"{path}, after {pca_path},"), progress.update)
     release_memory()
     return x
 
@@ -307,7 +307,7 @@ class FixedKey:
                               indptr=indptr, indices=indices, nsingle=nsingle))
 
     def stored_or_made(self):
-        """The stored part, made first where there is none; runs that start together make it once."""
+        """The stored part, made first where there is none; runs that start together make it once, if the disk has room for it."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(exclusive(self.folder, lambda: log(f"another run is making {self.folder}")))
@@ -318,7 +318,7 @@ class FixedKey:
                 part = self.make()
                 try:
                     self._store(part)
-                    part = self.stored()
+                    part = self.stored() or part
                 except OSError as e:        # a full disk: what took longest is done
                     log(f"note: the completed graph is not kept for further runs ({e})")
             return part

@@ -232,15 +232,19 @@ class ZipSet(ImageSet):
 
     def check(self, i0, i1):
         """ValueError for a zip file that is truncated, and a line on those that are not there."""
-        paths = self._paths(i0, i1)
-        absent = [path for path in paths if not os.path.exists(path)]
+        paths, absent = self._paths(i0, i1), []
+        for path in paths:
+            try:
+                with open(path, "rb") as f:
+                    whole = zipfile.is_zipfile(f)
+            except FileNotFoundError:
+                absent.append(path)
+                continue
+            if not whole:
+                raise ValueError(f"{path} ({_size(path)} bytes) is truncated, or no zip file: copy it again, or remove it to "
+                                 "do without its images")
         if absent:
             log(f"note: {len(absent)} of {len(paths)} zip files are not there, {absent[0]} for one: their images are missing")
-        for path in sorted(set(paths) - set(absent)):
-            with open(path, "rb") as f:
-                if not zipfile.is_zipfile(f):
-                    raise ValueError(f"{path} ({_size(path)} bytes) is truncated, or no zip file: copy it again, or remove it to "
-                                     "do without its images")
 
     def labels(self, i0, i1):
         return np.zeros(i1 - i0, np.int32)

@@ -118,20 +118,20 @@ def open_graph(path_I, path_D, n, columns, remedy):
 
 def checked_rows(I, D, k, remedy):
     """Yield (rows, I, D): the first k columns of a stored graph, a block of rows after the other; ValueError, with the remedy,
-    where these are no lists of neighbours. I, D: of open_graph()."""
+    where a row is no list of neighbours. I, D: of open_graph()."""
     n = len(I)
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
-        number, similarity = I[rows][:, :k], D[rows][:, :k]
+        number, similarity = I[rows], D[rows]
         have = number >= 0
         for wrong, what in ((~have[:, :1], "lists no neighbour"),
-                            ((number >= n) | (number < -1), f"names a neighbour that is not below {n}"),
+                            ((number >= n) | (number < -1), f"names a neighbour that is none of {n} nodes"),
                             (have[:, 1:] & ~have[:, :-1], "has a gap between its neighbours")):
             if wrong.any():
                 raise ValueError(f"{I.filename}: row {i + np.argmax(wrong.any(axis=1))} {what}: {remedy}")
         if not np.isfinite(similarity[have]).all() or not (similarity[:, :-1] >= similarity[:, 1:] - SIMILAR)[have[:, 1:]].all():
             raise ValueError(f"{D.filename} is damaged: similarities in decreasing order were expected; {remedy}")
-        yield rows, number, similarity
+        yield rows, number[:, :k], similarity[:, :k]
 
 
 def check_graph(vectors, I, D, remedy):

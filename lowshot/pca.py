@@ -45,8 +45,8 @@ def check_made_by(pca_path, raw, dim):
     they are believed, but for vectors beside a PCA that was trained here."""
     made_by = read_note(raw + ".json").get("pca_sha256")
     if made_by is None and os.path.exists(raw + ".json"):
-        raise ValueError(f"{raw}.json is damaged, it does not tell which PCA made the vectors: delete it if it was {pca_path}, "
-                         f"or {pca_command('apply', dim)} --overwrite makes both again")
+        raise ValueError(f"{raw}.json is damaged, it does not tell which PCA made the vectors: {pca_command('apply', dim)} "
+                         "--overwrite makes both again")
     if os.path.exists(pca_path + ".json") if made_by is None else made_by != file_sha256(pca_path):
         raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes "
                          "vectors, build_graph.py --overwrite then the graph; or, if both files were put there, delete the "

@@ -585,7 +585,7 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     stored = tmp_path / "knngraph" / "ndis300_k8_I_11.int32"
     right = stored.read_bytes()
     for wrong, said in ((b"\xff" * len(right), "row 0 lists no neighbour"),
-                        (right[:4] + b"\0\0\1\0" + right[8:], "row 0 names a neighbour that is not below 300"),
+                        (right[:4] + b"\0\0\1\0" + right[8:], "row 0 names a neighbour that is none of 300 nodes"),
                         (right[:7 * 32 + 8] + b"\xff" * 4 + right[7 * 32 + 12:], "row 7 has a gap between its neighbours")):
         stored.write_bytes(wrong)
         assert f"I_11.int32: {said}: --overwrite makes it again" in run(tmp_path, 300, "--k", 8).stderr

@@ -242,7 +242,7 @@ def test_neighbours_that_are_none_and_lists_out_of_order_are_refused(tmp_path):
         spoilt = I.copy()
         spoilt[30 * 8 + 3] = wrong
         spoilt.tofile(stem + "I_11.int32")
-        with pytest.raises(ValueError, match="row 30 names a neighbour that is not below 60"):
+        with pytest.raises(ValueError, match="row 30 names a neighbour that is none of 60 nodes"):
             completion.read_background_graph(ddir, 60, 8, *out, x)
     I.reshape(60, 8)[:, ::-1].tofile(stem + "I_11.int32")
     D.reshape(60, 8)[:, ::-1].tofile(stem + "D_11.float32")

@@ -209,6 +209,12 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     of_background = experiments.validation_jobs(e, "diffusion", ddir)[-1]
     assert of_background.arguments["nbg"] == 500
     assert f"{ddir.raw()} does not exist: python train_apply_pca.py train apply makes it" in of_background.lacks
+    assert ddir.index(500) not in of_background.inputs
+    os.makedirs(ddir.path("knngraph"), exist_ok=True)
+    with open(ddir.index(500), "wb"):       # and the index, if there is one
+        pass
+    assert ddir.index(500) in experiments.validation_jobs(e, "diffusion", ddir)[-1].inputs
+    os.unlink(ddir.index(500))
     figures = all_points({500: (0.5, 0.5), 1000: (0.5, 0.5)})
     write_record(logreg, figures)
     assert logreg.result() is not None

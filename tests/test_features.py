@@ -109,7 +109,7 @@ def test_nan_names_the_row(stored, value):
         f.read([30, 32])
 
 
-def test_large_but_finite_rows_are_taken(tmp_path):
+def test_rows_are_taken_whose_squares_float32_holds(tmp_path):
     path = str(tmp_path / "f.hdf5")
     x = np.full((3, 4), 9e18, np.float32)
     x[1] = 1e19                 # whose squares add up to more than float32 holds

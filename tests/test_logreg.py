@@ -307,9 +307,13 @@ def test_state_of_another_run_is_not_taken(tmp_path, capsys):
     assert Checkpoint(tmp_path / "r.json", {"seed": 1}).load(fresh) == {"iteration": 5}
     assert (fresh.weights(0)[0] == 1).all() and not fresh.M.any()
     state = tmp_path / ".r.state.npz"
-    state.write_bytes(state.read_bytes()[:300])
-    assert Checkpoint(tmp_path / "r.json", {"seed": 1}).load(fresh) is None
-    assert "r.state.npz is damaged" in capsys.readouterr().out
+    whole = state.read_bytes()
+    at = whole.index(b"\x93NUMPY", whole.index(b"W.npy"))
+    for damaged in (whole[:300], whole.replace(b"W.npy", b"w.npy"), whole[:at] + bytes(4) + whole[at + 4:], b""):
+        state.write_bytes(damaged)
+        other = FusedSGD([(0.1, 0.1)], 3, 4, 0.9)
+        assert Checkpoint(tmp_path / "r.json", {"seed": 1}).load(other) is None and not other.W.any()
+        assert "r.state.npz is damaged" in capsys.readouterr().out
 
 
 def test_default_record_name(ddir, monkeypatch):

@@ -158,7 +158,7 @@ def test_ddir_must_be_set(script, monkeypatch):
             script()
 
 
-def test_no_readable_image_is_an_error(script, tmp_path):
+def test_no_readable_image_is_an_error(script, tmp_path, capsys):
     (tmp_path / "zips/00").mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / "zips/00/000.zip", "w") as f:
         for i in range(30):
@@ -174,6 +174,7 @@ def test_no_readable_image_is_an_error(script, tmp_path):
     os.unlink(tmp_path / "zips/00/000.zip")
     with pytest.raises(ValueError, match="none of the 30 images could be read .30 missing, 0 damaged"):
         script(cfg=tmp_path / "c.yaml")
+    assert "note: 1 of 1 zip files are not there, " in capsys.readouterr().out
 
 
 def test_complete_and_other_outputs(data, script, tmp_path):
