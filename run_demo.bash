@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiment on the embedded data, from image files to the table of results: 9 to 12 minutes on two cores,
+# The paper's experiment on the embedded data, from image files to the table of results: 5 to 12 minutes on two cores,
 # besides the installation of the packages. A second run reuses what is complete.
 #
 #     bash run_demo.bash
