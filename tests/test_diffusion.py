@@ -297,6 +297,12 @@ def set_label(ddir, name, row, label):
         f["all_labels"][row] = label
 
 
+def names_none_in_the_last_column(path):
+    I = np.fromfile(path, "i4").reshape(60, 8)
+    I[:, 7] = 99
+    I.tofile(path)
+
+
 def repeats_a_neighbour(stem):
     I, D = np.fromfile(stem + "I_11.int32", "i4").reshape(60, 8), np.fromfile(stem + "D_11.float32", "f4").reshape(60, 8)
     I[:, 2], D[:, 2] = I[:, 1], D[:, 1]
@@ -322,6 +328,8 @@ def truncated(path, nbytes):
     (lambda d: None, ["--nlabeled", 21], "nlabeled is 21, but novel class .* has 20"),
     (lambda d: None, ["--nlabeled", 0], "must be at least 1"),
     (lambda d: None, ["--storeLname", "x", "--storeLiters", "3"], "asks for iteration 3, --niter is 2"),
+    (lambda d: names_none_in_the_last_column(d + "/knngraph/ndis60_k8_I_11.int32"), ["--k", 6],
+     "row 0 names a neighbour that is none of 60 nodes"),
     (lambda d: repeats_a_neighbour(d + "/knngraph/ndis60_k8_"), [],
      "I_11.int32: node [0-9]+ lists neighbour [0-9]+ twice; python build_graph.py 60 --k 8 --dim 32 --overwrite makes it again"),
     (lambda d: np.full(60 * 8, 99, np.int32).tofile(d + "/knngraph/ndis60_k8_I_11.int32"), [],
