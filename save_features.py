@@ -6,8 +6,8 @@ writes  OUTFILE, HDF5: all_feats float32 (n, d), all_labels int32 (n), count int
         also class_names, strings: row c is that of label c.
 
 Images that are missing or damaged get the features of a black image, are False in `readable`, and are counted at the
-end; a zip file that is truncated is an error before the work. A run that is cut off goes on where it was saved last, 20 seconds before or less, when the same command is given
-again; OUTFILE appears when complete.
+end; a zip file that is truncated is an error before the work. A run that is cut off goes on where it was saved last, 20
+seconds before or less, when the same command is given again; OUTFILE appears when complete.
 
 The background in blocks of a million images, then the labelled images:
 
