@@ -35,7 +35,7 @@ def read_features(path, rows, pca_path, what):
     """Rows of a feature file after PCA and L2 normalisation, float32 (len(rows), d)."""
     with FeatureFile(path) as f, Progress(len(rows), what) as progress:
         pca = load_pca(pca_path, f)
-        x = f.read(rows, lambda x: normalise_rows(pca.apply(x), f"{path}, after {pca_path},"), progress.update)
+        x = f.read(rows, lambda x: normalise_rows(pca.apply(x), f"{path} after {pca_path}"), progress.update)
     release_memory()
     return x
 
@@ -296,13 +296,7 @@ class FixedKey:
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
         vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base)
         graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test)
-        try:
-            indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
-        except ValueError as e:     # nothing of ours lists a neighbour twice
-            if not self.nbg:
-                raise
-            path, _, columns = self.ddir.find_graph(self.nbg, self.k, self.dim)
-            raise ValueError(f"{path}: {e}; {graph_command(self.nbg, columns, self.dim)} --overwrite makes it again")
+        indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
         return FixedPart(dict(base=base, test=test, **graph, worst=exact_search.worst_neighbours(graph["D"], graph["I"]),
                               indptr=indptr, indices=indices, nsingle=nsingle))
 

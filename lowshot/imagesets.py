@@ -220,9 +220,12 @@ class ZipSet(ImageSet):
     def __len__(self):
         return self.length
 
+    def _path(self, z):
+        return os.path.join(self.root, f"{z // 1000:02d}", f"{z % 1000:03d}.zip")
+
     def _paths(self, i0, i1):
         """The zip files of these images."""
-        return [os.path.join(self.root, f"{z // 1000:02d}", f"{z % 1000:03d}.zip") for z in range(i0 // 1000, -(-i1 // 1000))]
+        return [self._path(z) for z in range(i0 // 1000, -(-i1 // 1000))]
 
     def identity(self, i0, i1):
         digest = hashlib.sha256()
@@ -266,7 +269,7 @@ class ZipSet(ImageSet):
             if reader is None:
                 while len(self.files) >= self.open_zips:
                     self.files.popitem(last=False)          # closed when the last thread that reads it lets go
-                reader = self.files[z] = ZipReader(*self._paths(z * 1000, z * 1000 + 1))
+                reader = self.files[z] = ZipReader(self._path(z))
             else:
                 self.files.move_to_end(z)
         return reader

@@ -123,10 +123,11 @@ def checked_rows(I, D, k, remedy):
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
         number, similarity = I[rows], D[rows]
-        have = number >= 0
+        have, ordered = number >= 0, np.sort(number, axis=1)
         for wrong, what in ((~have[:, :1], "lists no neighbour"),
                             ((number >= n) | (number < -1), f"names a neighbour that is none of {n} nodes"),
-                            (have[:, 1:] & ~have[:, :-1], "has a gap between its neighbours")):
+                            (have[:, 1:] & ~have[:, :-1], "has a gap between its neighbours"),
+                            ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), "lists a neighbour twice")):
             if wrong.any():
                 raise ValueError(f"{I.filename}: row {i + np.argmax(wrong.any(axis=1))} {what}: {remedy}")
         if not np.isfinite(similarity[have]).all() or not (similarity[:, :-1] >= similarity[:, 1:] - SIMILAR)[have[:, 1:]].all():

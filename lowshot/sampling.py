@@ -32,7 +32,7 @@ class Sample:
     """Some of `vectors`, of those from number `first` on, and their true neighbours among the Vectors X.
 
     number int32 (m,); D, I: their k nearest by exact search. candidates: int64 (m, k + MANY_SPARE), the nearest by products in
-    bytes or bfloat16, in no order; in very tight clusters these miss some of the k nearest.
+    bytes, in no order; in very tight clusters these miss some of the k nearest.
     cells: Cells of X, which get the vectors in bytes of all dimensions, if they do not hold them; these serve to find candidates,
     and products are taken to err by BYTES_ERR standard errors at the most.
     """
