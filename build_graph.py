@@ -15,8 +15,8 @@ million. Otherwise each image is compared with those of its nearest cells, and, 
 its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with the index if it is
 complete, and beyond 2,000,000 vectors, or where Faiss searches, with the lists found so far, of which a copy is kept every few
 minutes (not where a GPU compares all images with all, which takes no longer than that). Candidates that do not fit in memory
-are kept in files without a name in $DDIR/knngraph, 16 bytes for each of up to 64 per image; the copies take half as much, twice
-while one is written.
+are kept in files without a name in $DDIR/knngraph, 16 bytes for each of up to 64 per image, or 2 k; the copies take half as much,
+twice while one is written.
 """
 import os
 import time
@@ -170,7 +170,7 @@ def predict_memory(n, d, k, all_on_gpu, beside_gpu, least=False):
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
     libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, 2440 * min(n, 65536)
     if n < exact_search.EXACT_BELOW:    # the index and its vectors; or codes and candidates, then similarities
-        similarities = vectors + 8 * n * (k + exact_search.BYTES_SPARE) + 16 * n * k
+        similarities = vectors + 8 * n * (k + exact_search.spare_of(k, in_bytes=True)) + 16 * n * k
         return int(libraries + max(2 * vectors, 4 * n * words(d) + blocks, exact_search.memory_of_self(n, d, k), similarities))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)

@@ -32,7 +32,7 @@ from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory
 from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
-                            provenance, remove_left_behind, reserve, run, size, warn_of_memory, whole, within_memory,
+                            provenance, remove_left_behind, reserve, run, silent, size, warn_of_memory, whole, within_memory,
                             write_json)
 from lowshot.split import images_of_run, load_split
 
@@ -136,7 +136,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     from lowshot.cells import BLOCK
     from lowshot.gpu_search import GPU_LIBRARIES
     nbg = n - nbase - nnovel
-    vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.SPARE))
+    vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.spare_of(k)))
     edges = ENTRIES * k * n
     in_memory = 0 if least else 4 * edges       # entries of W, besides what the backend adds to them
     mapped = 0 if least else 4 * dim * nbg
@@ -280,9 +280,9 @@ class Examples:
             self.contribution[of_class] = np.where(I < 0, 0, given)
 
     def store(self, path, **arrays):
-        remove_left_behind(path)
-        with whole(path) as temporary:
-            with open(temporary, "wb") as f:
+        with exclusive(path, wait=silent):
+            remove_left_behind(path)
+            with whole(path) as temporary, open(temporary, "wb") as f:
                 np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)
 
 

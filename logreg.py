@@ -246,7 +246,9 @@ def main():
     stored = [point_file(path, points, g) for path in (args.storemodel, args.storeL) if path for g in range(len(points))]
     check_outputs(args.record, *stored, inputs=inputs)
     record["files"] = file_identities(inputs)
-    with exclusive(args.record):        # and the state beside it
+    with contextlib.ExitStack() as stack:
+        for path in (args.record, *stored):         # with the record goes the state beside it
+            stack.enter_context(exclusive(path))
         for path in stored:
             remove_left_behind(path)
         experiment(args, ddir, record, points)

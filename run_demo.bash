@@ -81,9 +81,9 @@ show "$PYTHON" train_apply_pca.py train apply --dim "$dim" --overwrite
 step "graphs of the background"
 for nbg in $NBG; do
     graph=$DDIR/knngraph/ndis${nbg}_k${columns}_I_11.int32
-    if [ "$nbg" -gt 0 ] && { [ ! -e "$graph" ] || [ "$raw" -nt "$graph" ]; }; then
-        show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim" --overwrite
-    fi
+    anew=()
+    if [ "$raw" -nt "$graph" ] && [ -e "$graph" ]; then anew=(--overwrite); fi
+    if [ "$nbg" -gt 0 ]; then show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim" ${anew[@]+"${anew[@]}"}; fi
 done
 
 for system in logreg diffusion; do

@@ -17,6 +17,7 @@ from graph_utils import SymmetricGraph, check_permutation, locality_rank
 from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
+from lowshot.faiss_search import is_plain_ivf
 from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
 from lowshot.index_files import allocator, cells_of_index, check_graph, checked_rows, open_graph, open_index
 from lowshot.layout import command_for, graph_command, pca_command
@@ -64,7 +65,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
     path = ddir.index(nbg)
     if nbg >= exact_search.EXACT_BELOW and os.path.exists(path):
         index = open_index(path)
-        if isinstance(index, faiss.IndexIVFFlat) and (index.ntotal, index.d, index.metric_type) == (
+        if is_plain_ivf(index) and (index.ntotal, index.d, index.metric_type) == (
                 nbg, vectors.d, faiss.METRIC_INNER_PRODUCT):
             centroids, cell = cells_of_index(index, path)
             return Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))

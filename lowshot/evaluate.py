@@ -8,7 +8,7 @@ def notes_of_images(unreadable, labels, split):
     if any(unreadable):
         yield "note: {} labelled and {} test images could not be read, and have the features of a black image".format(*unreadable)
     if len(split.classes) <= 5:
-        yield f"note: there are {len(split.classes)} classes, all of which are among the five best"
+        yield f"note: there are {len(split.classes)} classes: each that has a score above 0 is among the five best"
     if not split.is_novel[labels].any():
         yield "note: no test image is of a novel class, accuracies on novel are 0 for want of any"
     lacking = np.setdiff1d(split.classes, split.classes[labels]) + 1

@@ -19,10 +19,11 @@ from lowshot.features import spread_rows
 from lowshot.script import silent
 
 EXACT_BELOW = 1 << 17       # sets smaller than this are searched exactly
-SPARE = 34                  # candidates kept beyond k, that prove by their distance that the k best are exact
+SPARE, SHARE_SPARE = 34, 4  # candidates kept beyond k, or a quarter of k where that is more, that prove by their distance
+                            # that the k best are exact
 MANY_SPARE = 16 * SPARE     # the same for few queries among many vectors
 BYTES_FROM = 1 << 14        # vectors from which all are compared in bytes, where these leave few in doubt,
-BYTES_SPARE = 2 * SPARE     # with so many spare candidates,
+BYTES_SPARE = 2             # with so many times as many candidates beyond k,
 BYTES_DOUBT = .02           # at most this share
 BYTES_SAMPLE = 500          # of some of them
 INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least
@@ -62,12 +63,17 @@ def _on_gpu(Q, X, self=False):
             and all_on_gpu(Q.n, X.n, X.d, self))
 
 
-def exact_knn(xq, x, k, progress=silent, self=False, spare=SPARE):
+def spare_of(k, in_bytes=False):
+    """Candidates that are kept beyond k."""
+    return max(SPARE, k // SHARE_SPARE) * (BYTES_SPARE if in_bytes else 1)
+
+
+def exact_knn(xq, x, k, progress=silent, self=False, spare=None):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
     Candidates come from products in bfloat16, in bytes with `self` where these do, or in float16 on a GPU in use; they are
     compared in float32, and where the errors of these could hide a better one the row is computed again in float32. self: xq and
-    x are the same vectors, and each is in its own list. spare: candidates beyond k, of those in bfloat16; with more of them fewer
+    x are the same vectors, and each is in its own list. spare: candidates beyond k, spare_of() if None; with more of them fewer
     rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self`
     memory_of_self(), and all vectors in float32 where most are in doubt; beside a GPU that of the result.
     Returns D float32 (nq, k), I int32 (nq, k).
@@ -79,18 +85,22 @@ def exact_knn(xq, x, k, progress=silent, self=False, spare=SPARE):
         return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
     if _on_gpu(Q, X, self):
         return _exact_on_gpu(Q, X, k, progress, self)
-    convert = nb.to_bfloat16
-    if self and _bytes_tell_apart(X, k):
-        convert, spare = nb.to_bytes, BYTES_SPARE
-    keys, error = candidates_for(Q, X, k + spare, progress, self, convert)
+    in_bytes = self and _bytes_tell_apart(X, k)
+    keys, error = candidates_for(Q, X, k + (spare or spare_of(k, in_bytes)), progress, self,
+                                 nb.to_bytes if in_bytes else nb.to_bfloat16)
     D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
+    if self and len(unsure) > Q.n / 2:
+        del keys, D, I              # which others take the place of
+        keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), min(k + spare_of(k), X.n), lambda done: progress(
+            "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
+        return best_of(keys, Q, X, k, self)
     return _in_float32(D, I, unsure, Q, X, k, progress, self)
 
 
 def memory_of_self(n, d, k):
     """Bytes that exact_knn() takes to compare n vectors with themselves, but for these and the result, at the most."""
-    in_bytes = 4 * n * nb.words_of_bytes(d) + 28 * n * (k + BYTES_SPARE) if n >= BYTES_FROM else 0
-    return max(in_bytes, 4 * n * nb.words(d) + 28 * n * (k + SPARE))
+    in_bytes = 4 * n * nb.words_of_bytes(d) + 28 * n * (k + spare_of(k, True)) if n >= BYTES_FROM else 0
+    return max(in_bytes, 4 * n * nb.words(d) + 28 * n * (k + spare_of(k)))
 
 
 def _bytes_tell_apart(X, k):
@@ -98,7 +108,7 @@ def _bytes_tell_apart(X, k):
     if X.n < BYTES_FROM:
         return False
     some = as_vectors(X.scaled_rows(spread_rows(X.n, BYTES_SAMPLE)))
-    keys, error = candidates_for(some, X, k + BYTES_SPARE, silent, False, nb.to_bytes)
+    keys, error = candidates_for(some, X, k + spare_of(k, True), silent, False, nb.to_bytes)
     unsure = best_and_unsure(keys, error, some, X, k)[2]
     X.release()
     return len(unsure) <= BYTES_DOUBT * some.n
@@ -123,11 +133,7 @@ def candidates_for(Q, X, K, progress, self, convert=nb.to_bfloat16):
 
 
 def _in_float32(D, I, unsure, Q, X, k, progress, self, on_gpu=False):
-    """exact_knn() again, in float32 throughout, for queries that are `unsure` in D and I, which change in place."""
-    if self and len(unsure) > Q.n / 2 and not on_gpu:
-        keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), min(k + SPARE, X.n), lambda done: progress(
-            "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
-        return best_of(keys, Q, X, k, self, out=(D, I))
+    """exact_knn() again, in float32 throughout, for a few queries that are `unsure` in D and I, which change in place."""
     step = FLOAT32_ON_GPU if on_gpu else 4096
     for i in range(0, len(unsure), step):
         rows = unsure[i:i + step].astype(np.int32)
@@ -262,7 +268,7 @@ def products_in_parts(vectors, candidates, D, I, progress, known=0, x_number=Non
 def _float32_candidates(xq, X, k):
     """Keys of the best by products in float32, some more than k, int64 (len(xq), .)."""
     queries = nb.to_float32(xq)
-    keys = np.zeros((len(xq), min(k + SPARE, X.n)), np.int64)
+    keys = np.zeros((len(xq), min(k + spare_of(k), X.n)), np.int64)
     for i in range(0, X.n, FLOAT32_BLOCK):
         j = min(i + FLOAT32_BLOCK, X.n)
         nb.search_all(queries, X.converted(nb.to_float32, i, j), keys.shape[1], keys, i)
@@ -327,7 +333,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
         X_lost_most = max(X_lost_most, float(lost.max()))
         error = _error(lost, lost_most, X, new)
         bound = worst[i:j] - error
-        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(k + SPARE, m), axis=1)
+        keys = np.repeat(nb.make_keys(bound, np.full(j - i, nb.NONE))[:, None], min(k + spare_of(k), m), axis=1)
         nb.search_all(queries, block, keys_new.shape[1], keys_new, i, insert=(keys, bound))
         enter(keys, error, x, scale, i)
         progress("nodes compared with new ones", j, X.n)

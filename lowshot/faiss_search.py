@@ -47,7 +47,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
     """The graph by searching the index with Faiss, block after block, into files, index_files.GraphFiles.
 
     vectors: cells.Vectors. gpu_index: the same on GPUs, or None. args: those of build_graph.py, recall, nprobe, seed. Returns
-    info (recall, nprobe, exact).
+    info (recall, exact, and nprobe where the index has cells).
     """
     n = vectors.n
     ivf = faiss.try_extract_index_ivf(index)
@@ -79,7 +79,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
         exact = exact_similarities(x, vectors, I)
         found = (I >= 0) & (exact >= np.where(true_I >= 0, true_D, np.inf).min(1)[:, None] - 1e-6)
         before, recall = recall, float(found.sum() / max(1, (true_I >= 0).sum()))
-        log(f"nprobe {nprobe}: recall@{min(k, n)} {recall:.4f} on {len(sample)} images")
+        log(f"{f'nprobe {nprobe}: ' if has_nprobe else ''}recall@{min(k, n)} {recall:.4f} on {len(sample)} images")
         # more cells find no more where the index holds vectors too coarsely
         if args.nprobe or not has_nprobe or recall >= args.recall or nprobe >= most or before > 0 and recall < before + .001:
             if recall < args.recall:
@@ -103,7 +103,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
             nb.exact_products(nb.make_keys(D[rows], I[rows]), vectors.arrays, vectors.arrays, k, rows, None,
                               vectors.scale, vectors.scale, True, D, I)
             progress("nodes' similarities computed", min(i + BLOCK, n), n)
-    return {"recall": recall, "nprobe": nprobe, "exact": False}
+    return {"recall": recall, "exact": False, **({"nprobe": nprobe} if has_nprobe else {})}
 
 
 def exact_similarities(x, vectors, I):

@@ -50,8 +50,10 @@ class FeatureFile:
         try:
             self._look()
         except (ValueError, MemoryError):
+            self.file.close()
             raise
         except Exception as e:      # damaged metadata makes h5py fail in many ways
+            self.file.close()
             raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is damaged: save_features.py makes it "
                              f"({type(e).__name__}: {e})")
 

@@ -269,7 +269,10 @@ def changed_file(paths, identities):
 
 def remove_left_behind(path, seconds=0):
     """Remove what processes that were killed while they wrote `path` left of it, if it is so many seconds old."""
-    for temporary in glob.glob(_temporary(glob.escape(os.path.realpath(path)), "*")):
+    real = os.path.realpath(path)
+    for temporary in glob.glob(_temporary(glob.escape(real), "*")):
+        if temporary not in [_temporary(real, process) for process in re.findall(r"\.(\d+)\.tmp", temporary)]:
+            continue            # of x.1.npy, where `path` is x.npy
         with contextlib.suppress(OSError):      # another user's, say
             if not seconds or os.path.getmtime(temporary) <= time.time() - seconds:
                 os.unlink(temporary)

@@ -42,12 +42,12 @@ def test_all_with_all_in_bytes_where_these_do(monkeypatch):
     apart[850:] = apart[:50]
     formats, search_self = [], nb.search_self
     monkeypatch.setattr(nb, "search_self", lambda X, *args: formats.append(X.shape[1]) or search_self(X, *args))
-    for first, doubt, spare, x, words in ((901, 0, 40, apart, nb.words(32)), (900, .02, 40, apart, nb.words_of_bytes(32)),
-                                          (1, .02, 40, alike, nb.words(32)),
+    for first, doubt, spare, x, words in ((901, 0, 20, apart, nb.words(32)), (900, .02, 20, apart, nb.words_of_bytes(32)),
+                                          (1, .02, 20, alike, nb.words(32)),
                                           # some are in doubt, which float32 tells apart
-                                          (1, 1, 4, np.concatenate([apart, alike]), nb.words_of_bytes(32))):
-        for name, value in (("FROM", first), ("DOUBT", doubt), ("SPARE", spare)):
-            monkeypatch.setattr(exact_search, "BYTES_" + name, value)
+                                          (1, 1, 2, np.concatenate([apart, alike]), nb.words_of_bytes(32))):
+        for name, value in (("BYTES_FROM", first), ("BYTES_DOUBT", doubt), ("SPARE", spare)):
+            monkeypatch.setattr(exact_search, name, value)
         formats.clear()
         D, I = exact_search.exact_knn(x, x, 10, self=True)
         assert formats[0] == words

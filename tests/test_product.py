@@ -373,7 +373,7 @@ def test_bad_panels():
         graph.product(both[:2], both[1:])
     with pytest.raises(ValueError, match="best classes is less than 1"):
         BestClasses([0, 0], nbest=0).update(L, np.arange(16))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="indices: array of int32_t expected, found items of format"):
         graph_utils.core.mass(2, graph.indptr, graph.indices.astype(np.int64), -1, graph.nsingle, np.empty(2, np.float32))
 
 

@@ -315,6 +315,10 @@ def test_whole_under_a_kill(tmp_path):
     assert len(os.listdir(tmp_path)) == 2           # it may be another's that is still at it
     script.remove_left_behind(str(path))
     assert os.listdir(tmp_path) == ["out.bin"]
+    other = tmp_path / ".out.5.123.tmp.bin"             # of out.5.bin
+    other.touch()
+    script.remove_left_behind(str(path))
+    other.unlink()
     left = tmp_path / f".out.{process.pid}.tmp.bin"
     left.write_bytes(b"half")
     os.utime(left, (1, 1))
