@@ -218,7 +218,7 @@ def train(classifiers, sampler, X, args, report, checkpoint, first, losses):
 
     losses: with --verbose those of the iterations since the last report, a list of arrays (iterations, points).
     """
-    last_saved, T, t = time.time(), classifiers.together(args.batchsize), first
+    last_saved, T, t = time.monotonic(), classifiers.together(args.batchsize), first
     with Progress(args.maxiter, "iterations", start=first) as progress:
         while t < args.maxiter:
             # up to the next multiple of T or report: the same groups, thus the same figures, also after a resumption
@@ -230,9 +230,9 @@ def train(classifiers, sampler, X, args, report, checkpoint, first, losses):
             if t == args.maxiter or (args.evalevery and t % args.evalevery == 0):
                 report(t, np.concatenate(losses).mean(0).tolist() if losses else None)
                 losses = []
-            if args.checkpoint and t < args.maxiter and time.time() - last_saved > args.checkpoint:
+            if args.checkpoint and t < args.maxiter and time.monotonic() - last_saved > args.checkpoint:
                 checkpoint(t, losses)
-                last_saved = time.time()
+                last_saved = time.monotonic()
             progress.update(t)
 
 
@@ -321,10 +321,15 @@ def experiment(args, ddir, record, points):
                 diverged.add(g)
                 log(f"note: lr {lr:g} wd {wd:g} diverged, its scores are not numbers")
 
+    def save(iteration, losses):
+        try:
+            state.save(classifiers, iteration=iteration, runs=runs, seconds=time.time() - t0,
+                       losses=[some.tolist() for some in losses])
+        except OSError as e:
+            log(f"note: no state was kept, to go on from should this run be killed ({e})")
+
     try:
-        train(classifiers, sampler, X, args, report,
-              lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,
-                                              losses=[some.tolist() for some in losses]), first, losses)
+        train(classifiers, sampler, X, args, report, save, first, losses)
     except (MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno != errno.ENOMEM:
             raise

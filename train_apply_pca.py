@@ -23,8 +23,8 @@ import numpy as np
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, memory_now, peak_memory, wait_briefly
-from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, file_sha256, log, number, print_header, read_note,
-                            remove, run, size, whole, write_json)
+from lowshot.script import (Parser, Progress, check_outputs, clock, exclusive, file_sha256, full_disk_named, log, number, print_header,
+                            read_note, remove, run, size, whole, write_json)
 
 wait_briefly()
 
@@ -174,7 +174,7 @@ def write_all(args, blocks, counts, pca, path, origin):
         remove(progress_path)           # it tells of rows of another PCA, perhaps
 
     start = time.time()
-    with open(partial, "r+b" if done else "wb") as out, Progress(n, "rows", done) as progress:
+    with full_disk_named(path), open(partial, "r+b" if done else "wb") as out, Progress(n, "rows", done) as progress:
         out.seek(done * width)
         out.truncate()                          # what was written after the progress was noted last
 
@@ -183,7 +183,7 @@ def write_all(args, blocks, counts, pca, path, origin):
             os.fsync(out.fileno())
             write_json(progress_path, {"rows": done, "made_from": origin})
 
-        first, saved = 0, time.time()
+        first, saved = 0, time.monotonic()
         for block, count in zip(blocks, counts):
             with FeatureFile(block) as f:
                 for i, x in f.slabs(min(max(done - first, 0), count), count):
@@ -194,9 +194,9 @@ def write_all(args, blocks, counts, pca, path, origin):
                     out.write(y)
                     done = first + i + len(x)
                     progress.update(done)
-                    if time.time() > saved + 10:
+                    if time.monotonic() > saved + 10:
                         save()
-                        saved = time.time()
+                        saved = time.monotonic()
             first += count
         save()
     if os.path.getsize(partial) != n * width:

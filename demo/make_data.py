@@ -216,7 +216,7 @@ _glyphs = _root = None
 def _begin(glyphs=None, root=None):
     """In a new process, which inherits the glyphs."""
     global _glyphs, _root
-    end_with_parent()
+    end_with_parent(multiprocessing.parent_process().pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # one that Ctrl-C ends may hold a lock, for which the pool would wait
     _glyphs, _root = glyphs, root
 

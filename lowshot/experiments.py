@@ -4,6 +4,7 @@ An experiment file (configs/paper.yaml) holds the grid. Records go to $DDIR/logs
 run_logreg.bash and run_diffusion.bash run all this, one phase at a time (phases.py).
 """
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -156,6 +157,9 @@ class Job:
 def has_figures(record, job):
     """Whether a record holds the accuracies that a job reports: after each number of iterations, by logreg.py at each point."""
     points, iterations = reported(job)
+    unreadable = record.get("unreadable", [0, 0])       # of labelled and test images
+    if not (isinstance(unreadable, list) and [type(count) for count in unreadable] == [int, int]):
+        return False
     runs = [record] if points is None else record.get("runs")
     if not isinstance(runs, list) or not all(isinstance(r, dict) and isinstance(r.get("results"), list) for r in runs):
         return False
@@ -250,25 +254,28 @@ def check_chosen(e, parameters, jobs, path):
     for job in jobs:
         a = job.arguments
         p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
-        other = changed_file(job.inputs, p["files"]) or outside(e, p) if "files" in p else None
+        other = changed_file(job.inputs, p["files"]) or changed_grid(e, p) if "files" in p else None
         settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != a[key])
         other = other or next(settings, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
         if isinstance(p.get("seeds"), list):
-            of_seeds.add(tuple(p["seeds"]))
-    for seeds in of_seeds - {tuple(e.seeds)}:
-        log(f"note: {path} has parameters that were chosen by the seeds {as_text(seeds)}, not {as_text(e.seeds)}")
+            of_seeds.add(as_text(p["seeds"]))
+    for seeds in of_seeds - {as_text(e.seeds)}:
+        log(f"note: {path} has parameters that were chosen by the seeds {seeds}, not {as_text(e.seeds)}")
 
 
-def outside(e, parameters):
-    """Which of chosen parameters the experiment's grid has not, as text; None if there is none."""
-    grid = e.diffusion if "niter" in parameters else e.logreg
-    for key in ("lr", "wd", "batchsize", "maxiter", "niter"):
-        have, of = parameters.get(key), grid.get(key)
-        if None not in (have, of) and (have not in of if key in e.LISTS else have > of):
-            return f"grid, which had {key} {as_text(have)}"
-    return None
+def grid_of(e, system):
+    """What parameters are chosen from: {"lr": [..], ...}."""
+    grid = getattr(e, system)
+    return {key: grid[key] for key in ("lr", "wd", "batchsize", "maxiter", "evalevery", "niter") if key in grid}
+
+
+def changed_grid(e, parameters):
+    """In what the grid that parameters were chosen from was not the experiment's, as text; None if in nothing."""
+    grid = grid_of(e, "diffusion" if "niter" in parameters else "logreg")
+    had = parameters["grid"] if isinstance(parameters.get("grid"), dict) else {}
+    return next((f"grid, which had {key} {as_text(had.get(key))}" for key in grid if had.get(key) != grid[key]), None)
 
 
 def run_jobs(jobs, parallel, environment=os.environ):
@@ -279,9 +286,11 @@ def run_jobs(jobs, parallel, environment=os.environ):
     holds the lock of its log.
     """
     todo = [job for job in jobs if job.result() is None]
-    print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
-          + (f", {parallel} at a time" if todo and parallel > 1 else ""),
-          file=sys.stdout if parallel else sys.stderr, flush=True)
+    told = f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
+    if parallel:
+        log(told + (f", {parallel} at a time" if todo and parallel > 1 else ""))
+    else:
+        print(told, file=sys.stderr)
     if not todo:
         return
     replaced = sum(os.path.exists(job.record) for job in todo)
@@ -293,7 +302,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
     prefix = " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
     if parallel == 0:
         for job in todo:
-            print(prefix, shlex.join(job.command()))
+            log(prefix, shlex.join(job.command()))
         return
     if all(job.lacks for job in todo):
         raise ValueError(f"none of these jobs can run: {todo[0].lacks[0]}")
@@ -315,21 +324,21 @@ class Driver:
         self.waiting, self.elsewhere = list(jobs), []
         self.running = {}       # process -> its job and the lock of this
         self.met = set()        # names of jobs that other drivers ran
-        self.done, self.failed, self.t0 = 0, [], time.time()
+        self.done, self.failed, self.t0 = 0, [], time.monotonic()
 
     def run(self, parallel):
         """Names of the jobs that failed, in their order."""
         # so that jobs end with this process; an exception at any moment might leave a lock of subprocess behind
         ended = []
         previous = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
-        looked, told = time.time(), False
+        looked, told = time.monotonic(), False
         try:
             while self.waiting or self.elsewhere or self.running:
                 if self.elsewhere and not (self.waiting or self.running or told):
                     log(f"  waiting for other drivers, which run {len(self.elsewhere)} of the jobs")
                     told = True
-                if not self.waiting and time.time() - looked > self.PATIENCE:
-                    self.waiting, self.elsewhere, looked = self.elsewhere, [], time.time()
+                if not self.waiting and time.monotonic() - looked > self.PATIENCE:
+                    self.waiting, self.elsewhere, looked = self.elsewhere, [], time.monotonic()
                 while self.waiting and len(self.running) < parallel:
                     self._start(self.waiting.pop(0))
                 time.sleep(0.02)
@@ -350,7 +359,7 @@ class Driver:
         with contextlib.ExitStack() as lock:
             try:
                 lock.enter_context(exclusive(job.log))
-                output = lock.enter_context(open(job.log, "a"))
+                output = lock.enter_context(open_log(job.log))
             except ValueError:          # until that driver is done with it, or is killed
                 self.elsewhere.append(job)
                 self.met.add(job.name)
@@ -368,7 +377,7 @@ class Driver:
             output.truncate(0)
             try:
                 process = subprocess.Popen(job.command(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                           env=self.environment, preexec_fn=end_with_parent)
+                                           env=self.environment, preexec_fn=functools.partial(end_with_parent, os.getpid()))
             except (OSError, subprocess.SubprocessError) as e:         # for want of memory, or of files that may be open
                 print(f"could not be started: {e}", file=output)         # another driver may still try it
                 self._fail(job, f"to start: {e}")
@@ -397,7 +406,7 @@ class Driver:
 
     def _count(self, how=""):
         self.done += 1
-        elapsed = time.time() - self.t0
+        elapsed = time.monotonic() - self.t0
         left = elapsed / self.done * (len(self.jobs) - self.done)
         log(f"  {self.done}/{len(self.jobs)} jobs done{how and f' ({how})'}, {clock(elapsed)} elapsed, about {clock(left)} left")
 
@@ -408,6 +417,15 @@ def ended_how(status):
         why = {signal.SIGKILL: ", for want of memory?", signal.SIGSEGV: ", for a limit of ulimit -v?"}.get(-status, "")
         return f"ended by signal {-status}, {signal.strsignal(-status)}{why}"
     return f"status {status}" if status else "no complete record"
+
+
+def open_log(path):
+    """A log file to go on with. One that another user left is replaced: who may write is a matter of the folder."""
+    try:
+        return open(path, "a")
+    except PermissionError:
+        os.unlink(path)
+        return open(path, "a")
 
 
 def last_line(path):
@@ -475,7 +493,7 @@ def choose(e, system, ddir):
         parameters.update((key, job.arguments[key]) for key in SETTINGS[job.script])
         where = chosen if nbg is None else chosen.setdefault(str(nbg), {})
         where[str(n)] = {**parameters, "val_top5": top5, "val_top5_novel": novel, "seeds": e.seeds,
-                         "files": file_identities(job.inputs)}
+                         "grid": grid_of(e, system), "files": file_identities(job.inputs)}
     return chosen
 
 

@@ -6,6 +6,7 @@ many are on disk for certain, and what they are made from. The last act is to re
 """
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -41,7 +42,7 @@ class FeatureWriter:
                 self._create(labels, class_names)
             self.file = stack.enter_context(open(self.partial, "r+b", buffering=0))
             self.open = stack.pop_all()
-        self.saved, self.saved_at = self.done, 0        # the first rows are saved at once, with what they are made from
+        self.saved, self.saved_at = self.done, -math.inf        # the first rows are saved at once, with what they are made from
 
     def _resumed(self):
         """Whether what a partial file holds is taken over; if it is of something else, and may be replaced, it is not."""
@@ -133,7 +134,7 @@ class FeatureWriter:
                 data, at = data[written:], at + written
         self.done += len(features)
         self.notes.update(notes)
-        if time.time() > self.saved_at + self.period:
+        if time.monotonic() > self.saved_at + self.period:
             self.save()
 
     def save(self):
@@ -141,7 +142,7 @@ class FeatureWriter:
         os.fsync(self.file.fileno())
         write_json(self.progress, {"done": self.done, "notes": self.notes, "offsets": self.offsets,
                                    "made_from": self.made_from})
-        self.saved, self.saved_at = self.done, time.time()
+        self.saved, self.saved_at = self.done, time.monotonic()
 
     def readable(self):
         """bool (n,) of the rows written so far."""

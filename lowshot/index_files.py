@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -155,9 +156,19 @@ def check_graph(vectors, I, D, remedy):
                          f"graph was made from others, or in other dimensions; {remedy}")
 
 
+def index_note(path):
+    """Where it stands which vectors an index is of that does not hold them as they are."""
+    return path + ".json"
+
+
+def digest_of_vectors(vectors):
+    """A digest of some vectors, hexadecimal."""
+    return hashlib.sha256(vectors.rows(spread_rows(vectors.n, 1024)).tobytes()).hexdigest()
+
+
 def check_index(index, vectors, path):
     """Compare the vectors of some lists of an IVF,Flat or Flat index with those that it should hold: ValueError if they are
-    others."""
+    others. Of another kind of index its note tells, if there is one."""
     def compare(number, x):
         check_numbers(number, vectors.n, path)
         with np.errstate(all="ignore"):         # of what is damaged
@@ -178,6 +189,10 @@ def check_index(index, vectors, path):
                         faiss.rev_swig_ptr(codes, size * 4 * index.d).view(np.float32).reshape(size, -1))
                 lists.release_ids(int(c), ids)
                 lists.release_codes(int(c), codes)
+    else:
+        digest = digest_of_vectors(vectors)
+        if read_note(index_note(path)).get("vectors", digest) != digest:
+            raise ValueError(f"{path} was made from other vectors: {MADE_AGAIN}")
 
 
 def scratch(folder, shape, dtype):

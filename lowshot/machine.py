@@ -170,6 +170,8 @@ def torch_device(name):
     return name if device.type == "cuda" else "cpu"
 
 
-def end_with_parent():
-    """In a new process: end when the one that made it ends, also where that is killed and cannot pass it on."""
+def end_with_parent(parent):
+    """In a new process: end when `parent`, the one that made it, ends, also where that is killed and cannot pass it on."""
     LIBC.prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
+    if os.getppid() != parent:          # it has ended meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)

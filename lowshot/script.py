@@ -384,6 +384,8 @@ def exclusive(path, wait=None):
     with contextlib.ExitStack() as stack:
         while True:
             lock = stack.enter_context(open(name, "w", opener=_open_no_link))
+            with contextlib.suppress(PermissionError):      # of all who may write there, should this be killed
+                os.fchmod(lock.fileno(), os.stat(os.path.dirname(name)).st_mode & 0o666)
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:

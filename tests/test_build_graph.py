@@ -177,6 +177,11 @@ def test_other_indexes_are_searched_by_faiss(tmp_path, factory, wanted):
         check_list(D, I, x)
         assert (I[:, 0] == np.arange(2000)).mean() > .99
     assert "nothing to do" in run(tmp_path, 2000, "--index", factory, "--k", 8).stdout
+    make_raw(tmp_path, 2000, seed=1)
+    index = tmp_path / "knngraph" / "ndis2000.index"
+    assert f"{index} was made from other vectors: remove it" in run(tmp_path, 2000, "--k", 4).stderr
+    assert run(tmp_path, 2000, "--k", 4, "--overwrite").returncode == 0
+    assert not os.path.exists(f"{index}.json")          # of an index that holds its vectors as they are
 
 
 def test_an_index_is_searched_the_same_way_when_it_is_read_again(tmp_path):

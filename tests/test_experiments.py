@@ -230,7 +230,8 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     ("diffusion", lambda r: r["results"].pop()), ("diffusion", lambda r: r["results"].append(r["results"][-1])),
     ("diffusion", lambda r: r["results"][1].update(top5="high")), ("diffusion", lambda r: r["results"][1].update(top5=2.5)),
     ("diffusion", lambda r: r["results"][1].update(top5_novel=-1)), ("diffusion", lambda r: r["results"][1].pop("top5")),
-    ("diffusion", lambda r: r["results"][1].update(top5=float("nan")))])
+    ("diffusion", lambda r: r["results"][1].update(top5=float("nan"))), ("diffusion", lambda r: r.update(unreadable=None)),
+    ("diffusion", lambda r: r.update(unreadable=[1]))])
 def test_records_without_figures_do_not_count(tmp_path, ddir, system, change):
     job = experiments.validation_jobs(experiment(tmp_path), system, ddir)[0]
     write_record(job, all_points({500: (.5, .5), 1000: (.5, .5)}) if system == "logreg" else None)
@@ -272,6 +273,22 @@ def stand_in_jobs(tmp_path, *arguments):
     script.write_text(SCRIPT)
     return [Job(f"job{i}", str(script), {**a, "niter": 0}, str(tmp_path / "logs" / f"job{i}.json"))
             for i, a in enumerate(arguments)]
+
+
+def test_the_log_of_another_user_is_replaced(tmp_path, monkeypatch):
+    [job] = stand_in_jobs(tmp_path, {"a": 1})
+    os.makedirs(tmp_path / "logs")
+    log, kept = tmp_path / "logs" / "job0.log", open
+
+    def opened(path, *rest):
+        if str(path) == str(log) and log.exists() and log.read_bytes() == b"another's":
+            raise PermissionError(13, "Permission denied", path)
+        return kept(path, *rest)
+
+    log.write_bytes(b"another's")
+    monkeypatch.setattr(experiments, "open", opened, raising=False)
+    experiments.run_jobs([job], 1, {**os.environ, "DDIR": str(tmp_path)})
+    assert job.result() and log.read_text().startswith("pid")
 
 
 def test_run_jobs(tmp_path, capsys):
@@ -779,11 +796,11 @@ def test_a_report_by_published_parameters_does_not_replace_the_other(finished, d
 
 
 @pytest.mark.parametrize("system, change, was", [
-    ("logreg", ("lr: [0.01, 0.001]", "lr: [0.01]"), "lr 0.001"), ("logreg", ("wd: [0, 0.1]", "wd: [0]"), "wd 0.1"),
-    ("logreg", ("batchsize: [16, 64]", "batchsize: [16]"), "batchsize 64"),
-    ("logreg", ("maxiter: 1000", "maxiter: 499"), "maxiter 500"),
-    ("diffusion", ("niter: 4", "niter: 1"), "niter 2"), ("logreg", ("maxiter: 1000", "maxiter: 500"), None),
-    ("diffusion", ("niter: 4", "niter: 2"), None)])
+    ("logreg", ("lr: [0.01, 0.001]", "lr: [0.01]"), "lr 0.01,0.001"), ("logreg", ("wd: [0, 0.1]", "wd: [0]"), "wd 0,0.1"),
+    ("logreg", ("batchsize: [16, 64]", "batchsize: [16]"), "batchsize 16,64"),
+    ("logreg", ("maxiter: 1000", "maxiter: 499"), "maxiter 1000"),
+    ("diffusion", ("niter: 4", "niter: 9"), "niter 4"), ("logreg", ("niter: 4", "niter: 9"), None),
+    ("diffusion", ("maxiter: 1000", "maxiter: 499"), None)])
 def test_parameters_of_another_grid_are_refused(finished, ddir, tmp_path, system, change, was):
     """But for those written by hand, which do not tell what they were chosen for."""
     e, path = experiment(tmp_path, TINY.replace(*change)), finished.parameters_path(system, ddir)
@@ -792,7 +809,8 @@ def test_parameters_of_another_grid_are_refused(finished, ddir, tmp_path, system
         jobs = experiments.test_jobs(e, system, ddir, parameters, "chosen")
         for tree in [parameters] if system == "logreg" else parameters.values():
             for p in tree.values():
-                p.update({} if by_hand else {"files": file_identities(jobs[0].inputs)})
+                p.update({} if by_hand else {"files": file_identities(jobs[0].inputs),
+                                             "grid": experiments.grid_of(finished, system)})
         if was and not by_hand:
             with pytest.raises(ValueError, match=f"was chosen for another grid, which had {was}: phases 1 and 2 choose anew"):
                 experiments.check_chosen(e, parameters, jobs, path)

@@ -415,10 +415,24 @@ def test_names_and_defaults_of_a_run(root, monkeypatch):
     assert default_record(DataDir(root), arguments()).endswith("_mi75000_mom0.5.json")
 
 
-def test_two_runs_do_not_write_one_record(root, tmp_path):
-    with exclusive(str(tmp_path / "r.json")):
-        done = logreg(root, "--maxiter", 1, "--record", tmp_path / "r.json", check=False)
-    assert done.returncode == 1 and "another process is writing" in done.stderr
+@pytest.mark.parametrize("output", ["r.json", "L.npy"])
+def test_two_runs_do_not_write_one_file(root, tmp_path, output):
+    with exclusive(str(tmp_path / output)):
+        done = logreg(root, "--maxiter", 1, "--record", tmp_path / "r.json", "--storeL", tmp_path / "L.npy", check=False)
+    assert done.returncode == 1 and f"another process is writing {tmp_path / output}" in done.stderr
+
+
+def test_a_state_that_cannot_be_written_does_not_end_the_run(root, tmp_path, monkeypatch, capsys):
+    def full(*args, **rest):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Checkpoint, "save", full)
+    monkeypatch.setenv("DDIR", root)
+    words = "--maxiter 600 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
+    monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
+    main()
+    assert "note: no state was kept, to go on from should this run be killed (the disk is full)" in capsys.readouterr().out
+    assert figures(tmp_path / "r.json")[0][-1][0] == 600
 
 
 def test_outputs_do_not_replace_what_is_read(root):

@@ -167,6 +167,13 @@ def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
         assert len(locked) == 2 and os.stat(path + ".lock").st_ino == locked[1]
 
 
+def test_whoever_may_write_in_a_folder_may_lock_there(tmp_path):
+    for mode in 0o775, 0o700:
+        tmp_path.chmod(mode)
+        with script.exclusive(str(tmp_path / "file")):
+            assert os.stat(tmp_path / "file.lock").st_mode & 0o777 == mode & 0o666
+
+
 @pytest.mark.parametrize("number", script.NO_LOCKS)
 def test_file_systems_without_locks(tmp_path, monkeypatch, capsys, number):
     """Processes of one machine still exclude each other there."""

@@ -197,7 +197,7 @@ def test_going_on_after_a_kill(root, monkeypatch):
 
     save = train_apply_pca.write_json
     monkeypatch.setattr(train_apply_pca, "write_json", save_and_die)
-    monkeypatch.setattr(train_apply_pca.time, "time", iter(range(0, 10 ** 6, 11)).__next__)
+    monkeypatch.setattr(train_apply_pca.time, "monotonic", iter(range(0, 10 ** 6, 11)).__next__)
     for _ in range(20):
         try:
             train_apply_pca.main()
