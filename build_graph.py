@@ -84,7 +84,7 @@ def main():
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
     device = search_device("cpu" if args.device == "cpu" else "auto")
     exact_search.use_gpu(device)
-    all_on_gpu = exact_search.all_on_gpu(n, n, d, self=True) and not args.nprobe
+    all_on_gpu = exact_search.all_on_gpu(n, n, d, same=True) and not args.nprobe
     if args.device == "gpu" and not gpus and not all_on_gpu:
         raise ValueError(NO_GPU)
     path_I, path_D = ddir.graph(n, k)
@@ -95,12 +95,14 @@ def main():
     print_header(args, predicted_memory=size(predicted), products=nb.products())
     warn_of_memory(least)
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
+    vectors = Vectors(rows, normalise=True)
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
         again = "--overwrite makes it again"
-        graph, vectors = open_graph(path_I, path_D, n, k, again), Vectors(rows, normalise=True)
-        for _ in checked_rows(*graph, k, again):
-            pass
+        graph = open_graph(path_I, path_D, n, k, again)
+        with show_progress() as progress:
+            for _ in checked_rows(*graph, k, again, progress):
+                pass
         check_graph(vectors, *graph, again)
         if os.path.exists(lists):       # of a run that was killed at its last step
             remove(lists)
@@ -113,8 +115,7 @@ def main():
         if not complete and not args.overwrite and os.path.exists(path_I):
             log(f"{path_I} was completed by another run meanwhile")
             return
-        if not complete:
-            vectors = Vectors(rows, normalise=True)
+        vectors.progress = progress
         index, cells = stored_index(ddir.index(n), vectors, args, progress)
         if args.overwrite:
             for path in (path_I, path_D, record_path):

@@ -342,7 +342,7 @@ def main():
         fixed = key.make() if args.nocache else key.stored_or_made()
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
-    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base"), fixed.load("scale")), novel)
+    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base"), scale=fixed.load("scale")), novel)
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W
     with fixed.errors_name_folder():

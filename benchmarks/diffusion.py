@@ -66,7 +66,7 @@ class Problem:
         fixed = FixedKey(self.ddir, "test", args.nbg, args.k, args.dim, rows[:nbase], test_rows).stored_or_made()
         novel = read_features(self.ddir.train, rows[nbase:], self.ddir.pca(args.dim), "novel images read")
         base, self.test = fixed.load("base"), fixed.load("test")
-        self.vectors = fixed_vectors(self.ddir, args.nbg, args.dim, base, fixed.load("scale"))
+        self.vectors = fixed_vectors(self.ddir, args.nbg, args.dim, base, scale=fixed.load("scale"))
         changes = add_novel(fixed, self.vectors, novel)
         I = changes.of_neighbours(fixed.load("I"))
         self.labelled = np.concatenate([base, novel])

@@ -1156,7 +1156,7 @@ void write_best(List& list, int64_t self, int64_t row, int64_t k, float* D, int3
 
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
                     int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
-                    const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
+                    const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int same, int64_t k,
                     int64_t known, float* D, int32_t* I) {
     if (k < 1) throw std::invalid_argument("exact_products: k is less than 1");
     const Vectors Q{d, Q0, nQ0, Q1, q_scale}, X{d, X0, nX0, X1, x_scale};
@@ -1166,7 +1166,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
             if (q < 0 || q >= nQ) throw std::invalid_argument("exact_products: there is no query " + std::to_string(q));
             const float* x = Q[q];
             list.clear();
-            bool has_self = !self;
+            bool has_self = !same;
             for (int64_t j = 0; j < K; j++) {
                 const uint64_t key = (uint64_t)keys[i * K + j];
                 if (names_none(key)) continue;
@@ -1188,7 +1188,7 @@ void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q
                     entry.first = inner_product(x, X[entry.second], d) * (Q.factor(q) * X.factor(entry.second));
                 }
             }
-            write_best(list, self ? q : -1, q, k, D, I);
+            write_best(list, same ? q : -1, q, k, D, I);
         }
     });
 }

@@ -122,14 +122,14 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
 // x_number  in   nnumber, or null: original number of each number in the keys; nnumber is nX then
 // Q0, Q1    in   nQ query vectors: the first nQ0 in Q0, others in Q1 (may be null); q_scale in: factor of each, or null
 // X0, X1    in   the same for the base vectors
-// self      in   1: queries are the base vectors, and each is in its own list: as the first, where none is nearer than
+// same      in   1: queries are the base vectors, and each is in its own list: as the first, where none is nearer than
 //                itself by more than 1e-6 of the product, so that it is among the first k' of k as well
 // known     in   rows of D, I before this one hold products that need not be computed again
 // D, I      out  rows of k products and numbers, best first, -inf and -1 where there are fewer
 // Throws std::invalid_argument where a number is that of no vector.
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
                     int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
-                    const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int self, int64_t k,
+                    const float* X0, int64_t nX0, const float* X1, int64_t nX, const float* x_scale, int same, int64_t k,
                     int64_t known, float* D, int32_t* I);
 
 // The same in two steps, where the base vectors need not be in memory at once. Products with those numbered

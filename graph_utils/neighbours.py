@@ -307,13 +307,13 @@ def _two_parts(parts, name, d=None):
     return parts[0], parts[1] if len(parts) > 1 else None, sum(map(len, parts))
 
 
-def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale=None, x_scale=None, self=False,
+def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale=None, x_scale=None, same=False,
                    D=None, I=None, known=0):
     """The k best of each list of keys (m, K), by float32 inner products, best first.
 
     queries, base: float32 (., d), finite, or pairs of such arrays that follow each other; q_scale, x_scale: factors of their
     rows. q_number int32 (m,): the query and the row of D, I of each list (default: in order). x_number int32: original
-    numbers of the numbers in the keys. self: queries and base are the same; each is in its own list, and first in it
+    numbers of the numbers in the keys. same: queries and base are the same; each is in its own list, and first in it
     where none is nearer by more than rounding. known: rows of D, I before this one hold exact products already, which are
     looked up there, not computed again. Returns D float32, I int32, with as many rows as there are queries; those of no list
     are as they were.
@@ -321,7 +321,7 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
     m, K = keys.shape
     Q0, Q1, nq = _two_parts(queries, "queries")
     X0, X1, nb = _two_parts(base, "base", Q0.shape[1])
-    if self and nq != nb:
+    if same and nq != nb:
         raise ValueError(f"{nq} queries and {nb} base vectors are not the same")
     if D is None:
         D, I = np.empty((nq, k), np.float32), np.empty((nq, k), np.int32)
@@ -332,7 +332,7 @@ def exact_products(keys, queries, base, k, q_number=None, x_number=None, q_scale
         _check_optional(array, dtype, (length,), name)
     nnumber = nb if x_number is None else len(x_number)
     core.exact_products(m, K, _check(keys, np.int64, (m, K), "keys"), q_number, x_number, nnumber,
-                        Q0.shape[1], Q0, len(Q0), Q1, nq, q_scale, X0, len(X0), X1, nb, x_scale, bool(self), k, known, D, I)
+                        Q0.shape[1], Q0, len(Q0), Q1, nq, q_scale, X0, len(X0), X1, nb, x_scale, bool(same), k, known, D, I)
     return D, I
 
 
@@ -349,7 +349,7 @@ def products_in_part(numbers, Q, X, first, products, q_scale=None, x_scale=None)
 
 
 def best_by_products(numbers, products, first, D, I, known=0):
-    """What exact_products(self=True) does, for nodes first, first + 1, ..., given the products of all their candidates.
+    """What exact_products(same=True) does, for nodes first, first + 1, ..., given the products of all their candidates.
 
     numbers int32, products float32 (m, K), negative numbers are none, each node is in its own list; D, I (m, k): rows of these
     nodes alone, of which the first `known` hold exact products that count."""

@@ -30,12 +30,14 @@ class Vectors:
     infinity.
 
     n, d; scale float32 (n,) factor of each row, or None; longest: the largest norm of a scaled row.
-    scale, as an argument: that of the same vectors, if it is known: then these are not read through for it.
+    scale, as an argument: that of the same vectors, if it is known. Otherwise these are read through for it when it is first
+    needed; progress: what is told of that, as in exact_search.py.
     Memory: 4 bytes per vector.
     """
 
-    def __init__(self, *parts, normalise=False, scale=None):
-        self.scale, self.d = scale, parts[0].shape[1]
+    def __init__(self, *parts, normalise=False, scale=None, progress=silent):
+        self._scale, self._normalise, self.progress = scale, normalise, progress
+        self.d = parts[0].shape[1]
         self.sources = [m if isinstance(m, MatrixFile) else np.ascontiguousarray(m, np.float32)
                         for m in parts if len(m)] or [np.empty((0, self.d), np.float32)]
         if len(self.sources) > 2:
@@ -45,21 +47,25 @@ class Vectors:
         self.n = int(self.starts[-1])
         if self.n >= 2 ** 31:
             raise ValueError(f"{self.n} vectors: node numbers have 32 bits")
-        if scale is not None:
-            if scale.shape != (self.n,):
-                raise ValueError(f"{scale.shape} factors given for {self.n} vectors")
-            self.longest = 1.0
-            return
+        if scale is not None and scale.shape != (self.n,):
+            raise ValueError(f"{scale.shape} factors given for {self.n} vectors")
+        self.longest = 1.0 if normalise or scale is not None else float(self._norms().max(initial=0))
+
+    @property
+    def scale(self):
+        if self._scale is None and self._normalise:
+            self._scale = one_over(self._norms())
+        return self._scale
+
+    def _norms(self):
         norms = np.empty(self.n, np.float32)
         for source, start in zip(self.sources, self.starts):
             name = getattr(source, "filename", "the features")
             for i in range(0, len(source), BLOCK):
                 rows = source[i:i + BLOCK]
                 norms[start + i:start + i + len(rows)] = row_norms(rows, name, range(i, i + len(rows)))
-        self.longest = 1.0 if normalise else float(norms.max(initial=0))
-        if normalise:
-            norms[norms == 0] = 1
-            self.scale = np.divide(1, norms, out=norms)
+                self.progress("vectors read", int(start) + i + len(rows), self.n)
+        return norms
 
     def stretch(self, start, stop):
         """Rows start .. stop - 1, not scaled; an array or a view of one."""
@@ -115,12 +121,21 @@ class Vectors:
         return None if self.scale is None else self.scale[which]
 
     def scaled_rows(self, which):
+        """Copies of rows by number, scaled, float32 (len(which), d)."""
         x = self.rows(which)
+        if self._scale is None and self._normalise:         # a few rows do not take the norms of all
+            return x * one_over(row_norms(x, getattr(self.sources[0], "filename", "the features"), which))[:, None]
         return x if self.scale is None else x * self.scale[which, None]
 
     def converted(self, convert, start, stop, **out):
         """Rows start .. stop - 1 by convert(x, scale, **out): nb.to_bytes, nb.to_bfloat16 or Codes."""
         return convert(self.stretch(start, stop), self.factors(slice(start, stop)), **out)
+
+
+def one_over(norms):
+    """Factors that make rows of these norms as long as 1, in the place of the norms; rows of zeros stay."""
+    norms[norms == 0] = 1
+    return np.divide(1, norms, out=norms)
 
 
 def as_vectors(x):

@@ -25,8 +25,8 @@ from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import COMPLETION_SAMPLE, Sample
-from lowshot.script import (Progress, digest_of_some, exclusive, file_identities, log, read_json, show_progress, whole,
-                            write_json)
+from lowshot.script import (Progress, digest_of_some, exclusive, file_identities, log, read_json, show_progress, silent,
+                            whole, write_json)
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 10
@@ -41,7 +41,7 @@ def read_features(path, rows, pca_path, what):
     return x
 
 
-def read_background_graph(ddir, nbg, k, I, D, vectors):
+def read_background_graph(ddir, nbg, k, I, D, vectors, progress=silent):
     """Read the first k columns of the stored background graph into I, D (nbg, k).
 
     vectors: Vectors of the nodes, the background's first: some similarities are compared with theirs.
@@ -49,15 +49,16 @@ def read_background_graph(ddir, nbg, k, I, D, vectors):
     path_I, path_D, columns = ddir.find_graph(nbg, k, vectors.d)
     again = f"{graph_command(nbg, columns, vectors.d)} --overwrite makes it again"
     stored_I, stored_D = open_graph(path_I, path_D, nbg, columns, again)
-    for rows, number, similarity in checked_rows(stored_I, stored_D, k, again):
+    for rows, number, similarity in checked_rows(stored_I, stored_D, k, again, progress):
         I[rows], D[rows] = number, similarity
     check_graph(vectors, stored_I, stored_D, again)
 
 
-def fixed_vectors(ddir, nbg, dim, base, scale=None):
-    """Vectors of the background and, after it, of the base images, normalised as they are read. scale: theirs, if it is known."""
+def fixed_vectors(ddir, nbg, dim, base, **named):
+    """Vectors of the background and, after it, of the base images, normalised as they are read. named:
+    as of Vectors."""
     background = [MatrixFile(ddir.raw(dim), "<f4", dim, nbg, pca_command("apply", dim))] if nbg else []
-    return Vectors(*background, base, normalise=True, scale=scale)
+    return Vectors(*background, base, normalise=True, **named)
 
 
 def cells_of_nodes(ddir, nbg, vectors, progress):
@@ -72,7 +73,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
     return Cells.train(vectors, progress=progress)
 
 
-def fixed_graph(ddir, nbg, k, vectors, base, test):
+def fixed_graph(ddir, nbg, k, vectors, base, test, progress):
     """Graph of background and base images, and test images against both: a dict of arrays of FixedPart.
 
     Exact below 131,072 nodes, and where a GPU in use holds them (exact_search.use_gpu); otherwise base images are searched for
@@ -87,23 +88,22 @@ def fixed_graph(ddir, nbg, k, vectors, base, test):
     D = allocator(4 * k * n + knn.memory_of_graph(n, k, vectors.d), None if exact else folder)((n, k), np.float32)
     D[nbg:] = -np.inf
     if nbg:
-        read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors)
-    with show_progress() as progress:
-        if exact:
-            background = Vectors(vectors.sources[0], normalise=True, scale=vectors.scale[:nbg]) if nbg else Vectors(base[:0])
-            D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], progress)
-            background.release()
-            test_D, test_I = exact_search.exact_knn(test, vectors, k, progress)
-        else:
-            cells = cells_of_nodes(ddir, nbg, vectors, progress)
-            # before codes are chosen; and the graph gives the vectors in cells up
-            new = Sample(vectors, vectors, k, 0, cells, progress, size=COMPLETION_SAMPLE, first=nbg) if len(base) else None
-            search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
-            if len(base):
-                knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                                    progress=progress, say=log, release=True, sample=new, folder=folder)
-            test_D, test_I, info = search_done()
-            log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
+        read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors, progress)
+    if exact:
+        background = Vectors(vectors.sources[0], normalise=True, scale=vectors.scale[:nbg]) if nbg else Vectors(base[:0])
+        D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], progress)
+        background.release()
+        test_D, test_I = exact_search.exact_knn(test, vectors, k, progress)
+    else:
+        cells = cells_of_nodes(ddir, nbg, vectors, progress)
+        # before codes are chosen; and the graph gives the vectors in cells up
+        new = Sample(vectors, vectors, k, 0, cells, progress, size=COMPLETION_SAMPLE, first=nbg) if len(base) else None
+        search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
+        if len(base):
+            knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
+                                progress=progress, say=log, release=True, sample=new, folder=folder)
+        test_D, test_I, info = search_done()
+        log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
     rank = locality_rank(I) if n >= exact_search.EXACT_BELOW else np.arange(n, dtype=np.int32)
     return dict(I=I, D=D, test_I=test_I, test_D=test_D, scale=vectors.scale, rank=rank)
 
@@ -295,8 +295,9 @@ class FixedKey:
         """Compute the fixed part. Its arrays are in memory."""
         base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
-        vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base)
-        graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test)
+        with show_progress() as progress:
+            vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base, progress=progress)
+            graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test, progress)
         indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
         return FixedPart(dict(base=base, test=test, **graph, worst=exact_search.worst_neighbours(graph["D"], graph["I"]),
                               indptr=indptr, indices=indices, nsingle=nsingle))

@@ -47,10 +47,10 @@ def use_gpu(device):
     _gpu = device
 
 
-def all_on_gpu(nq, n, d, self=False):
+def all_on_gpu(nq, n, d, same=False):
     """Whether there is a GPU in use that compares so many queries with all of n vectors sooner than other ways find the
-    nearest. self: these are the same."""
-    return _gpu is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if self else nq + n, d, _gpu)
+    nearest. same: these are the same."""
+    return _gpu is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if same else nq + n, d, _gpu)
 
 
 def compares_all(nq, n, d):
@@ -58,9 +58,9 @@ def compares_all(nq, n, d):
     return n < EXACT_BELOW or all_on_gpu(nq, n, d)
 
 
-def _on_gpu(Q, X, self=False):
+def _on_gpu(Q, X, same=False):
     return (Q.n * X.n >= ON_GPU and max(Q.longest, X.longest) <= gpu_search.LONGEST
-            and all_on_gpu(Q.n, X.n, X.d, self))
+            and all_on_gpu(Q.n, X.n, X.d, same))
 
 
 def spare_of(k, in_bytes=False):
@@ -68,13 +68,13 @@ def spare_of(k, in_bytes=False):
     return max(SPARE, k // SHARE_SPARE) * (BYTES_SPARE if in_bytes else 1)
 
 
-def exact_knn(xq, x, k, progress=silent, self=False, spare=None):
+def exact_knn(xq, x, k, progress=silent, same=False, spare=None):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
-    Candidates come from products in bfloat16, in bytes with `self` where these do, or in float16 on a GPU in use; they are
-    compared in float32, and where the errors of these could hide a better one the row is computed again in float32. self: xq and
+    Candidates come from products in bfloat16, in bytes with `same` where these do, or in float16 on a GPU in use; they are
+    compared in float32, and where the errors of these could hide a better one the row is computed again in float32. same: xq and
     x are the same vectors, and each is in its own list. spare: candidates beyond k, spare_of() if None; with more of them fewer
-    rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `self`
+    rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `same`
     memory_of_self(), and all vectors in float32 where most are in doubt; beside a GPU that of the result.
     Returns D float32 (nq, k), I int32 (nq, k).
     """
@@ -83,18 +83,18 @@ def exact_knn(xq, x, k, progress=silent, self=False, spare=None):
         raise ValueError(f"queries have {Q.d} columns, vectors {X.d}")
     if not Q.n or not X.n:
         return np.full((Q.n, k), -np.inf, np.float32), np.full((Q.n, k), -1, np.int32)
-    if _on_gpu(Q, X, self):
-        return _exact_on_gpu(Q, X, k, progress, self)
-    in_bytes = self and _bytes_tell_apart(X, k)
-    keys, error = candidates_for(Q, X, k + (spare or spare_of(k, in_bytes)), progress, self,
+    if _on_gpu(Q, X, same):
+        return _exact_on_gpu(Q, X, k, progress, same)
+    in_bytes = same and _bytes_tell_apart(X, k)
+    keys, error = candidates_for(Q, X, k + (spare or spare_of(k, in_bytes)), progress, same,
                                  nb.to_bytes if in_bytes else nb.to_bfloat16)
-    D, I, unsure = best_and_unsure(keys, error, Q, X, k, self)
-    if self and len(unsure) > Q.n / 2:
+    D, I, unsure = best_and_unsure(keys, error, Q, X, k, same)
+    if same and len(unsure) > Q.n / 2:
         del keys, D, I              # which others take the place of
         keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), min(k + spare_of(k), X.n), lambda done: progress(
             "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
-        return best_of(keys, Q, X, k, self)
-    return _in_float32(D, I, unsure, Q, X, k, progress, self)
+        return best_of(keys, Q, X, k, same)
+    return _in_float32(D, I, unsure, Q, X, k, progress, same)
 
 
 def memory_of_self(n, d, k):
@@ -114,12 +114,12 @@ def _bytes_tell_apart(X, k):
     return len(unsure) <= BYTES_DOUBT * some.n
 
 
-def candidates_for(Q, X, K, progress, self, convert=nb.to_bfloat16):
+def candidates_for(Q, X, K, progress, same, convert=nb.to_bfloat16):
     """(keys, error): the K best by products in bfloat16 or bytes, and bounds of the errors of these, float32 (Q.n,)."""
     lost = np.empty(Q.n, np.float32)
     queries = np.concatenate([Q.converted(convert, i, j, residual=lost[i:j]) for i, j in Q.blocks()])
     K = min(K, X.n)
-    if self:
+    if same:
         lost_most = float(lost.max())
         keys = nb.search_self(queries, K, lambda done: progress("pairs of vectors compared", done ** 2, Q.n ** 2))
     else:
@@ -132,47 +132,47 @@ def candidates_for(Q, X, K, progress, self, convert=nb.to_bfloat16):
     return keys, _error(lost, lost_most, Q, X)
 
 
-def _in_float32(D, I, unsure, Q, X, k, progress, self, on_gpu=False):
+def _in_float32(D, I, unsure, Q, X, k, progress, same, on_gpu=False):
     """exact_knn() again, in float32 throughout, for a few queries that are `unsure` in D and I, which change in place."""
     step = FLOAT32_ON_GPU if on_gpu else 4096
     for i in range(0, len(unsure), step):
         rows = unsure[i:i + step].astype(np.int32)
         x = Q.scaled_rows(rows)
         keys = gpu_search.near_in_float32(x, X, k + gpu_search.SPARE, _gpu) if on_gpu else _float32_candidates(x, X, k)
-        best_of(keys, Q, X, k, self, rows, out=(D, I), mapped=on_gpu)
+        best_of(keys, Q, X, k, same, rows, out=(D, I), mapped=on_gpu)
         progress("queries compared in float32", i + len(rows), len(unsure))
     return D, I
 
 
-def best_and_unsure(keys, error, Q, X, k, self=False, rows=None, **where):
+def best_and_unsure(keys, error, Q, X, k, same=False, rows=None, **where):
     """(D, I) of the k best of each list of candidates, and those lists that may lack a better one than these. keys: the best
     by products that err by `error` (n,) at the most; they are changed. rows: the queries, all if None; out, mapped: as of
     best_of()."""
     worst = nb.worst_products(keys)
     _leave_possible(keys, k, error)
-    D, I = best_of(keys, Q, X, k, self, rows, **where)
+    D, I = best_of(keys, Q, X, k, same, rows, **where)
     last = D[:, -1] if rows is None else D[rows, -1]
     return D, I, np.flatnonzero(last < worst + error) if keys.shape[1] < X.n else np.empty(0, np.int64)
 
 
-def _exact_on_gpu(Q, X, k, progress, self, q=None, x=None):
+def _exact_on_gpu(Q, X, k, progress, same, q=None, x=None):
     """exact_knn() by a GPU: it finds candidates, and more of them for queries that these leave in doubt. q, x: Q and X there,
     if they are."""
     x = x or gpu_search.Rounded(X, _gpu)
-    q = q or (x if self else gpu_search.Rounded(Q, _gpu))
+    q = q or (x if same else gpu_search.Rounded(Q, _gpu))
     D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
     queries, K = None, k + gpu_search.SPARE
     for _ in range(2):
         unsure, done, total = [], 0, Q.n if queries is None else len(queries)
         for rows, keys, error in gpu_search.near(q, x, K, q.errors_with(x, _error), queries):
-            unsure.append(rows[best_and_unsure(keys, error, Q, X, k, self, rows, out=(D, I), mapped=True)[2]])
+            unsure.append(rows[best_and_unsure(keys, error, Q, X, k, same, rows, out=(D, I), mapped=True)[2]])
             done += len(rows)
             progress("queries compared with all vectors", done, total)
         queries, K = np.concatenate(unsure), MANY_ON_GPU * K
         if not len(queries):
             break
     del q, x
-    _in_float32(D, I, queries, Q, X, k, progress, self, on_gpu=True)
+    _in_float32(D, I, queries, Q, X, k, progress, same, on_gpu=True)
     gpu_search.release()
     return D, I
 
@@ -196,13 +196,13 @@ def _leave_possible(keys, k, error):
         part[part.view(np.uint64) < least.view(np.uint64)[:, None]] = 0
 
 
-def best_of(keys, Q, X, k, self=False, q_number=None, x_number=None, out=None, mapped=False):
+def best_of(keys, Q, X, k, same=False, q_number=None, x_number=None, out=None, mapped=False):
     """nb.exact_products() of candidates all over the file of X. They are read from it, a part after the other: a map of
     the file would keep in memory what is near them as well. Files of few vectors, and those whose vectors are all looked up
-    (self), are mapped; others if `mapped`, which is quicker where there is memory."""
+    (same), are mapped; others if `mapped`, which is quicker where there is memory."""
     D, I = out or (np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32))
-    if self or mapped or X.in_memory or X.n < EXACT_BELOW:
-        return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, self, D, I)
+    if same or mapped or X.in_memory or X.n < EXACT_BELOW:
+        return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, same, D, I)
     step = max(1, LOOKED_UP // keys.shape[1])
     for i in range(0, len(keys), step):
         part = keys[i:i + step]
@@ -288,7 +288,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
     better than the last neighbour. replace: called with (rows, D, I), the numbers of nodes whose lists change
     and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
     those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
-    nodes. Memory: that of exact_knn(x_new, x_new, k, self=True), or 8 bytes for each of k + 204 candidates,
+    nodes. Memory: that of exact_knn(x_new, x_new, k, same=True), or 8 bytes for each of k + 204 candidates,
     or up to k + 1088 where new nodes are few; and blocks of x.
     """
     def in_place(rows, changed_D, changed_I):
@@ -296,7 +296,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
 
     new, X = as_vectors(x_new), as_vectors(x)
     n, k = I.shape
-    D_new, I_new = exact_knn(new, new, k, self=True)
+    D_new, I_new = exact_knn(new, new, k, same=True)
     I_new[I_new >= 0] += n
     m, numbers = new.n, np.arange(n, n + new.n, dtype=np.int32)
     if not m or not X.n:

@@ -117,7 +117,7 @@ def open_graph(path_I, path_D, n, columns, remedy):
     return MatrixFile(path_I, "<i4", columns, n), MatrixFile(path_D, "<f4", columns, n)
 
 
-def checked_rows(I, D, k, remedy):
+def checked_rows(I, D, k, remedy, progress=silent):
     """Yield (rows, I, D): the first k columns of a stored graph, a block of rows after the other; ValueError, with the remedy,
     where a row is no list of neighbours. I, D: of open_graph()."""
     n = len(I)
@@ -133,6 +133,7 @@ def checked_rows(I, D, k, remedy):
                 raise ValueError(f"{I.filename}: row {i + np.argmax(wrong.any(axis=1))} {what}: {remedy}")
         if not np.isfinite(similarity[have]).all() or not (similarity[:, :-1] >= similarity[:, 1:] - SIMILAR)[have[:, 1:]].all():
             raise ValueError(f"{D.filename} is damaged: similarities in decreasing order were expected; {remedy}")
+        progress("rows of the stored graph checked", min(i + BLOCK, n), n)
         yield rows, number[:, :k], similarity[:, :k]
 
 

@@ -57,7 +57,7 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
     n = vectors.n
     D, I = out if out is not None else (np.empty((n, k), np.float32), np.empty((n, k), np.int32))
     if exact or n < exact_search.EXACT_BELOW and cells is None:
-        for array, found in zip((D, I), exact_search.exact_knn(vectors, vectors, k, progress, self=True)):
+        for array, found in zip((D, I), exact_search.exact_knn(vectors, vectors, k, progress, same=True)):
             array[:] = found
         return D, I, {"recall": 1.0, "exact": True}
     if cells is None:

@@ -17,7 +17,7 @@ def test_maps_of_files_larger_than_memory_are_not_read_ahead(tmp_path, monkeypat
     x = clustered(700, seed=1)
     x.tofile(tmp_path / "raw")
     vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), normalise=True)
-    check_exact(*exact_search.exact_knn(vectors, vectors, 9, self=True), x, x, 9)
+    check_exact(*exact_search.exact_knn(vectors, vectors, 9, same=True), x, x, 9)
     with open("/proc/self/smaps") as f:
         maps = f.read().split(str(tmp_path / "raw"))
     flags = next(line for line in maps[1].splitlines() if line.startswith("VmFlags:"))

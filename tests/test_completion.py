@@ -32,7 +32,7 @@ def complete(ddir, nbg, base_rows, test_rows, novel, train, stored=False):
     """(nodes' I, test images' I, rank) of background, base and novel images, in this order; W is checked to be theirs."""
     key = completion.FixedKey(ddir, "val", nbg, K, DIM, base_rows, test_rows)
     fixed = (key.stored_or_made if stored else key.make)()
-    x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"), fixed.load("scale"))
+    x = completion.fixed_vectors(ddir, nbg, DIM, fixed.load("base"), scale=fixed.load("scale"))
     changes = completion.add_novel(fixed, x, train[novel])
     np.testing.assert_array_equal(fixed.load("I")[changes.rows], changes.before)
     I = changes.of_neighbours(fixed.load("I"))

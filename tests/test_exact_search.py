@@ -27,7 +27,7 @@ def test_exact_where_bfloat16_cannot_tell():
     S = x[:50].astype("f8") @ x.T
     np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :10], atol=3e-7)
     for y in (x, np.concatenate([x, clustered(4000, d=32)])):        # most are in doubt, or fewer
-        D, I = exact_search.exact_knn(y, y, 10, self=True)
+        D, I = exact_search.exact_knn(y, y, 10, same=True)
         np.testing.assert_allclose(D, -np.sort(-(y.astype("f8") @ y.T), axis=1)[:, :10], atol=3e-7)
         np.testing.assert_allclose(D, np.take_along_axis(y.astype("f8") @ y.T, I.astype("i8"), 1), atol=3e-7)
         assert np.array_equal(I[:, 0], np.arange(len(y)))
@@ -49,7 +49,7 @@ def test_all_with_all_in_bytes_where_these_do(monkeypatch):
         for name, value in (("BYTES_FROM", first), ("BYTES_DOUBT", doubt), ("SPARE", spare)):
             monkeypatch.setattr(exact_search, name, value)
         formats.clear()
-        D, I = exact_search.exact_knn(x, x, 10, self=True)
+        D, I = exact_search.exact_knn(x, x, 10, same=True)
         assert formats[0] == words
         S = x.astype("f8") @ x.T
         np.testing.assert_allclose(D, -np.sort(-S, axis=1)[:, :10], atol=3e-7)
@@ -111,8 +111,24 @@ def test_files_are_normalised_as_they_are_read(tmp_path):
     assert info["exact"] and (I == np.arange(350)[:, None]).any(axis=1).all()
     x[123, 4] = np.nan
     x.tofile(tmp_path / "raw")
-    with pytest.raises(ValueError, match="raw: row 123 holds NaN"):
-        Vectors(*parts, normalise=True)
+    vectors = Vectors(*parts, normalise=True)
+    for asked in (lambda: vectors.scaled_rows([5, 123, 310]), lambda: vectors.scale):
+        with pytest.raises(ValueError, match="raw: row 123 holds NaN"):
+            asked()
+
+
+def test_a_few_vectors_do_not_take_the_norms_of_all(tmp_path):
+    x = 7 * clustered(300, seed=1)
+    x[17] = 0
+    x.tofile(tmp_path / "raw")
+    told = []
+    vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 250), x[250:], normalise=True,
+                      progress=lambda *words: told.append(words))
+    rows = vectors.scaled_rows([3, 17, 280])
+    assert not told
+    assert np.array_equal(rows, x[[3, 17, 280]] * vectors.scale[[3, 17, 280], None])
+    assert told == [("vectors read", 250, 300), ("vectors read", 300, 300)]
+    assert np.array_equal(rows, vectors.scaled_rows([3, 17, 280]))
 
 
 def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
@@ -181,7 +197,7 @@ def test_nodes_stay_in_their_own_lists_beside_many_copies(new_are_shorter):
     v = clustered(1)
     old, new = np.repeat(v, 9, axis=0), np.repeat(v, 8, axis=0)
     (new if new_are_shorter else old)[:] *= np.float32(1 - 4e-7)
-    D, I = exact_search.exact_knn(old, old, 5, self=True)
+    D, I = exact_search.exact_knn(old, old, 5, same=True)
     assert (I[:, 0] == np.arange(9)).all()
     before = I.copy()
     D_new, I_new = exact_search.cross_insert(new, old, D, I)

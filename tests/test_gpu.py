@@ -116,7 +116,7 @@ def test_a_graph_of_nearly_equal_vectors(on_gpu, monkeypatch, close):
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     D, I, info = knn.build_knn_graph(x, 5, exact=True)
     exact_search.use_gpu(None)
-    expected, _ = exact_search.exact_knn(x, x, 5, self=True)
+    expected, _ = exact_search.exact_knn(x, x, 5, same=True)
     assert info == {"recall": 1.0, "exact": True}
     np.testing.assert_allclose(D, expected, atol=1e-6)
     if not close:
@@ -130,7 +130,7 @@ def test_new_nodes(on_gpu):
     lists = []
     for device in (torch.device(DEVICE), None):
         exact_search.use_gpu(device)
-        D, I = exact_search.exact_knn(x, x, 3, self=True)
+        D, I = exact_search.exact_knn(x, x, 3, same=True)
         lists.append((D, I, *exact_search.cross_insert(new, x, D, I)))
     for by_gpu, by_cpu in zip(*lists):
         np.testing.assert_allclose(by_gpu, by_cpu, atol=1e-6)

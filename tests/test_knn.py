@@ -51,7 +51,7 @@ def test_vectors_and_candidates_that_do_not_fit_in_memory(tmp_path, monkeypatch,
     monkeypatch.setattr(exact_search, "BLOCK", 130)
     known = None
     if n0:
-        known = tuple(a[:n0] for a in exact_search.exact_knn(*2 * [Vectors(x[:n0], normalise=True)], k, self=True))
+        known = tuple(a[:n0] for a in exact_search.exact_knn(*2 * [Vectors(x[:n0], normalise=True)], k, same=True))
         known[0][:, 0] += .5            # what is known is not computed again
     graphs = []
     for memory in (1 << 40, free):

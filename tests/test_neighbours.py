@@ -352,7 +352,7 @@ def test_rounds_lead_to_the_true_graph_and_stop(stored):
     keys = nb.make_keys((x @ x.T)[np.arange(1500)[:, None], start], start) | nb.NEW
     inserted = [nb.descent_round(X, keys, seed=r) for r in range(15)]
     assert inserted[-1] == 0
-    D, I = nb.exact_products(keys, x, x, 10, self=True)
+    D, I = nb.exact_products(keys, x, x, 10, same=True)
     want = np.argsort(-(x @ x.T), axis=1)[:, :10]
     assert np.mean([len(np.intersect1d(a, b)) for a, b in zip(I, want)]) > 9.9
     assert (I[:, 0] == np.arange(1500)).all()
@@ -503,12 +503,12 @@ def test_exact_products_in_two_parts_with_scales_and_numbers():
 def test_known_products_are_not_computed_again(self_):
     x = unit_vectors(300, 40)
     keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 25)
-    want = nb.exact_products(keys, x, x, 12, self=self_)
+    want = nb.exact_products(keys, x, x, 12, same=self_)
     D, I = (a.copy() for a in want)
-    assert all(np.array_equal(a, b) for a, b in zip(nb.exact_products(keys, x, x, 12, self=self_, D=D, I=I, known=200), want))
+    assert all(np.array_equal(a, b) for a, b in zip(nb.exact_products(keys, x, x, 12, same=self_, D=D, I=I, known=200), want))
     D[:200, :5] += 7            # seen in what comes out: these were looked up
     I[:150, 3:] = -1            # and those were not
-    D, I = nb.exact_products(keys, x, x, 12, self=self_, D=D, I=I, known=200)
+    D, I = nb.exact_products(keys, x, x, 12, same=self_, D=D, I=I, known=200)
     assert np.array_equal(I, want[1])
     np.testing.assert_array_equal(D[200:], want[0][200:])
     np.testing.assert_allclose(D[150:200] - want[0][150:200], np.repeat([[7] * 5 + [0] * 7], 50, 0), atol=1e-5)
@@ -572,7 +572,7 @@ def test_a_node_heads_its_own_list_even_among_duplicates():
     x = np.tile(unit_vectors(1, 32), (60, 1))
     x[50:] = 0
     keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 4)
-    D, I = nb.exact_products(keys, x, x, 4, self=True)
+    D, I = nb.exact_products(keys, x, x, 4, same=True)
     assert (I[:, 0] == np.arange(60)).all() and all(len(set(row)) == 4 for row in I)
     np.testing.assert_allclose(D[:50], 1, rtol=1e-6)
     assert (D[50:] == 0).all()
@@ -584,7 +584,7 @@ def test_a_shorter_node_that_no_candidate_names_is_in_its_own_list():
     x[20] *= np.float32(1 - 3e-7)
     x[40] *= np.float32(.5)
     others = (np.arange(60)[:, None] + np.arange(1, 7)) % 60
-    D, I = nb.exact_products(nb.make_keys(np.zeros(others.shape, "f4"), others), x, x, 4, self=True)
+    D, I = nb.exact_products(nb.make_keys(np.zeros(others.shape, "f4"), others), x, x, 4, same=True)
     assert np.array_equal(I[:, 0] == np.arange(60), np.arange(60) != 40)
     assert I[40].tolist() == [41, 42, 43, 40]
     np.testing.assert_allclose(D[40], [.5, .5, .5, .25], rtol=1e-6)
@@ -711,7 +711,7 @@ def test_numbers_out_of_range_are_refused():
             nb.exact_products(**{"keys": keys, "queries": x, "base": x, "k": 2, **arguments})
     for arguments, message in (({"base": x[:, :5].copy()}, "anyx8 expected, found float32 20x5"),
                                ({"base": [x, x, x]}, "base: one or two arrays expected, found 3"), ({"k": 0}, "k is less than 1"),
-                               ({"base": x[:7].copy(), "self": True}, "20 queries and 7 base vectors are not the same")):
+                               ({"base": x[:7].copy(), "same": True}, "20 queries and 7 base vectors are not the same")):
         with pytest.raises(ValueError, match=message):
             nb.exact_products(**{"keys": keys, "queries": x, "base": x, "k": 2, **arguments})
     rows = [np.array([0]), np.array([20])]
@@ -789,15 +789,15 @@ def test_what_stays_is_old():
 def test_products_after_the_known_ones_are_computed():
     x = unit_vectors(30, 40)
     keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 9)
-    want, I = nb.exact_products(keys, x, x, 9, self=True)
-    D, _ = nb.exact_products(keys, x, x, 9, self=True, D=want + 7, I=I.copy(), known=20)
+    want, I = nb.exact_products(keys, x, x, 9, same=True)
+    D, _ = nb.exact_products(keys, x, x, 9, same=True, D=want + 7, I=I.copy(), known=20)
     assert np.array_equal(D[20:], want[20:]) and (D[:20] > 5).all()
 
 
 def test_products_after_the_known_ones_are_those_given():
     x = unit_vectors(30, 40)
     keys = nb.search_all(nb.to_bfloat16(x), nb.to_bfloat16(x), 9)
-    want, I = nb.exact_products(keys, x, x, 9, self=True)
+    want, I = nb.exact_products(keys, x, x, 9, same=True)
     D = want + 7
     nb.best_by_products(I, want, 0, D, I.copy(), 20)
     assert np.array_equal(D[20:], want[20:]) and (D[:20] > 5).all()
@@ -807,19 +807,19 @@ def test_products_after_the_known_ones_are_those_given():
 def test_a_shorter_node_is_the_last_of_its_list(k):
     x = np.ones((7, 32), "f4")
     x[0] = .5
-    D, I = nb.exact_products(nb.make_keys(np.zeros((7, 7)), np.tile(np.arange(7), (7, 1))), x, x, k, self=True)
+    D, I = nb.exact_products(nb.make_keys(np.zeros((7, 7)), np.tile(np.arange(7), (7, 1))), x, x, k, same=True)
     assert I[0].tolist() == [*range(1, k), 0]
 
 
 def test_itself_first_among_equals_behind_others():
     x = np.array([[.5], [1], [.5]], "f4")
-    D, I = nb.exact_products(nb.make_keys(np.zeros((3, 3)), np.tile(np.arange(3), (3, 1))), x, x, 3, self=True)
+    D, I = nb.exact_products(nb.make_keys(np.zeros((3, 3)), np.tile(np.arange(3), (3, 1))), x, x, 3, same=True)
     assert I.tolist() == [[1, 0, 2], [1, 0, 2], [1, 2, 0]]
 
 
 def test_rounding_is_little():
     x = np.array([[1], [1 - 3e-6]], "f4")
-    D, I = nb.exact_products(nb.make_keys(np.zeros((2, 2)), np.tile(np.arange(2), (2, 1))), x, x, 2, self=True)
+    D, I = nb.exact_products(nb.make_keys(np.zeros((2, 2)), np.tile(np.arange(2), (2, 1))), x, x, 2, same=True)
     assert I.tolist() == [[0, 1], [0, 1]]
 
 
