@@ -70,6 +70,7 @@ def main():
     ddir = DataDir()
     record, start = provenance(args), time.time()
     n, d = args.nbg, args.dim
+    ddir.check_dim(d)
     raw = ddir.raw(d)
     rows = MatrixFile(raw, "<f4", d, n, pca_command("apply", d))
     # after the checks: these load Faiss and the compiled library

@@ -27,7 +27,7 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.evaluate import accuracies, notes_of_images
+from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, read_into
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory
@@ -332,7 +332,8 @@ def main():
         f"{ddir.of_label_idx()} ({len(split.novel)} novel)")
     if args.k > n:
         log(f"note: --k is {args.k}, there are {n} nodes: all of them are neighbours")
-    for note in notes_of_images(unreadable, test_labels, split):
+    record["notes"] = list(notes_of_classes(test_labels, split))
+    for note in note_of_unreadable(*unreadable) + record["notes"]:
         log(note)
 
     # ---- the graph over all images; nodes are numbered background, base, novel
@@ -410,8 +411,8 @@ def main():
                        neighbours=np.where(test_I < 0, -1, node[test_I]), nlabelled=nl, labelled_rows=rows)
     record.update(steps=steps.records, seconds=time.time() - steps.t0, predicted_memory=predicted,
                   peak_memory=peak_memory(), complete=True)
-    log(f"[{record['seconds']:.3f}s] done, peak memory {size(peak_memory())} ({size(predicted)} predicted)")
     write_json(record_path, record)
+    log(f"[{record['seconds']:.3f}s] done, wrote {record_path}, peak memory {size(peak_memory())} ({size(predicted)} predicted)")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
-from lowshot.evaluate import accuracies, notes_of_images
+from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, SLAB_BYTES
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, torch_device, wait_briefly
@@ -277,7 +277,8 @@ def experiment(args, ddir, record, points):
         warn_of_memory(predicted)
         log(f"{C} classes{ddir.of_label_idx()} ({len(split.novel)} novel), {len(rows)} labelled images ({nbase} of base "
             f"classes), {len(test_rows)} test images, {d} columns, {len(points)} (lr, wd) points")
-        for note in notes_of_images(unreadable, test_labels, split):
+        record["notes"] = list(notes_of_classes(test_labels, split))
+        for note in note_of_unreadable(*unreadable) + record["notes"]:
             log(note)
         X = read_rows(train_file, rows, "labelled images")                                         # (n, d)
         Xtest = read_rows(val_file, test_rows, "test images")                                      # (nt, d)

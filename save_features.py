@@ -93,6 +93,8 @@ def main():
 
     if args.model not in NETWORKS:
         note_transforms(args, transforms, usual_transforms(args.model, pretrained=not args.modelfile))
+    if args.modelfile and getattr(network, "transform_input", False):
+        log(f"note: {args.model} normalises images in another way (transform_input), as with torchvision's weights")
 
     # on a CPU each worker thread runs the network by itself; and where processes decode on all cores, threads that share a copy
     # to the GPU would wait for the last of them
@@ -355,7 +357,7 @@ def tell_classes(names, labels):
     log(f"{len(names)} classes in sorted order, by label: {', '.join(listed)}; label_idx.json counts them from 1")
     empty = sorted(set(range(len(names))) - set(labels.tolist()))
     if empty:
-        log(f"note: {len(empty)} of them have no image: {', '.join(names[c] for c in empty[:10])}" + " ..." * (len(empty) > 10))
+        log(f"note: {len(empty)} of them without images: {', '.join(names[c] for c in empty[:10])}" + " ..." * (len(empty) > 10))
 
 
 def from_memory_speed(results, extract, workers, shape):

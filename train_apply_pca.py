@@ -13,6 +13,7 @@ it was cut off.
   python train_apply_pca.py train apply --dim 128 --ntrain 100000
 """
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -209,9 +210,9 @@ def write_all(args, blocks, counts, pca, path, origin):
 
 
 def identity(f):
-    """What tells a feature file from another: its size, and a digest of which images were readable and of 256 of its rows
-    (reading all takes too long)."""
-    digest = hashlib.sha256()
+    """What tells a feature file from another: its size, and a digest of what it says it was made from, of which images were
+    readable, and of 256 of its rows (reading all takes too long)."""
+    digest = hashlib.sha256(json.dumps(f.made_from, sort_keys=True).encode())
     readable = f.readable()
     if readable is not None:
         digest.update(np.ascontiguousarray(readable).tobytes())

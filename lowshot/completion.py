@@ -261,6 +261,7 @@ class FixedKey:
     def __init__(self, ddir, mode, nbg, k, dim, base_rows, test_rows):
         self.ddir, self.nbg, self.k, self.dim = ddir, nbg, k, dim
         self.base_rows, self.test_rows = base_rows, test_rows
+        ddir.check_dim(dim)
         self.sources = [ddir.train, ddir.val, ddir.pca(dim)]
         if nbg:
             self.sources += [ddir.raw(dim), *ddir.find_graph(nbg, k, dim)[:2]]

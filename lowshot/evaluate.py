@@ -2,11 +2,15 @@
 import numpy as np
 
 
-def notes_of_images(unreadable, labels, split):
-    """Yield lines about images that could not be read (unreadable: how many labelled and test images), and what the test images
-    lack: some of novel classes, or of some classes, or classes that can be wrong. labels: int (nt,), 0..C-1, of test images."""
-    if any(unreadable):
-        yield "note: {} labelled and {} test images could not be read, and have the features of a black image".format(*unreadable)
+def note_of_unreadable(labelled, test):
+    """A list of a line, or of none, about how many labelled and test images could not be read."""
+    return [f"note: {labelled} labelled and {test} test images could not be read, and have the features of a black image"] * bool(
+        labelled or test)
+
+
+def notes_of_classes(labels, split):
+    """Yield lines about what the test images lack: some of novel classes, or of some classes, or classes that can be wrong.
+    labels: int (nt,), 0..C-1, of test images."""
     if len(split.classes) <= 5:
         yield f"note: there are {len(split.classes)} classes: each that has a score above 0 is among the five best"
     if not split.is_novel[labels].any():

@@ -71,16 +71,16 @@ class Experiment:
             required, optional = self.KEYS[system]
             grid = content.get(system)
             if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - set(optional):
-                raise ValueError(f"{path}: {system} must have the entries {', '.join(sorted(required))}"
-                                 f" and may have {', '.join(sorted(optional))}")
+                unknown = sorted(map(str, set(grid) - required - set(optional))) if isinstance(grid, dict) else []
+                raise ValueError(f"{path}: {system} {f'has an unknown entry {unknown[0]!r}: it ' if unknown else ''}must have the "
+                                 f"entries {', '.join(sorted(required))} and may have {', '.join(sorted(optional))}")
             found = {key: self._value(grid[key], key, system + ": ") for key in grid}
             setattr(self, system, {**found, **{key: optional[key] for key in optional if key not in found}})
         published = content.get("published")
         if published is not None and not isinstance(published, str):
             raise ValueError(f"{path}: published must be the name of a JSON file, found {published!r}")
         self.published = read_json(os.path.join(os.path.dirname(path), published)) if published else {}
-        if not isinstance(self.published, dict) or not all(isinstance(self.published.get(key, {}), dict)
-                                                           for key in ("parameters", *SYSTEMS)):
+        if not isinstance(self.published, dict) or not are_figures(self.published):
             raise ValueError(f"{os.path.join(os.path.dirname(path), published)} does not hold published figures: see "
                              "configs/paper_results.json")
 
@@ -105,6 +105,18 @@ class Experiment:
 
     def parameters_path(self, system, ddir):
         return os.path.join(self.folder(system, ddir), "parameters.json")
+
+
+def are_figures(published):
+    """Whether published figures are as in configs/paper_results.json, where there are any."""
+    def are(tree, depth):
+        if depth:
+            return isinstance(tree, dict) and all(are(branch, depth - 1) for branch in tree.values())
+        return isinstance(tree, dict) and all(isinstance(v, list) and len(v) == 2 and all(map(is_number, v))
+                                              for v in (tree.get("all"), tree.get("novel")))
+
+    return (isinstance(published.get("parameters", {}), dict) and are(published.get("logreg", {}), 1)
+            and are(published.get("diffusion", {}), 2))
 
 
 def numbers(text, name):
@@ -158,7 +170,9 @@ def has_figures(record, job):
     """Whether a record holds the accuracies that a job reports: after each number of iterations, by logreg.py at each point."""
     points, iterations = reported(job)
     unreadable = record.get("unreadable", [0, 0])       # of labelled and test images
-    if not (isinstance(unreadable, list) and [type(count) for count in unreadable] == [int, int]):
+    if not isinstance(unreadable, list) or [type(count) for count in unreadable] != [int, int]:
+        return False
+    if not isinstance(record.get("notes", []), list):
         return False
     runs = [record] if points is None else record.get("runs")
     if not isinstance(runs, list) or not all(isinstance(r, dict) and isinstance(r.get("results"), list) for r in runs):

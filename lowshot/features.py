@@ -244,6 +244,8 @@ def labels_of_both(train, val, known):
     """(labels of train, labels of val), two FeatureFile, int64, as labels(known) gives them; classes that have names are known as
     well. ValueError where the files come from different networks, or count the classes in different ways."""
     check_same_network(train.path, train.network, val.path, val.network)
+    if train.made_from and train.made_from == val.made_from:
+        log(f"note: {train.path} and {val.path} are of the same images: what is labelled is tested")
     for c, (name, other) in enumerate(zip(train.class_names, val.class_names)):
         if name != other:
             raise ValueError(f"class {c + 1} is {name} in {train.path}, but {other} in {val.path}: save_features.py makes both "
@@ -300,7 +302,7 @@ class MatrixFile:
         if have % width or have < rows * width or have == 0:
             partial = have % width or not have
             why = "truncated or of another shape" if partial else f"it holds {have // width} rows"
-            again = f"; {maker} --overwrite makes it again" if maker and partial else ""
+            again = f"; {'' if partial else 'if there should be more, '}{maker} --overwrite makes it again" if maker else ""
             raise ValueError(f"{path} has {have} bytes, at least {rows * width} ({rows} rows of {width}) expected: {why}{again}")
         self.filename, self.dtype, self.shape = path, np.dtype(dtype), (rows, columns)
 

@@ -433,7 +433,7 @@ def folder_set(root, classes=None):
         names, labels, class_names = loose, [0] * len(loose), None
     for name in own:
         before = len(names)
-        seen = set()            # links may lead back
+        seen = {os.path.realpath(root)}         # links may lead back
         for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
             seen.add(os.path.realpath(folder))
             folders[:] = sorted(f for f in folders if not f.startswith(".")

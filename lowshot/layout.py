@@ -75,6 +75,15 @@ class DataDir:
     def raw(self, dim=256, write=False):
         return self._either(f"concatenated_PCAR{dim}.raw", write)
 
+    def check_dim(self, dim):
+        """ValueError where there is the PCA, or vectors after it, of other dimensions only."""
+        folders = [f for f in (self.path("features", "f100m"), self.path("features")) if os.path.isdir(f)]
+        names = [re.fullmatch(r"PCAR(\d+)\.vt|concatenated_PCAR(\d+)\.raw", n) for f in folders for n in os.listdir(f)]
+        have = sorted({int(m.group(1) or m.group(2)) for m in names if m})
+        if have and dim not in have:
+            raise ValueError(f"{self.path('features')} has the PCA to {', '.join(map(str, have))} dimensions, not to {dim}: "
+                             f"--dim {have[-1]}, or {pca_command('train apply', dim)}")
+
     def _either(self, name, write):
         fixed = self.path("features", "f100m", name)
         above = self.path("features", name)

@@ -9,11 +9,12 @@ from lowshot.script import as_text, log, write_json, write_text
 
 
 def final_accuracies(system, jobs, parameters):
-    """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..], "unreadable": [..]}} of the jobs that have
-    run.
+    """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..], "unreadable": [..], "notes": [..]}} of the
+    jobs that have run.
 
     The accuracies are percentages, one per seed, at the parameters' number of iterations; unreadable are how many labelled
-    and test images of each run could not be read. Also returns the jobs without a record.
+    and test images of each run could not be read; notes are lines on what the test images lack. Also returns the jobs without a
+    record.
     """
     rows, without = {}, []
     for job in jobs:
@@ -26,9 +27,11 @@ def final_accuracies(system, jobs, parameters):
         results = record["results"] if system == "diffusion" else record["runs"][0]["results"]
         iteration = p["niter" if system == "diffusion" else "maxiter"]
         [at] = [r for r in results if r["iteration"] == iteration]
-        row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": [], "unreadable": []})
+        row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": [], "unreadable": [],
+                                         "notes": []})
         row["seeds"].append(a["seed"])
         row["unreadable"].append(record.get("unreadable", [0, 0]))
+        row["notes"] += [note for note in record.get("notes", []) if note not in row["notes"]]
         for key in ("top5", "top5_novel"):
             row[key].append(100 * at[key])
     return rows, without
@@ -88,6 +91,8 @@ def print_report(e, system, ddir, jobs, parameters, source):
         if bad:
             log(f"note: {len(bad)} of {sum(len(row['seeds']) for row in rows.values())} runs have {what} images that could not "
                 f"be read, up to {max(bad)}, which have the features of a black one")
+    for note in notes_of(rows.values()):
+        log(note)
     table = report_table(e, system, rows)
     log("\n" + table + "\n")
     check_none_lacks(without, jobs, 3)      # before files of them all are replaced
@@ -95,6 +100,11 @@ def print_report(e, system, ddir, jobs, parameters, source):
     write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
     write_text(stem + ".md", table + "\n")
     log(f"wrote {stem}.md and {stem}.json")
+
+
+def notes_of(rows):
+    """The notes of rows, each once."""
+    return list(dict.fromkeys(note for row in rows for note in row["notes"]))
 
 
 # ------------------------------------------------------------------------------------------------ all systems together
@@ -153,6 +163,8 @@ def print_comparison(e, ddir):
     text += "What the paper found, on these data:\n\n"
     for statement, holds in findings(e, systems):
         text += f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n"
+    for note in notes_of(row for of_labels in systems.values() for row in of_labels.values()):
+        text += f"\n{note}\n"
     log(text)
     path = ddir.log(f"{e.name}.md")
     write_text(path, text)

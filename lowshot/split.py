@@ -80,8 +80,8 @@ def labelled_images(train_labels, split, nlabeled, seed):
             of_class = order[np.searchsorted(ordered, c):np.searchsorted(ordered, c, "right")]
             if novel:
                 if len(of_class) < nlabeled:
-                    raise ValueError(f"nlabeled is {nlabeled}, but novel class {c + 1} has {len(of_class)} "
-                                     "training images")
+                    raise ValueError(f"nlabeled is {nlabeled}, but novel class {c + 1} has {len(of_class)} training images: "
+                                     "fewer are to be labelled, or label_idx.json belongs to another data set")
                 of_class = of_class.copy()
                 rs.shuffle(of_class)
                 of_class = of_class[:nlabeled]

@@ -35,6 +35,17 @@ def test_fixed_names(root):
     assert d.log("a", "b.json") == f"{r}/logs/a/b.json"
 
 
+def test_other_dimensions_are_told(root):
+    d = DataDir(str(root))
+    d.check_dim(256)
+    (root / "features" / "PCAR64.vt").touch()
+    with pytest.raises(ValueError, match="has the PCA to 64 dimensions, not to 256: --dim 64, or python train_apply_pca.py train"):
+        d.check_dim(256)
+    d.check_dim(64)
+    (root / "features" / "f100m" / "concatenated_PCAR256.raw").touch()
+    d.check_dim(256)
+
+
 def test_files_one_folder_up_are_read_but_not_written(root):
     d = DataDir(str(root))
     above, fixed = root / "features" / "PCAR256.vt", root / "features" / "f100m" / "PCAR256.vt"
