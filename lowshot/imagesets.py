@@ -423,7 +423,8 @@ def folder_set(root, classes=None):
         raise ValueError(f"{root} has a class {sorted(set(own) - set(class_names))[0]!r} that {classes} lacks")
     number = {name: i for i, name in enumerate(class_names)}
     names, labels = [], []
-    loose = [n for n in sorted(os.listdir(root)) if _is_image(n) and not os.path.isdir(os.path.join(root, n))]
+    files = [n for n in sorted(os.listdir(root)) if not os.path.isdir(os.path.join(root, n))]
+    loose, others = [n for n in files if _is_image(n)], [n for n in files if not _is_image(n)]
     if loose and own:
         raise ValueError(f"{root} holds both images ({loose[0]} ...) and subfolders ({own[0]} ...): either images only,"
                          " or a subfolder per class, was expected")
@@ -440,9 +441,12 @@ def folder_set(root, classes=None):
                                 and os.path.realpath(os.path.join(folder, f)) not in seen)
             relative = os.path.relpath(folder, root)
             names += [os.path.join(relative, n) for n in sorted(files) if _is_image(n)]
+            others += [os.path.join(relative, n) for n in sorted(files) if not _is_image(n)]
         labels += [number[name]] * (len(names) - before)
     if not names:
         raise ValueError(f"{root} holds no images: files ending in {', '.join(EXTENSIONS)} were expected")
+    if others:
+        log(f"note: {len(others)} files in {root} are left out, {others[0]} for one: no images by their names")
     return FileSet(root, names, labels, class_names)
 
 

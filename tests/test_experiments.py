@@ -818,6 +818,26 @@ def test_parameters_of_another_grid_are_refused(finished, ddir, tmp_path, system
             experiments.check_chosen(e, parameters, jobs, path)
 
 
+def test_what_test_images_lack_is_told(finished, ddir, capsys):
+    parameters, jobs = experiments.parameters_and_jobs(finished, "logreg", ddir)
+    note = "note: no test image is of a novel class, accuracies on novel are 0 for want of any"
+    for job in jobs[:2]:
+        content = {**job.result(), "notes": [note]}
+        with open(job.record, "w") as f:
+            json.dump(content, f)
+    report.print_report(finished, "logreg", ddir, jobs, parameters, "chosen")
+    report.print_comparison(finished, ddir)
+    assert capsys.readouterr().out.splitlines().count(note) == 2
+
+
+@pytest.mark.parametrize("figures", ['{"diffusion": {"0": {"1": {"all": 5}}}}', '{"logreg": {"1": {"all": [5, 1], "novel": [5]}}}',
+                                     '{"parameters": 3}'])
+def test_published_figures_that_are_none_are_refused(tmp_path, figures):
+    (tmp_path / "pub.json").write_text(figures)
+    with pytest.raises(ValueError, match="pub.json does not hold published figures"):
+        experiment(tmp_path, TINY + "published: pub.json")
+
+
 def test_runs_with_images_that_could_not_be_read_are_told(finished, ddir, capsys):
     parameters = read_parameters(finished, "logreg", ddir, "chosen")
     jobs = experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")

@@ -371,7 +371,7 @@ def test_rows_beyond_the_count_need_not_be_readable(tmp_path):
         assert f.readable().tolist() == [True, False, True] and f.unreadable(np.array([0, 1])) == 1
 
 
-def test_class_names_and_labels_of_two_files(tmp_path):
+def test_class_names_and_labels_of_two_files(tmp_path, capsys):
     """Classes that have names are known, whatever the split lists; files may not count them in different ways."""
     def file(name, labels, classes):
         path = str(tmp_path / name)
@@ -390,6 +390,12 @@ def test_class_names_and_labels_of_two_files(tmp_path):
             labels_of_both(a, c, 3)
         with pytest.raises(ValueError, match="e: the label of row 0 is 3, label_idx.json has classes for labels 0 to 2"):
             labels_of_both(a, e, 2)
+    for name, of_same in (("a", "v"), ("d", "v"), ("d", "w")):
+        write_made_from(str(tmp_path / name), sha256_zip_sizes=of_same)
+    with FeatureFile(str(tmp_path / "a")) as a, FeatureFile(str(tmp_path / "d")) as d:
+        capsys.readouterr()
+        labels_of_both(a, a, 2), labels_of_both(a, d, 2)
+        assert capsys.readouterr().out.count("are of the same images") == 1
     write_made_from(str(tmp_path / "d"), model="ResNet10")
     write_made_from(str(tmp_path / "b"), model="ResNet50")
     with FeatureFile(str(tmp_path / "b")) as b, FeatureFile(str(tmp_path / "d")) as d:

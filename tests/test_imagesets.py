@@ -286,7 +286,7 @@ def test_missing_meta_json(tmp_path):
         meta_set(str(tmp_path / "m.json"))
 
 
-def test_folders_of_classes(tmp_path):
+def test_folders_of_classes(tmp_path, capsys):
     for name, files in {"train/cat": ["b.JPG", "a.png", "deep/c.jpg"], "train/ant": ["z.jpeg"], "train/bee": [],
                         "val/cat": ["1.jpg"]}.items():
         for file in files:
@@ -297,6 +297,7 @@ def test_folders_of_classes(tmp_path):
     (tmp_path / "train/cat/notes.txt").write_text("x")
     (tmp_path / "train/.hidden").mkdir()
     train = folder_set(str(tmp_path / "train"))
+    assert capsys.readouterr().out == f"note: 1 files in {tmp_path}/train are left out, cat/notes.txt for one: no images by their names\n"
     assert train.class_names == ["ant", "bee", "cat"]
     assert [train.name(i).replace("/./", "/") for i in range(4)] == ["ant/z.jpeg", "cat/a.png", "cat/b.JPG",
                                                                    "cat/deep/c.jpg"]
@@ -318,6 +319,7 @@ def test_links_are_followed_and_hidden_folders_are_not(tmp_path):
         path.write_bytes(b"x")
     (tmp_path / "train/cat/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "train/cat")
+    (tmp_path / "train/cat/up").symlink_to("..")
     (tmp_path / "train/dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     images = folder_set(str(tmp_path / "train"))
     names = [os.path.normpath(images.name(i)) for i in range(len(images))]

@@ -150,6 +150,15 @@ def test_a_block_extracted_again_with_more_images_is_another(root):
     assert "--overwrite replaces it" in run(root, "apply", ok=False)
 
 
+def test_a_block_of_other_images_is_another(root):
+    """Although those of its rows that are looked at are the same."""
+    write_made_from(path(root, "block1.hdf5"), sha256_names_labels_sizes="a")
+    run(root, "train", "apply")
+    write_made_from(path(root, "block1.hdf5"), sha256_names_labels_sizes="b")
+    assert "--overwrite replaces it" in run(root, "apply", ok=False)
+    assert "wrote" in run(root, "apply", "--overwrite")
+
+
 def test_blocks_of_different_networks_are_refused(root):
     write_made_from(path(root, "block1.hdf5"), model="ResNet10", modelfile_sha256="a")      # block0 does not tell
     write_made_from(path(root, "block2.hdf5"), model="ResNet10", modelfile_sha256="b")
