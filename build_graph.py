@@ -170,15 +170,15 @@ def predict_memory(n, d, k, all_on_gpu, beside_gpu, least=False):
     from lowshot.gpu_search import GPU_LIBRARIES
     from graph_utils.neighbours import words, words_of_bytes
     vectors, in_bytes = 4 * n * d, 4 * n * words_of_bytes(d)
-    libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, 2440 * min(n, 65536)
+    libraries, blocks = GPU_LIBRARIES if beside_gpu else 60e6, knn.SAMPLED * min(n, 1 << 16) // (1 << 16)
     if n < exact_search.EXACT_BELOW:    # the index and its vectors; or codes and candidates, then similarities
         similarities = vectors + 8 * n * (k + exact_search.spare_of(k, in_bytes=True)) + 16 * n * k
         return int(libraries + max(2 * vectors, 4 * n * words(d) + blocks, exact_search.memory_of_self(n, d, k), similarities))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
     listed = sampling.longest_list(k)
-    similarities = (vectors + 8 * n * k) * (not least) + 4 * n * listed + 24 * n
-    return int(libraries + blocks + max(knn.memory_of_graph(n, k, d, in_file=least), similarities))
+    similarities = (vectors + 8 * n * k) * (not least) + 4 * n * listed + 24 * n + knn.WORKING
+    return int(libraries + max(knn.memory_of_graph(n, k, d, in_file=least), similarities))
 
 
 def lower_recall(record_path, wanted):

@@ -159,10 +159,9 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
             exact_search.memory_of_self(nbase, dim, k),
             blocks + mapped + 4 * nbase * words_of_bytes(dim) + 8 * nbase * (2 * k + exact_search.INSERTED_SPARE))
         if not exact:
-            # samples and their candidates; cells in bytes and candidate lists, mostly without rounds, which take as much again;
-            # then similarities
-            steps["complete"] = vectors + lists + 130e6 + max(
-                knn.memory_of_graph(n, k, dim, in_file=least) - 8 * listed * n * (not least), mapped + 4 * listed * n + 24 * n)
+            # candidates, mostly without rounds; then similarities
+            steps["complete"] = vectors + lists + max(knn.memory_of_graph(n, k, dim, in_file=least, rounds=False),
+                                                      mapped + 4 * listed * n + 24 * n + knn.WORKING)
     return int((GPU_LIBRARIES if Backend.device != "cpu" else Backend.libraries) + max(steps.values()))
 
 

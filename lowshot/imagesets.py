@@ -446,7 +446,7 @@ def folder_set(root, classes=None):
     if not names:
         raise ValueError(f"{root} holds no images: files ending in {', '.join(EXTENSIONS)} were expected")
     if others:
-        log(f"note: {len(others)} files in {root} are left out, {others[0]} for one: no images by their names")
+        log(f"note: {root} has files that are left out, no images by their names: {len(others)}, {others[0]} for one")
     return FileSet(root, names, labels, class_names)
 
 

@@ -31,6 +31,8 @@ MOST_PARTS = 16             # of the lists, that a round works on one after the 
                             # more would take long
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
 WIDE_START = .75            # recall that these rounds start from; from lower, they end lower
+SAMPLED = 160_000_000       # bytes of a sample, its candidates, and what finds them
+WORKING = 60_000_000        # and of blocks of vectors in hand, and threads
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
@@ -272,15 +274,16 @@ class Lists:
         return sample.recall_of_keys(self.best(self.position[sample.number], most), self.cells)
 
 
-def memory_of_lists(n, K, in_file=False):
+def memory_of_lists(n, K, in_file=False, rounds=True):
     """Bytes of K candidates for each of n nodes, and of a round: their copy, who has whom as a neighbour, how many these are,
     and the worst of each. Of lists in a file those of the nodes that are worked on at a time, at least one of MOST_PARTS."""
-    return 12 * n + (8 * K * n // MOST_PARTS if in_file else 16 * K * n)
+    return 12 * n + (8 * K * n // MOST_PARTS if in_file else (16 if rounds else 8) * K * n)
 
 
-def memory_of_graph(n, k, d, in_file=False):
-    """Bytes that build_knn_graph() takes for n vectors of d dimensions, at the most: codes, candidates, order and position."""
-    return 4 * n * nb.words_of_bytes(d) + memory_of_lists(n, longest_list(k), in_file) + 24 * n
+def memory_of_graph(n, k, d, in_file=False, rounds=True):
+    """Bytes that build_knn_graph() takes for n vectors of d dimensions until it has candidates, at the most: codes, order and
+    position, and then what a sample takes, or lists."""
+    return 4 * n * nb.words_of_bytes(d) + 24 * n + max(SAMPLED, memory_of_lists(n, longest_list(k), in_file, rounds) + WORKING)
 
 
 def search_begun(cells, xq, k, recall=0.95, progress=silent, say=silent):
