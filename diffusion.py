@@ -29,11 +29,11 @@ import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, read_into
+from lowshot.files import check_outputs, exclusive, file_identities, remove_left_behind, reserve, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory
-from lowshot.script import (Parser, Progress, check_outputs, exclusive, file_identities, file_name, log, number, print_header,
-                            provenance, remove_left_behind, reserve, run, silent, size, warn_of_memory, whole, within_memory,
-                            write_json)
+from lowshot.script import (Parser, Progress, file_name, log, number, print_header, provenance, run, silent, size, warn_of_memory,
+                            within_memory)
 from lowshot.split import images_of_run, load_split
 
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at

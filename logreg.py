@@ -31,11 +31,10 @@ import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, SLAB_BYTES
+from lowshot.files import allocate, check_outputs, exclusive, file_identities, remove, remove_left_behind, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, torch_device, wait_briefly
-from lowshot.script import (Parser, Progress, allocate, as_text, check_outputs, exclusive, file_identities, file_name, log,
-                            number, print_header, provenance, remove, remove_left_behind, run, size, warn_of_memory, whole,
-                            write_json)
+from lowshot.script import Parser, Progress, as_text, file_name, log, number, print_header, provenance, run, size, warn_of_memory
 from lowshot.split import images_of_run, load_split
 
 wait_briefly()

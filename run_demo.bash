@@ -99,7 +99,7 @@ done
 echo
 "$PYTHON" -m lowshot.phases compare "$EXPERIMENT"
 # the contact sheet: what a single label per class finds with the largest background
-niter=$("$PYTHON" -c 'import sys; from lowshot.script import read_json
+niter=$("$PYTHON" -c 'import sys; from lowshot.files import read_json
 print(read_json(sys.argv[1])[sys.argv[2]][sys.argv[3]]["niter"])' \
         "$folder/parameters.json" "$most" "${nlabeled[0]}")
 examples=$DDIR/demo_examples.npz

@@ -31,8 +31,9 @@ import time
 import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
+from lowshot.files import check_outputs, file_sha256
 from lowshot.machine import MOST_WORKERS, peak_memory, thread_count, torch_device
-from lowshot.script import Parser, Progress, check_outputs, clock, file_name, file_sha256, log, number, print_header, run, size
+from lowshot.script import Parser, Progress, clock, file_name, log, number, print_header, run, size
 
 PIXELS_ON_CPU = 1 << 18     # at a time, at the most: more leave the caches, with less workers wait for each other
 IMAGES_ON_CPU = 256         # the same, as files may be large where what is kept of them is small

@@ -19,7 +19,8 @@ import os
 import runs  # noqa: F401     it finds the project
 
 import numpy as np
-from lowshot.script import Parser, Progress, log, number, print_header, read_json, remove, run, whole, write_json
+from lowshot.files import read_json, remove, whole, write_json
+from lowshot.script import Parser, Progress, log, number, print_header, run
 
 ROWS = 20000        # made at a time: part of what "the same bytes" means
 

@@ -18,8 +18,9 @@ from runs import show
 
 import numpy as np
 
+from lowshot.files import allocate
 from lowshot.machine import peak_memory
-from lowshot.script import Parser, allocate, log, number, print_header, run, size
+from lowshot.script import Parser, log, number, print_header, run, size
 
 NCOL, BLOCK, SAMPLE = 16, 1 << 20, 1000
 

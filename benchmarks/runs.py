@@ -8,7 +8,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from lowshot.script import log, write_text  # noqa: E402     the package, before numpy: it names the number of threads
+from lowshot.files import write_text  # noqa: E402     the package, before numpy: it names the number of threads
+from lowshot.script import log  # noqa: E402     the package, before numpy: it names the number of threads
 
 
 def timed(record, script, *args, program=(), ddir=None, **variables):

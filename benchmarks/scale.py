@@ -13,9 +13,10 @@ import shutil
 
 from runs import diffusion, show, timed
 
+from lowshot.files import read_json
 from lowshot.layout import DataDir, padded_to_power_of_two
 from lowshot.machine import thread_count
-from lowshot.script import Parser, log, number, print_header, read_json, run, size
+from lowshot.script import Parser, log, number, print_header, run, size
 
 
 def arguments():

@@ -39,10 +39,10 @@ import numpy as np  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 
 from demo.glyphs import choose_distinct, coverage, default_fonts, find_fonts, glyph  # noqa: E402
+from lowshot.files import exclusive, full_disk_named, read_json, whole, write_json  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.machine import end_with_parent, thread_count  # noqa: E402
-from lowshot.script import (Parser, Progress, exclusive, full_disk_named, log, number, print_header,  # noqa: E402
-                            read_json, run, whole, write_json)
+from lowshot.script import Parser, Progress, log, number, print_header, run  # noqa: E402
 
 SIZE = 32               # pixels
 PER_ZIP = 1000

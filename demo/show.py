@@ -23,8 +23,9 @@ import lowshot  # noqa: E402 F401     before numpy: it names the number of threa
 import numpy as np  # noqa: E402
 
 from lowshot.experiments import CHECKOUT, Experiment, parameters_and_jobs, records_of  # noqa: E402
+from lowshot.files import check_outputs, read_json, whole  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import Parser, as_text, check_outputs, log, number, read_json, run, whole  # noqa: E402
+from lowshot.script import Parser, as_text, log, number, run  # noqa: E402
 
 INK, MUTED, GRID = "#24292f", "#6b7280", "#e5e7eb"
 RIGHT, WRONG = "#15803d", "#b91c1c"

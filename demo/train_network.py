@@ -21,10 +21,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lowshot  # noqa: E402 F401     before numpy: it names the number of threads
 import numpy as np  # noqa: E402
 
+from lowshot.files import exclusive, read_json, whole, write_json  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
 from lowshot.machine import peak_memory  # noqa: E402
-from lowshot.script import (Parser, Progress, clock, exclusive, log, number, print_header, provenance,  # noqa: E402
-                            read_json, run, whole, write_json)
+from lowshot.script import Parser, Progress, clock, log, number, print_header, provenance, run  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # as save_features.py has them
 

@@ -19,14 +19,14 @@ from lowshot import exact_search, knn
 from lowshot.cells import Cells, Vectors, assign
 from lowshot.faiss_search import is_plain_ivf
 from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
+from lowshot.files import digest_of_some, exclusive, file_identities, read_json, whole, write_json
 from lowshot.index_files import allocator, cells_of_index, check_graph, checked_rows, open_graph, open_index
 from lowshot.layout import command_for, graph_command, pca_command
 from lowshot.machine import release_memory
 from lowshot.packages import faiss
 from lowshot.pca import check_made_by, load_pca
 from lowshot.sampling import COMPLETION_SAMPLE, Sample
-from lowshot.script import (Progress, digest_of_some, exclusive, file_identities, log, read_json, show_progress, silent,
-                            whole, write_json)
+from lowshot.script import Progress, log, show_progress, silent
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 10

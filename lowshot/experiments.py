@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowshot import KEPT_TO_QUOTA
+from lowshot.files import changed_file, exclusive, file_identities, full_disk_named, read_json, read_note, read_yaml
 from lowshot.layout import command_for
 from lowshot.machine import cpus, end_with_parent, named_threads
-from lowshot.script import (as_text, changed_file, clock, exclusive, file_identities, full_disk_named, log, read_json, read_note,
-                            read_yaml)
+from lowshot.script import as_text, clock, log
 
 SYSTEMS = ("logreg", "diffusion")
 SETTINGS = {"logreg.py": ("mom", "precision"), "diffusion.py": ("k", "dim")}    # that parameters are chosen for

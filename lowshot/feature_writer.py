@@ -14,7 +14,8 @@ import time
 import numpy as np
 
 from lowshot.features import FeatureFile
-from lowshot.script import allocate, exclusive, read_json, remove, remove_left_behind, size, whole, write_json
+from lowshot.files import allocate, exclusive, read_json, remove, remove_left_behind, whole, write_json
+from lowshot.script import size
 
 
 class FeatureWriter:

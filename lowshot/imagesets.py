@@ -46,9 +46,10 @@ try:
 except ImportError:
     simplejpeg = None
 
+from lowshot.files import read_json, read_yaml
 from lowshot.machine import MOST_WORKERS
 from lowshot.packages import load_torchvision
-from lowshot.script import Progress, log, read_json, read_yaml
+from lowshot.script import Progress, log
 
 warnings.filterwarnings("ignore", module="PIL")     # of transparency, and of sizes
 

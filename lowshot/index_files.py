@@ -19,8 +19,9 @@ from graph_utils import neighbours as nb
 from lowshot import machine
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, spread_rows
+from lowshot.files import allocate, read_note, remove, remove_left_behind, reserve, whole, write_json
 from lowshot.packages import faiss
-from lowshot.script import allocate, log, read_note, remove, remove_left_behind, reserve, silent, whole, write_json
+from lowshot.script import log, silent
 
 SIMILAR = 0.01          # by how much stored similarities and elements may differ from exact ones: enough for float16
 SIMILAR_MEAN = 0.0005   # and similarities on average

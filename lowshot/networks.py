@@ -18,8 +18,8 @@ import zipfile
 import torch
 from torch import nn
 
+from lowshot.files import whole
 from lowshot.packages import load_torchvision
-from lowshot.script import whole
 
 
 class SimpleBlock(nn.Module):

@@ -5,9 +5,9 @@ import re
 import numpy as np
 
 from lowshot.features import check_readable, check_same_network
+from lowshot.files import file_sha256, read_note
 from lowshot.layout import pca_command
 from lowshot.packages import faiss
-from lowshot.script import file_sha256, read_note
 
 
 def load_pca(path, features=None):

@@ -17,9 +17,10 @@ import sys
 
 from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, choose, merge, parameters_and_jobs,
                                  read_parameters, run_jobs, validation_jobs)
+from lowshot.files import exclusive, write_json
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
-from lowshot.script import Parser, as_text, exclusive, log, run, write_json
+from lowshot.script import Parser, as_text, log, run
 
 PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
 

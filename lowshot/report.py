@@ -5,7 +5,8 @@ import sys
 import numpy as np
 
 from lowshot.experiments import SYSTEMS, check_none_lacks, parameters_and_jobs
-from lowshot.script import as_text, log, write_json, write_text
+from lowshot.files import write_json, write_text
+from lowshot.script import as_text, log
 
 
 def final_accuracies(system, jobs, parameters):

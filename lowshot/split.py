@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowshot.features import labels_of_both
-from lowshot.script import read_json
+from lowshot.files import read_json
 
 
 @dataclass

@@ -14,9 +14,10 @@ import build_graph
 from graph_utils import neighbours as nb
 from lowshot import exact_search, faiss_search, gpu_search, index_files, knn, machine, sampling
 from lowshot.cells import Cells, Codes, Vectors
+from lowshot.files import exclusive
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
 from lowshot.packages import faiss
-from lowshot.script import exclusive, silent
+from lowshot.script import silent
 from vectors import clustered
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -12,10 +12,10 @@ from graph_utils import SymmetricGraph
 from graph_utils import neighbours as nb
 from lowshot import completion, exact_search, index_files, machine, sampling
 from lowshot.cells import Cells
+from lowshot.files import file_sha256, write_json
 from lowshot.index_files import scratch
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
-from lowshot.script import file_sha256, write_json
 from test_diffusion import DIM, small_directory, vectors, write_background_graph
 
 NBG, K = 2500, 12

@@ -23,7 +23,7 @@ sys.path.insert(0, HERE)
 from demo import make_data, show  # noqa: E402
 from demo.glyphs import choose_distinct, coverage, find_fonts, glyph  # noqa: E402
 from demo.make_data import damaged, draw  # noqa: E402
-from lowshot.script import exclusive  # noqa: E402
+from lowshot.files import exclusive  # noqa: E402
 from lowshot.split import labelled_images, load_split  # noqa: E402
 
 NCLASS, NTRAIN, NVAL, NBG = 16, 8, 3, 1040

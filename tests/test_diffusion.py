@@ -18,7 +18,7 @@ from lowshot.packages import faiss
 from lowshot import completion, index_files, machine, split as class_split
 from lowshot.index_files import scratch
 from lowshot.completion import FixedPart
-from lowshot.script import exclusive, read_json, write_json
+from lowshot.files import exclusive, read_json, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NBG, DIM, KS = 400, 32, 16

@@ -16,9 +16,10 @@ import yaml
 from demo import show
 from lowshot import experiments, phases, report
 from lowshot.experiments import Experiment, Job, read_parameters
+from lowshot.files import exclusive, file_identities
 from lowshot.layout import DataDir
 from lowshot.machine import cpus
-from lowshot.script import exclusive, file_identities, run
+from lowshot.script import run
 
 CHECKOUT = experiments.CHECKOUT
 TINY = """

@@ -18,8 +18,8 @@ from data_directory import make_data_directory, read_features, write_features  #
 from graph_utils import FusedSGD  # noqa: E402
 from logreg import (Checkpoint, Sampler, arguments, default_record, evaluate, main, point_file,  # noqa: E402
                     predict_memory)
+from lowshot.files import exclusive  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
-from lowshot.script import exclusive  # noqa: E402
 from lowshot.split import load_split, test_images as images_to_test  # noqa: E402
 from lowshot.torch_sgd import TorchClassifiers  # noqa: E402
 

@@ -12,8 +12,8 @@ import pytest
 import train_apply_pca
 from data_directory import write_features, write_made_from
 from lowshot import pca
+from lowshot.files import exclusive, write_json
 from lowshot.packages import faiss
-from lowshot.script import exclusive, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 D, DIM = 24, 10
