@@ -9,7 +9,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from lowshot.files import write_text  # noqa: E402     the package, before numpy: it names the number of threads
-from lowshot.script import log  # noqa: E402     the package, before numpy: it names the number of threads
+from lowshot.script import log  # noqa: E402
 
 
 def timed(record, script, *args, program=(), ddir=None, **variables):

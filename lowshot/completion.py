@@ -55,8 +55,8 @@ def read_background_graph(ddir, nbg, k, I, D, vectors, progress=silent):
 
 
 def fixed_vectors(ddir, nbg, dim, base, **named):
-    """Vectors of the background and, after it, of the base images, normalised as they are read. named:
-    as of Vectors."""
+    """Vectors of the background and, after it, of the base images, normalised as they are read. named: scale
+    and progress of Vectors."""
     background = [MatrixFile(ddir.raw(dim), "<f4", dim, nbg, pca_command("apply", dim))] if nbg else []
     return Vectors(*background, base, normalise=True, **named)
 
@@ -66,8 +66,7 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
     path = ddir.index(nbg)
     if nbg >= exact_search.EXACT_BELOW and os.path.exists(path):
         index = open_index(path)
-        if is_plain_ivf(index) and (index.ntotal, index.d, index.metric_type) == (
-                nbg, vectors.d, faiss.METRIC_INNER_PRODUCT):
+        if is_plain_ivf(index) and (index.ntotal, index.d, index.metric_type) == (nbg, vectors.d, faiss.METRIC_INNER_PRODUCT):
             centroids, cell = cells_of_index(index, path)
             return Cells(vectors, centroids, np.concatenate([cell, assign(vectors, centroids, first=nbg)]))
     return Cells.train(vectors, progress=progress)

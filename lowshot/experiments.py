@@ -71,8 +71,8 @@ class Experiment:
             required, optional = self.KEYS[system]
             grid = content.get(system)
             if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - set(optional):
-                unknown = sorted(map(str, set(grid) - required - set(optional))) if isinstance(grid, dict) else []
-                raise ValueError(f"{path}: {system} {f'has an unknown entry {unknown[0]!r}: it ' if unknown else ''}must have the "
+                unknown = min(map(str, set(grid) - required - set(optional)), default=None) if isinstance(grid, dict) else None
+                raise ValueError(f"{path}: {system} {f'has an unknown entry {unknown!r}: it ' if unknown else ''}must have the "
                                  f"entries {', '.join(sorted(required))} and may have {', '.join(sorted(optional))}")
             found = {key: self._value(grid[key], key, system + ": ") for key in grid}
             setattr(self, system, {**found, **{key: optional[key] for key in optional if key not in found}})
@@ -172,7 +172,8 @@ def has_figures(record, job):
     unreadable = record.get("unreadable", [0, 0])       # of labelled and test images
     if not isinstance(unreadable, list) or [type(count) for count in unreadable] != [int, int]:
         return False
-    if not isinstance(record.get("notes", []), list):
+    notes = record.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         return False
     runs = [record] if points is None else record.get("runs")
     if not isinstance(runs, list) or not all(isinstance(r, dict) and isinstance(r.get("results"), list) for r in runs):

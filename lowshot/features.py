@@ -245,7 +245,7 @@ def labels_of_both(train, val, known):
     well. ValueError where the files come from different networks, or count the classes in different ways."""
     check_same_network(train.path, train.network, val.path, val.network)
     if train.made_from and train.made_from == val.made_from:
-        log(f"note: {train.path} and {val.path} are of the same images: what is labelled is tested")
+        log(f"note: {train.path} and {val.path} are of images of the same names, labels and sizes: are these the same images?")
     for c, (name, other) in enumerate(zip(train.class_names, val.class_names)):
         if name != other:
             raise ValueError(f"class {c + 1} is {name} in {train.path}, but {other} in {val.path}: save_features.py makes both "

@@ -27,5 +27,6 @@ def test_few_classes_cannot_be_wrong():
 
 
 def test_images_that_could_not_be_read_are_counted():
-    assert note_of_unreadable(3, 1) == ["note: 3 labelled and 1 test images could not be read, and have the features of a black image"]
+    assert note_of_unreadable(3, 1) == [
+        "note: 3 labelled and 1 test images could not be read, and have the features of a black image"]
     assert note_of_unreadable(0, 0) == []

@@ -395,7 +395,7 @@ def test_class_names_and_labels_of_two_files(tmp_path, capsys):
     with FeatureFile(str(tmp_path / "a")) as a, FeatureFile(str(tmp_path / "d")) as d:
         capsys.readouterr()
         labels_of_both(a, a, 2), labels_of_both(a, d, 2)
-        assert capsys.readouterr().out.count("are of the same images") == 1
+        assert capsys.readouterr().out.count("are these the same images?") == 1
     write_made_from(str(tmp_path / "d"), model="ResNet10")
     write_made_from(str(tmp_path / "b"), model="ResNet50")
     with FeatureFile(str(tmp_path / "b")) as b, FeatureFile(str(tmp_path / "d")) as d:

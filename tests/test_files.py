@@ -62,7 +62,8 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_another_process_can_be_waited_for(tmp_path):
     path = str(tmp_path / "file")
-    code = "import sys\nfrom lowshot.files import exclusive\nfrom lowshot.script import log\nwith exclusive(sys.argv[1], lambda: log('waits')): log('in')"
+    code = ("import sys\nfrom lowshot.files import exclusive\nfrom lowshot.script import log\n"
+            "with exclusive(sys.argv[1], lambda: log('waits')): log('in')")
     with files.exclusive(path):
         process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "waits\n" and process.poll() is None
