@@ -201,7 +201,7 @@ def stored_index(path, vectors, args, progress):
     from lowshot.cells import Cells, default_nlist
     from lowshot.exact_search import EXACT_BELOW
     from lowshot.faiss_search import errors_name_index, is_plain_ivf
-    from lowshot.index_files import cells_of_index, digest_of_vectors, index_note, read_index, write_ivf_flat
+    from lowshot.index_files import cells_of_index, digest_of_vectors, holds_vectors, index_note, read_index, write_ivf_flat
     from lowshot.packages import faiss
     n, d = vectors.n, vectors.d
     remove_left_behind(path)
@@ -210,7 +210,6 @@ def stored_index(path, vectors, args, progress):
         if not is_plain_ivf(index):
             return index, None
         return index, Cells(vectors, *cells_of_index(index, path))
-    remove(index_note(path))
     factory = args.index
     if factory == "auto":
         factory = "Flat" if n < EXACT_BELOW else f"IVF{default_nlist(n)},Flat"
@@ -220,6 +219,7 @@ def stored_index(path, vectors, args, progress):
         if not 1 <= index.nlist <= n:
             raise ValueError(f"--index {factory}: {index.nlist} lists for {n} vectors")
         cells = Cells.train(vectors, index.nlist, args.seed, progress)
+        remove(index_note(path))
         write_ivf_flat(path, cells, progress=progress)
         return read_index(path, n, d), cells
     if not index.is_trained:
@@ -236,7 +236,8 @@ def stored_index(path, vectors, args, progress):
         progress("vectors added to the index", j, n)
     with whole(path) as temporary:
         faiss.write_index(index, temporary)
-    if not isinstance(index, faiss.IndexFlat):
+        remove(index_note(path))        # of another index
+    if not holds_vectors(index):
         write_json(index_note(path), {"vectors": digest_of_vectors(vectors)})
     return index, None
 

@@ -296,7 +296,7 @@ def experiment(args, ddir, record, points):
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": record["files"]})
-    first, losses, diverged, t0 = 0, [], set(), time.time()
+    first, losses, diverged, unsaved, t0 = 0, [], set(), set(), time.time()
     saved = state.load(classifiers)
     if saved:
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
@@ -326,7 +326,9 @@ def experiment(args, ddir, record, points):
             state.save(classifiers, iteration=iteration, runs=runs, seconds=time.time() - t0,
                        losses=[some.tolist() for some in losses])
         except OSError as e:
-            log(f"note: no state was kept, to go on from should this run be killed ({e})")
+            if not unsaved:
+                log(f"note: no state was kept, to go on from should this run be killed ({e})")
+            unsaved.add(iteration)
 
     try:
         train(classifiers, sampler, X, args, report, save, first, losses)

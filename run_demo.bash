@@ -82,7 +82,9 @@ step "graphs of the background"
 for nbg in $NBG; do
     graph=$DDIR/knngraph/ndis${nbg}_k${columns}_I_11.int32
     anew=()
-    if [ "$raw" -nt "$graph" ] && [ -e "$graph" ]; then anew=(--overwrite); fi
+    for made in "$graph" "$DDIR/knngraph/ndis$nbg.index"; do
+        if [ -e "$made" ] && [ "$raw" -nt "$made" ]; then anew=(--overwrite); fi
+    done
     if [ "$nbg" -gt 0 ]; then show "$PYTHON" build_graph.py "$nbg" --k "$k" --dim "$dim" ${anew[@]+"${anew[@]}"}; fi
 done
 

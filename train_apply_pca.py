@@ -216,8 +216,8 @@ def identity(f):
     readable = f.readable()
     if readable is not None:
         digest.update(np.ascontiguousarray(readable).tobytes())
-    for row in spread_rows(f.n, 256):       # one by one: of many, read() takes in all that is between, of chunked files
-        digest.update(f.read([row]).tobytes())
+    for row in spread_rows(f.n, 256):       # one by one: read() takes in all that is between, of chunked files
+        digest.update(f.row(row).tobytes())
     return {"rows": f.n, "columns": f.d, "sha256": digest.hexdigest()}
 
 

@@ -51,6 +51,10 @@ class Vectors:
             raise ValueError(f"{scale.shape} factors given for {self.n} vectors")
         self.longest = 1.0 if normalise or scale is not None else float(self._norms().max(initial=0))
 
+    @staticmethod
+    def _name(source):
+        return getattr(source, "filename", "the features")
+
     @property
     def scale(self):
         if self._scale is None and self._normalise:
@@ -60,10 +64,9 @@ class Vectors:
     def _norms(self):
         norms = np.empty(self.n, np.float32)
         for source, start in zip(self.sources, self.starts):
-            name = getattr(source, "filename", "the features")
             for i in range(0, len(source), BLOCK):
                 rows = source[i:i + BLOCK]
-                norms[start + i:start + i + len(rows)] = row_norms(rows, name, range(i, i + len(rows)))
+                norms[start + i:start + i + len(rows)] = row_norms(rows, self._name(source), range(i, i + len(rows)))
                 self.progress("vectors read", int(start) + i + len(rows), self.n)
         return norms
 
@@ -124,7 +127,11 @@ class Vectors:
         """Copies of rows by number, scaled, float32 (len(which), d)."""
         x = self.rows(which)
         if self._scale is None and self._normalise:         # a few rows do not take the norms of all
-            return x * one_over(row_norms(x, getattr(self.sources[0], "filename", "the features"), which))[:, None]
+            which, norms = np.asarray(which, np.int64), np.empty(len(x), np.float32)
+            for source, first in zip(self.sources, self.starts):
+                mine = (which >= first) & (which < first + len(source))
+                norms[mine] = row_norms(x[mine], self._name(source), which[mine] - first)
+            return x * one_over(norms)[:, None]
         return x if self.scale is None else x * self.scale[which, None]
 
     def converted(self, convert, start, stop, **out):

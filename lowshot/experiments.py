@@ -288,9 +288,10 @@ def grid_of(e, system):
 
 def changed_grid(e, parameters):
     """In what the grid that parameters were chosen from was not the experiment's, as text; None if in nothing."""
-    grid = grid_of(e, "diffusion" if "niter" in parameters else "logreg")
-    had = parameters["grid"] if isinstance(parameters.get("grid"), dict) else {}
-    return next((f"grid, which had {key} {as_text(had.get(key))}" for key in grid if had.get(key) != grid[key]), None)
+    grid, had = grid_of(e, "diffusion" if "niter" in parameters else "logreg"), parameters.get("grid")
+    if not isinstance(had, dict) or set(had) != set(grid):
+        return "grid, or does not tell of which"
+    return next((f"grid, which had {key} {as_text(had[key])}" for key in grid if had[key] != grid[key]), None)
 
 
 def run_jobs(jobs, parallel, environment=os.environ):

@@ -156,6 +156,10 @@ class FeatureFile:
         readable = self.readable()
         return 0 if readable is None else int((readable[rows] == 0).sum())
 
+    def row(self, i):
+        """Row i as it is stored, checked for nothing, float32 (d,)."""
+        return np.ascontiguousarray(self._stretch("all_feats", i, i + 1)[0], np.float32)
+
     def slabs(self, start=0, stop=None):
         """Yield (first row, float32 (m, d)) over rows start..stop-1 in order, about 64 MB at a time."""
         stop = self.n if stop is None else stop

@@ -163,6 +163,11 @@ def index_note(path):
     return path + ".json"
 
 
+def holds_vectors(index):
+    """Whether an index holds its vectors as they are."""
+    return isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat))
+
+
 def digest_of_vectors(vectors):
     """A digest of some vectors, hexadecimal."""
     return hashlib.sha256(vectors.rows(spread_rows(vectors.n, 1024)).tobytes()).hexdigest()

@@ -172,6 +172,7 @@ def torch_device(name):
 
 def end_with_parent(parent):
     """In a new process: end when `parent`, the one that made it, ends, also where that is killed and cannot pass it on."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # the parent's handler would make nothing of it
     LIBC.prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
     if os.getppid() != parent:          # it has ended meanwhile
         os.kill(os.getpid(), signal.SIGTERM)

@@ -92,20 +92,18 @@ def print_report(e, system, ddir, jobs, parameters, source):
         if bad:
             log(f"note: {len(bad)} of {sum(len(row['seeds']) for row in rows.values())} runs have {what} images that could not "
                 f"be read, up to {max(bad)}, which have the features of a black one")
-    for note in notes_of(rows.values()):
-        log(note)
-    table = report_table(e, system, rows)
-    log("\n" + table + "\n")
+    text = report_table(e, system, rows) + "\n" + notes_of(rows.values())
+    log("\n" + text)
     check_none_lacks(without, jobs, 3)      # before files of them all are replaced
     stem = os.path.join(e.folder(system, ddir), "report" if source == "chosen" else f"report-{source}")
     write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
-    write_text(stem + ".md", table + "\n")
+    write_text(stem + ".md", text)
     log(f"wrote {stem}.md and {stem}.json")
 
 
 def notes_of(rows):
-    """The notes of rows, each once."""
-    return list(dict.fromkeys(note for row in rows for note in row["notes"]))
+    """The notes of rows as paragraphs, each once."""
+    return "".join(f"\n{note}\n" for note in dict.fromkeys(note for row in rows for note in row["notes"]))
 
 
 # ------------------------------------------------------------------------------------------------ all systems together
@@ -164,8 +162,7 @@ def print_comparison(e, ddir):
     text += "What the paper found, on these data:\n\n"
     for statement, holds in findings(e, systems):
         text += f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n"
-    for note in notes_of(row for of_labels in systems.values() for row in of_labels.values()):
-        text += f"\n{note}\n"
+    text += notes_of(row for of_labels in systems.values() for row in of_labels.values())
     log(text)
     path = ddir.log(f"{e.name}.md")
     write_text(path, text)

@@ -112,9 +112,12 @@ def test_files_are_normalised_as_they_are_read(tmp_path):
     x[123, 4] = np.nan
     x.tofile(tmp_path / "raw")
     vectors = Vectors(*parts, normalise=True)
-    for asked in (lambda: vectors.scaled_rows([5, 123, 310]), lambda: vectors.scale):
+    for asked in (lambda: vectors.scaled_rows([310, 5, 123]), lambda: vectors.scale):
         with pytest.raises(ValueError, match="raw: row 123 holds NaN"):
             asked()
+    more[10, 4] = np.nan
+    with pytest.raises(ValueError, match="the features: row 10 holds NaN"):
+        Vectors(*parts, normalise=True).scaled_rows([310, 5])
 
 
 def test_a_few_vectors_do_not_take_the_norms_of_all(tmp_path):

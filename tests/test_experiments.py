@@ -812,6 +812,9 @@ def test_parameters_of_another_grid_are_refused(finished, ddir, tmp_path, system
             for p in tree.values():
                 p.update({} if by_hand else {"files": file_identities(jobs[0].inputs),
                                              "grid": experiments.grid_of(finished, system)})
+            if not by_hand:
+                without = {key: value for key, value in p.items() if key != "grid"}
+                assert experiments.changed_grid(e, without) == "grid, or does not tell of which"
         if was and not by_hand:
             with pytest.raises(ValueError, match=f"was chosen for another grid, which had {was}: phases 1 and 2 choose anew"):
                 experiments.check_chosen(e, parameters, jobs, path)
@@ -829,6 +832,9 @@ def test_what_test_images_lack_is_told(finished, ddir, capsys):
     report.print_report(finished, "logreg", ddir, jobs, parameters, "chosen")
     report.print_comparison(finished, ddir)
     assert capsys.readouterr().out.splitlines().count(note) == 2
+    for path in (os.path.join(finished.folder("logreg", ddir), "report.md"), ddir.log("tiny.md")):
+        with open(path) as f:
+            assert f.read().splitlines()[-2:] == ["", note]
 
 
 @pytest.mark.parametrize("figures", ['{"diffusion": {"0": {"1": {"all": 5}}}}', '{"logreg": {"1": {"all": [5, 1], "novel": [5]}}}',

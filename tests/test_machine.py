@@ -1,11 +1,13 @@
 """CPUs and memory that the process may use."""
+import functools
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from lowshot.machine import available_memory, cgroups, check_threads, cpus, keep_to_quota, peak_memory
+from lowshot.machine import available_memory, cgroups, check_threads, cpus, end_with_parent, keep_to_quota, peak_memory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -64,3 +66,14 @@ def test_memory_figures():
     grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
     assert 2.9e8 < grown < 3.3e8 and peak_memory() > 5e6
     assert 0 <= available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize("parent,status", [(os.getpid(), 0), (os.getpid() + 1, -signal.SIGTERM)])
+def test_a_process_whose_parent_has_ended_already_ends(parent, status):
+    """Also where the one that made it has a handler of the signal, as drivers have."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        done = subprocess.run(["true"], preexec_fn=functools.partial(end_with_parent, parent))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.returncode == status
