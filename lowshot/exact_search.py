@@ -26,7 +26,7 @@ BYTES_FROM = 1 << 14        # vectors from which all are compared in bytes, wher
 BYTES_SPARE = 2             # with so many times as many candidates beyond k,
 BYTES_DOUBT = .02           # at most this share
 BYTES_SAMPLE = 500          # of some of them
-INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least
+INSERTED_SPARE = 6 * SPARE  # the same for new nodes, by products of bytes, which prove less: at least, or k
 FEW_INSERTED = 32 * SPARE   # and at the most, where new nodes are few
 ALL_INSERTED = 1 << 20      # candidates of all new nodes together, between these
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
@@ -289,7 +289,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
     and their new lists; None: these are put in place. worst: worst_neighbours(D, I), if they are known; then of D and I only
     those lists are looked at that change, or nearly do. Returns the lists of the new nodes, (m, k), among existing and new
     nodes. Memory: that of exact_knn(x_new, x_new, k, same=True), or 8 bytes for each of k + 204 candidates,
-    or up to k + 1088 where new nodes are few; and blocks of x.
+    2 k where k is larger, or up to k + 1088 where new nodes are few; and blocks of x.
     """
     def in_place(rows, changed_D, changed_I):
         D[rows], I[rows] = changed_D, changed_I
@@ -324,7 +324,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
     new_lost = np.empty(m, np.float32)
     queries = np.concatenate([new.converted(nb.to_bytes, i, j, residual=new_lost[i:j]) for i, j in new.blocks()])
     lost_most = float(new_lost.max())
-    spare = max(min(ALL_INSERTED // m, FEW_INSERTED), INSERTED_SPARE)
+    spare = max(min(ALL_INSERTED // m, FEW_INSERTED), INSERTED_SPARE, k)
     keys_new = np.zeros((m, min(k + spare, X.n)), np.int64)
     X_lost_most = 0.0
     for i, j in X.blocks():
