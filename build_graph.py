@@ -1,8 +1,8 @@
 """Stage 3: the k-nearest-neighbour graph of the background (paper, section 3.1).
 
 reads   $DDIR/features/f100m/concatenated_PCAR256.raw    its first NBG vectors, L2-normalised as they are read
-writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the normalised vectors, inner product, and beside one that
-                                                         does not hold them as they are .json, a digest of some of them
+writes  $DDIR/knngraph/ndis{NBG}.index                   Faiss index of the normalised vectors, inner product
+        $DDIR/knngraph/ndis{NBG}.index.json              beside an index that does not hold them as they are: of which it is
         $DDIR/knngraph/ndis{NBG}_k32_I_11.int32          neighbours of each image, itself included, best first
         $DDIR/knngraph/ndis{NBG}_k32_D_11.float32        their inner products
         $DDIR/logs/build_graph/ndis{NBG}_k32.json        one record: arguments, recall, seconds, memory
