@@ -118,12 +118,17 @@ class Checkpoint:
     def __init__(self, record, key):
         folder, name = os.path.split(os.path.abspath(record))
         self.path = os.path.join(folder, f".{os.path.splitext(name)[0]}.state.npz")
-        self.key = json.dumps(key, sort_keys=True)
+        self.key, self.failed = json.dumps(key, sort_keys=True), False
 
     def save(self, classifiers, **rest):
-        with whole(self.path) as temporary:
-            with open(temporary, "wb") as f:
+        """Write the state, or say once that it cannot be written: training goes on without."""
+        try:
+            with whole(self.path) as temporary, open(temporary, "wb") as f:
                 np.savez(f, key=self.key, rest=json.dumps(rest), **classifiers.state())
+        except OSError as e:
+            if not self.failed:
+                log(f"note: no state was kept, to go on from should this run be killed ({e})")
+            self.failed = True
 
     def load(self, classifiers):
         """Restore the classifiers; returns the rest that was saved, None if there is no whole state of the same run."""
@@ -296,7 +301,7 @@ def experiment(args, ddir, record, points):
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": record["files"]})
-    first, losses, diverged, unsaved, t0 = 0, [], set(), set(), time.time()
+    first, losses, diverged, t0 = 0, [], set(), time.time()
     saved = state.load(classifiers)
     if saved:
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
@@ -321,17 +326,10 @@ def experiment(args, ddir, record, points):
                 diverged.add(g)
                 log(f"note: lr {lr:g} wd {wd:g} diverged, its scores are not numbers")
 
-    def save(iteration, losses):
-        try:
-            state.save(classifiers, iteration=iteration, runs=runs, seconds=time.time() - t0,
-                       losses=[some.tolist() for some in losses])
-        except OSError as e:
-            if not unsaved:
-                log(f"note: no state was kept, to go on from should this run be killed ({e})")
-            unsaved.add(iteration)
-
     try:
-        train(classifiers, sampler, X, args, report, save, first, losses)
+        train(classifiers, sampler, X, args, report,
+              lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,
+                                              losses=[some.tolist() for some in losses]), first, losses)
     except (MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno != errno.ENOMEM:
             raise

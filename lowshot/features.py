@@ -49,11 +49,10 @@ class FeatureFile:
                              f"makes it ({e})")
         try:
             self._look()
-        except (ValueError, MemoryError):
-            self.file.close()
-            raise
         except Exception as e:      # damaged metadata makes h5py fail in many ways
             self.file.close()
+            if isinstance(e, (ValueError, MemoryError)):
+                raise
             raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is damaged: save_features.py makes it "
                              f"({type(e).__name__}: {e})")
 

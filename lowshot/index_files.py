@@ -183,10 +183,14 @@ def check_index(index, vectors, path):
         if wrong.any():
             raise ValueError(f"{path} holds another vector {np.asarray(number)[wrong][0]}: it was made from others: {MADE_AGAIN}")
 
-    if isinstance(index, faiss.IndexFlat):
+    if not holds_vectors(index):
+        digest = digest_of_vectors(vectors)
+        if read_note(index_note(path)).get("vectors", digest) != digest:
+            raise ValueError(f"{path} was made from other vectors: {MADE_AGAIN}")
+    elif isinstance(index, faiss.IndexFlat):
         rows = spread_rows(vectors.n, 64)
         compare(rows, [index.reconstruct(int(row)) for row in rows])
-    elif isinstance(index, faiss.IndexIVFFlat):
+    else:
         lists = index.invlists
         for c in spread_rows(index.nlist, 16):
             size = min(lists.list_size(int(c)), 8)
@@ -196,10 +200,6 @@ def check_index(index, vectors, path):
                         faiss.rev_swig_ptr(codes, size * 4 * index.d).view(np.float32).reshape(size, -1))
                 lists.release_ids(int(c), ids)
                 lists.release_codes(int(c), codes)
-    else:
-        digest = digest_of_vectors(vectors)
-        if read_note(index_note(path)).get("vectors", digest) != digest:
-            raise ValueError(f"{path} was made from other vectors: {MADE_AGAIN}")
 
 
 def scratch(folder, shape, dtype):

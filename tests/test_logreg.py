@@ -426,7 +426,7 @@ def test_a_state_that_cannot_be_written_does_not_end_the_run(root, tmp_path, mon
     def full(*args, **rest):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(Checkpoint, "save", full)
+    monkeypatch.setattr(np, "savez", full)
     monkeypatch.setenv("DDIR", root)
     words = "--maxiter 600 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
     monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
