@@ -105,13 +105,11 @@ niter=$("$PYTHON" -c 'import sys; from lowshot.files import read_json
 print(read_json(sys.argv[1])[sys.argv[2]][sys.argv[3]]["niter"])' \
         "$folder/parameters.json" "$most" "${nlabeled[0]}")
 examples=$DDIR/demo_examples.npz
-sheet=()
 if [ "$most" -gt 0 ]; then
     show "$PYTHON" diffusion.py --mode test --nlabeled "${nlabeled[0]}" --seed "$seed" --nbg "$most" --k "$k" \
         --dim "$dim" --niter "$niter" --storeexamples "$examples" --record "$DDIR/demo_examples.json"
-    sheet=(--sheet "$DDIR/demo_examples.png" --examples "$examples")
+    show "$PYTHON" demo/show.py --sheet "$DDIR/demo_examples.png" --examples "$examples"
 fi
-show "$PYTHON" demo/show.py --figure "$DDIR/demo_figure.png" --experiment "$EXPERIMENT" "${sheet[@]}"
 printf '\nall of it: %d:%02d. Table: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$table"
-echo "figure:   $DDIR/demo_figure.png"
+echo "figure:   ${table%.md}.png"
 if [ "$most" -gt 0 ]; then echo "examples: $DDIR/demo_examples.png"; fi

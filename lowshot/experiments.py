@@ -169,6 +169,8 @@ class Job:
 def has_figures(record, job):
     """Whether a record holds the accuracies that a job reports: after each number of iterations, by logreg.py at each point."""
     points, iterations = reported(job)
+    if not all(is_number(record.get(key)) for key in ("seconds", "peak_memory")):
+        return False
     unreadable = record.get("unreadable", [0, 0])       # of labelled and test images
     if not isinstance(unreadable, list) or [type(count) for count in unreadable] != [int, int]:
         return False
@@ -479,25 +481,31 @@ def best_iteration(curves):
     return curves[0][best]["iteration"], float(top5[best]), float(novel[best])
 
 
-def choose(e, system, ddir):
-    """Parameters by validation: {n: {...}} of logreg, {nbg: {n: {...}}} of diffusion, keys are text.
-
-    Of settings that are equally good the one with fewer iterations is taken, then the first of the grid.
-    """
-    jobs = validation_jobs(e, system, ddir)
-    groups, jobs_of = {}, {}    # (nbg or None, n) -> {setting: [curve per seed]}, one of the jobs
+def validation_curves(system, jobs):
+    """{(nbg or None, n): {setting: [results of each seed's run]}} of the records of phase 1. A setting is (lr, wd, batchsize), ()
+    of diffusion; results are as best_iteration() takes them."""
+    curves = {}
     for job, record in zip(jobs, records_of(jobs, 1)):
         a = job.arguments
-        settings = groups.setdefault((a.get("nbg"), a["nlabeled"]), {})
-        jobs_of[a.get("nbg"), a["nlabeled"]] = job
+        settings = curves.setdefault((a.get("nbg"), a["nlabeled"]), {})
         if system == "diffusion":
             settings.setdefault((), []).append(record["results"])
         else:
             for r in record["runs"]:
                 settings.setdefault((r["lr"], r["wd"], a["batchsize"]), []).append(r["results"])
+    return curves
+
+
+def choose(e, system, jobs, curves):
+    """Parameters by validation: {n: {...}} of logreg, {nbg: {n: {...}}} of diffusion, keys are text.
+
+    jobs, curves: of phase 1, as validation_jobs() and validation_curves() give them. Of settings that are equally good the one
+    with fewer iterations is taken, then the first of the grid.
+    """
+    jobs_of = {(job.arguments.get("nbg"), job.arguments["nlabeled"]): job for job in jobs}
     chosen = {}
-    for (nbg, n), settings in groups.items():
-        found = {setting: best_iteration(curves) for setting, curves in settings.items()}
+    for (nbg, n), settings in curves.items():
+        found = {setting: best_iteration(runs) for setting, runs in settings.items()}
         top = max(top5 for _, top5, _ in found.values())
         setting = min((s for s in found if found[s][1] >= top - 1e-12), key=lambda s: found[s][0])
         iteration, top5, novel = found[setting]

@@ -1,11 +1,13 @@
 """Command line of run_logreg.bash and run_diffusion.bash: one phase of an experiment (see experiments.py).
 
     1  validate   logreg.py or diffusion.py on the validation split (--mode val), for all parameters of the grid
-    2  choose     the parameters with the best mean accuracy over all classes, written to parameters.json
+    2  choose     the parameters with the best mean accuracy over all classes, written to parameters.json; parameters.png shows
+                  accuracy against iterations
     3  test       the chosen parameters on the test split (--mode test)
-    4  report     mean and standard deviation over seeds, beside the paper's figures where there are any
+    4  report     mean and standard deviation over seeds, beside the paper's figures where there are any: report.md, report.json,
+                  and report.png, accuracy against the number of labels
 
-compare prints the table of both systems, after phase 3 of both.
+compare prints the table of both systems, after phase 3 of both, and draws them: $DDIR/logs/EXPERIMENT.md and .png.
 
     python -m lowshot.phases logreg 1 configs/paper.yaml
     python -m lowshot.phases compare configs/demo.yaml
@@ -16,7 +18,8 @@ import re
 import sys
 
 from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, choose, merge, parameters_and_jobs,
-                                 read_parameters, run_jobs, validation_jobs)
+                                 read_parameters, run_jobs, validation_curves, validation_jobs)
+from lowshot.figures import save, validation_figure
 from lowshot.files import exclusive, write_json
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
@@ -26,7 +29,9 @@ PHASES = {"1": "validate", "2": "choose", "3": "test", "4": "report"}
 
 
 def phase_choose(e, system, ddir):
-    chosen = choose(e, system, ddir)
+    jobs = validation_jobs(e, system, ddir)
+    curves = validation_curves(system, jobs)
+    chosen, marks = choose(e, system, jobs, curves), {}
     path = e.parameters_path(system, ddir)
     old = {}
     with exclusive(path, lambda: log(f"another process is writing {path}")):
@@ -35,13 +40,17 @@ def phase_choose(e, system, ddir):
         write_json(path, merge(old, chosen))
     for nbg, of_labels in chosen.items() if system == "diffusion" else [(None, chosen)]:
         for n, p in of_labels.items():
+            marks[nbg and int(nbg), int(n)] = (((), p["niter"]) if system == "diffusion" else
+                                               ((p["lr"], p["wd"], p["batchsize"]), p["maxiter"]))
             where = "" if nbg is None else f"nbg={nbg} "
             settings = ", ".join(f"{k} {as_text(v)}" for k, v in p.items() if k in ("lr", "wd", "batchsize", "maxiter",
                                                                                     "niter"))
             last = p.get("niter") == e.diffusion["niter"] if system == "diffusion" else p["maxiter"] == e.logreg["maxiter"]
             log(f"{where}nl={n}: {settings}{', the last of the grid' * last} (validation: {100 * p['val_top5']:.2f}, "
                 f"novel {100 * p['val_top5_novel']:.2f})")
-    log(f"wrote {path}")
+    picture = os.path.splitext(path)[0] + ".png"
+    save(validation_figure(curves, marks), picture)
+    log(f"wrote {path} and {picture}")
 
 
 def jobs_at_a_time():

@@ -1,21 +1,22 @@
-"""Tables of an experiment, made from the records of its runs (see experiments.py)."""
+"""Tables and figures of an experiment, made from the records of its runs (see experiments.py)."""
 import os
 import sys
 
 import numpy as np
 
 from lowshot.experiments import SYSTEMS, check_none_lacks, parameters_and_jobs
+from lowshot.figures import comparison_figure, name_of, report_figure, save, title_of
 from lowshot.files import write_json, write_text
 from lowshot.script import as_text, log
 
 
-def final_accuracies(system, jobs, parameters):
-    """{(nbg or None, n): {"parameters", "seeds", "top5": [..], "top5_novel": [..], "unreadable": [..], "notes": [..]}} of the
-    jobs that have run.
+def final_accuracies(e, system, jobs, parameters):
+    """{(nbg or None, n): row} of the jobs that have run, and the jobs without a record.
 
-    The accuracies are percentages, one per seed, at the parameters' number of iterations; unreadable are how many labelled
-    and test images of each run could not be read; notes are lines on what the test images lack. Also returns the jobs without a
-    record.
+    A row has the "parameters", the paper's figures ("paper": {"all": [mean, std], "novel": ..} in per cent, or None), "notes",
+    which are lines on what the test images lack, and lists with an entry for each seed: "seeds", "top5" and "top5_novel" in per
+    cent, at the parameters' number of iterations, "results", as the records have them, for all iterations, "unreadable", how many
+    labelled and test images could not be read, "seconds" and "peak_memory" in bytes.
     """
     rows, without = {}, []
     for job in jobs:
@@ -28,13 +29,12 @@ def final_accuracies(system, jobs, parameters):
         results = record["results"] if system == "diffusion" else record["runs"][0]["results"]
         iteration = p["niter" if system == "diffusion" else "maxiter"]
         [at] = [r for r in results if r["iteration"] == iteration]
-        row = rows.setdefault((nbg, n), {"parameters": p, "seeds": [], "top5": [], "top5_novel": [], "unreadable": [],
-                                         "notes": []})
-        row["seeds"].append(a["seed"])
-        row["unreadable"].append(record.get("unreadable", [0, 0]))
+        row = rows.setdefault((nbg, n), {"parameters": p, "paper": published_figures(e, system, nbg, n), "notes": []})
         row["notes"] += [note for note in record.get("notes", []) if note not in row["notes"]]
-        for key in ("top5", "top5_novel"):
-            row[key].append(100 * at[key])
+        for key, value in (("seeds", a["seed"]), ("top5", 100 * at["top5"]), ("top5_novel", 100 * at["top5_novel"]),
+                           ("results", results), ("unreadable", record.get("unreadable", [0, 0])),
+                           ("seconds", record["seconds"]), ("peak_memory", record["peak_memory"])):
+            row.setdefault(key, []).append(value)
     return rows, without
 
 
@@ -58,26 +58,26 @@ def published_figures(e, system, nbg, n):
 
 def report_table(e, system, rows):
     """The Markdown table of one system, with the paper's figures where the experiment has any."""
-    figures = {key: published_figures(e, system, *key) for key in rows}
-    with_paper = any(figures.values())
+    with_paper = any(row["paper"] for row in rows.values())
     names = ["niter"] if system == "diffusion" else ["batchsize", "lr", "wd", "maxiter"]
     header = [*(["background"] if system == "diffusion" else []), "labelled images", *names, "seeds", "all", "novel",
-              *(["all, paper", "novel, paper"] if with_paper else [])]
+              *(["all, paper", "novel, paper"] if with_paper else []), "s, median", "GB, most"]
     table = []
     for (nbg, n), row in rows.items():
         cells = [] if nbg is None else [f"{nbg:,}"]
         cells += [str(n), *(as_text(row["parameters"][name]) for name in names), str(len(row["seeds"])),
                   mean_std(row["top5"]), mean_std(row["top5_novel"])]
         if with_paper:
-            paper = figures[nbg, n]
+            paper = row["paper"]
             cells += [f"{paper[key][0]:.2f} +/- {paper[key][1]:.3f}" if paper else "" for key in ("all", "novel")]
+        cells += [f"{np.median(row['seconds']):.1f}", f"{max(row['peak_memory']) / 1e9:.2f}"]
         table.append(cells)
     return markdown(header, table)
 
 
 def print_report(e, system, ddir, jobs, parameters, source):
-    """Phase 4: one line per number of labels, a Markdown table, and report.md and report.json beside the records."""
-    rows, without = final_accuracies(system, jobs, parameters)
+    """Phase 4: one line per number of labels, a Markdown table, and report.md, report.json and report.png beside the records."""
+    rows, without = final_accuracies(e, system, jobs, parameters)
     if not rows:
         check_none_lacks(without, jobs, 3)
     log(f"top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), {source} parameters")
@@ -98,7 +98,8 @@ def print_report(e, system, ddir, jobs, parameters, source):
     stem = os.path.join(e.folder(system, ddir), "report" if source == "chosen" else f"report-{source}")
     write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
     write_text(stem + ".md", text)
-    log(f"wrote {stem}.md and {stem}.json")
+    save(report_figure(rows), stem + ".png")
+    log(f"wrote {stem}.md, {stem}.json and {stem}.png")
 
 
 def notes_of(rows):
@@ -113,7 +114,7 @@ def comparison(e, ddir):
     systems = {}
     for system in SYSTEMS:
         parameters, jobs = parameters_and_jobs(e, system, ddir)
-        rows, without = final_accuracies(system, jobs, parameters)
+        rows, without = final_accuracies(e, system, jobs, parameters)
         check_none_lacks(without, jobs, 3)
         for (nbg, n), row in rows.items():
             systems.setdefault((system, nbg), {})[n] = row
@@ -123,13 +124,11 @@ def comparison(e, ddir):
 def comparison_table(e, systems):
     """Mean accuracies (all / novel, per cent) by system and number of labels."""
     header = ["top-5 accuracy, all / novel (%)"]
-    header += [f"{n} label{'' if n == 1 else 's'} per novel class" for n in e.nlabeled]
+    header += [title_of(n) for n in e.nlabeled]
     rows = []
-    for (system, nbg), of_labels in systems.items():
-        name = "logistic regression" if nbg is None else \
-            "diffusion, no background" if nbg == 0 else f"diffusion, {nbg:,} background images"
-        rows.append([name, *(f"{np.mean(of_labels[n]['top5']):.1f} / {np.mean(of_labels[n]['top5_novel']):.1f}"
-                             for n in e.nlabeled)])
+    for (_, nbg), of_n in systems.items():
+        rows.append([name_of(nbg), *(f"{np.mean(of_n[n]['top5']):.1f} / {np.mean(of_n[n]['top5_novel']):.1f}"
+                                     for n in e.nlabeled)])
     return markdown(header, rows)
 
 
@@ -155,15 +154,16 @@ def findings(e, systems):
 
 
 def print_comparison(e, ddir):
-    """The table of both systems and the paper's findings; also to $DDIR/logs/{experiment}.md."""
+    """The table of both systems and the paper's findings; also to $DDIR/logs/{experiment}.md, with a figure beside it."""
     systems = comparison(e, ddir)
     text = comparison_table(e, systems)
     text += f"\n\nMeans over {len(e.seeds)} choices of the labelled images.\n\n"
     text += "What the paper found, on these data:\n\n"
     for statement, holds in findings(e, systems):
         text += f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n"
-    text += notes_of(row for of_labels in systems.values() for row in of_labels.values())
+    text += notes_of(row for of_n in systems.values() for row in of_n.values())
     log(text)
-    path = ddir.log(f"{e.name}.md")
-    write_text(path, text)
-    print(f"wrote {path}", file=sys.stderr)
+    table, picture = (ddir.log(e.name + suffix) for suffix in (".md", ".png"))
+    write_text(table, text)
+    save(comparison_figure(systems), picture)
+    print(f"wrote {table} and {picture}", file=sys.stderr)

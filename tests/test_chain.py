@@ -59,7 +59,7 @@ def test_table_and_pictures(demo):
             both, novel = map(float, cell.split("/"))
             assert 0 <= novel <= 100 and 30 < both <= 100       # 8 classes: chance is 5 of 8
     assert "accuracy of diffusion grows with the background" in out
-    for name in ("demo_figure.png", "demo_examples.png"):
+    for name in ("logs/tiny.png", "demo_examples.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG") and str(root / name) in out
 
 

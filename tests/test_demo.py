@@ -1,4 +1,4 @@
-"""The demo: its images, the training of its network, its figure and contact sheet, on tiny data."""
+"""The demo: its images, the training of its network, its contact sheet, on tiny data."""
 import io
 import json
 import multiprocessing
@@ -381,34 +381,6 @@ def test_processes_that_draw_leave_interruptions_to_the_first():
 def test_training_without_data(tmp_path):
     done = script("train_network.py", tmp_path, check=False)
     assert done.returncode == 1 and "no label_idx.json" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def record(n, seed, nbg, accuracies):
-    return {"arguments": {"nlabeled": n, "seed": seed, "nbg": nbg},
-            "results": [{"iteration": i, "nnz": 1.0, "top5": a, "top5_novel": a / 2} for i, a in enumerate(accuracies)]}
-
-
-def logreg_record(n, seed, accuracy):
-    return {"arguments": {"nlabeled": n, "seed": seed},
-            "runs": [{"lr": 0.1, "wd": 0.01, "results": [{"iteration": 5, "top5": 0, "top5_novel": 0},
-                                                         {"iteration": 9, "top5": accuracy, "top5_novel": accuracy}]}]}
-
-
-def test_figure():
-    diffusion = [record(1, s, nbg, [0.1, 0.4 + nbg / 1e4, 0.3 + s / 100]) for s in (1, 2) for nbg in (1000, 0)]
-    diffusion.append(record(2, 1, 0, [0.7]))
-    curves = show.diffusion_curves(diffusion, 1)
-    assert list(curves) == [0, 1000] and curves[0]["top5"].tolist() == [[0.1, 0.4, 0.31], [0.1, 0.4, 0.32]]
-    assert curves[1000]["top5_novel"][1].tolist() == pytest.approx([0.05, 0.25, 0.16])
-    logreg = [*(logreg_record(1, s, 0.5 + s / 10) for s in (1, 2)), logreg_record(2, 1, 0.9)]
-    assert show.baseline(logreg, 1)["top5"].tolist() == pytest.approx([0.6, 0.7])
-    fig = show.figure(diffusion, logreg, {(1, 0): 1, (1, 1000): 2}, [1])
-    left, right = fig.axes[:2]
-    assert [list(line.get_ydata()) for line in left.lines if line.get_label() == "logistic regression"] == [
-        pytest.approx([65, 65])]
-    drawn = {line.get_label(): line.get_ydata() for line in left.lines}
-    assert drawn["diffusion, 1,000 background images"] == pytest.approx([10, 50, 31.5])
-    assert right.lines[0].get_ydata() == pytest.approx([40, 31.5])
 
 
 def examples(data):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import yaml
 
-from demo import show
 from lowshot import experiments, phases, report
 from lowshot.experiments import Experiment, Job, read_parameters
 from lowshot.files import exclusive, file_identities
@@ -55,7 +54,8 @@ def write_record(job, results=None, complete=True, **changes):
 
     def listed(figures):
         return [{"iteration": i, "top5": a, "top5_novel": b} for i, (a, b) in figures.items()]
-    content = {"arguments": arguments, "complete": complete, "files": file_identities(job.inputs)}
+    content = {"arguments": arguments, "complete": complete, "files": file_identities(job.inputs), "seconds": 1.5,
+               "peak_memory": 2e9}
     if job.script == "logreg.py":
         content["runs"] = [{"lr": lr, "wd": wd, "results": listed(figures)} for (lr, wd), figures in results.items()]
     else:
@@ -232,6 +232,7 @@ def test_only_complete_records_of_these_arguments_and_this_data_count(tmp_path, 
     ("diffusion", lambda r: r["results"][1].update(top5="high")), ("diffusion", lambda r: r["results"][1].update(top5=2.5)),
     ("diffusion", lambda r: r["results"][1].update(top5_novel=-1)), ("diffusion", lambda r: r["results"][1].pop("top5")),
     ("diffusion", lambda r: r["results"][1].update(top5=float("nan"))), ("diffusion", lambda r: r.update(unreadable=None)),
+    ("diffusion", lambda r: r.pop("seconds")), ("logreg", lambda r: r.update(peak_memory="much")),
     ("diffusion", lambda r: r.update(unreadable=[1]))])
 def test_records_without_figures_do_not_count(tmp_path, ddir, system, change):
     job = experiments.validation_jobs(experiment(tmp_path), system, ddir)[0]
@@ -264,7 +265,7 @@ time.sleep(float(a.get("--sleep", 0)))
 if a.get("--fail") == "yes":
     sys.exit("fails, as it was told to")
 if a.get("--fail") != "silently":
-    json.dump({"complete": True, "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}], "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
+    json.dump({"complete": True, "seconds": 1, "peak_memory": 1e9, "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}], "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
                "arguments": {k[2:]: v for k, v in a.items()}}, open(a["--record"], "w"))
 """
 
@@ -504,23 +505,24 @@ def test_choose_diffusion(tmp_path, ddir):
     jobs = experiments.validation_jobs(e, "diffusion", ddir)
     best = {(0, 1): 0, (0, 2): 1, (500, 1): 4, (500, 2): 3}
     with pytest.raises(ValueError, match="8 of 8 jobs have no complete record .* run phase 1 first"):
-        experiments.choose(e, "diffusion", ddir)
+        experiments.validation_curves("diffusion", jobs)
     for job in jobs:
         at = best[job.arguments["nbg"], job.arguments["nlabeled"]]
         bonus = 0.1 * job.arguments["seed"]
         write_record(job, {i: (0.5 - 0.1 * abs(i - at) + bonus, 0.25) for i in range(5)})
-    chosen = experiments.choose(e, "diffusion", ddir)
+    chosen = experiments.choose(e, "diffusion", jobs, experiments.validation_curves("diffusion", jobs))
     assert {(int(nbg), int(n)): p["niter"] for nbg, d in chosen.items() for n, p in d.items()} == best
     assert chosen["500"]["1"]["val_top5"] == pytest.approx(0.65) and chosen["0"]["2"]["seeds"] == [1, 2]
     os.unlink(jobs[3].record)
     with pytest.raises(ValueError, match=f"1 of 8 jobs .* {jobs[3].name}"):
-        experiments.choose(e, "diffusion", ddir)
+        experiments.validation_curves("diffusion", jobs)
 
 
 def test_choose_logreg(tmp_path, ddir):
     e = experiment(tmp_path)
     points = [(lr, wd) for lr in (0.01, 0.001) for wd in (0.0, 0.1)]
-    for job in experiments.validation_jobs(e, "logreg", ddir):
+    jobs = experiments.validation_jobs(e, "logreg", ddir)
+    for job in jobs:
         figures = {p: {500: (0.3, 0.1), 1000: (0.2, 0.1)} for p in points}
         if job.arguments["batchsize"] == 64 and job.arguments["nlabeled"] == 1:
             figures[0.001, 0.1] = {500: (0.2, 0.1), 1000: (0.4, 0.35)}
@@ -529,7 +531,7 @@ def test_choose_logreg(tmp_path, ddir):
             if job.arguments["batchsize"] == 64:
                 figures[0.001, 0.0] = {500: (0.6, 0.2), 1000: (0.6, 0.2)}
         write_record(job, figures)
-    chosen = experiments.choose(e, "logreg", ddir)
+    chosen = experiments.choose(e, "logreg", jobs, experiments.validation_curves("logreg", jobs))
     keys = ("lr", "wd", "batchsize", "maxiter")
     assert [chosen["1"][k] for k in keys] == [0.001, 0.1, 64, 1000]
     assert [chosen["2"][k] for k in keys] == [0.001, 0.0, 64, 500]
@@ -568,27 +570,14 @@ def finished(tmp_path, ddir):
     return e
 
 
-def test_the_figure_is_of_what_the_table_is_made_of(finished, ddir, tmp_path, monkeypatch, capsys):
-    old = experiments.diffusion_job(finished, ddir, "test_nbg0_nl1_seed9", "test", 0, 1, 9, 2)       # of an earlier SEEDS
-    write_record(old)
-    diffusion, logreg, chosen = show.records(finished, ddir)
-    assert [r["arguments"]["seed"] for r in diffusion] == [1, 2] * 4 and len(logreg) == 4
-    assert chosen == {(1, 0): 2, (1, 500): 2, (2, 0): 0, (2, 500): 0}
-
-    def draw(*arguments):
-        monkeypatch.setenv("DDIR", ddir.root)
-        words = ["--experiment", finished.path, "--figure", str(tmp_path / "f.png"), *arguments]
-        monkeypatch.setattr(sys, "argv", ["show.py", *words])
-        with pytest.raises(SystemExit) as end:
-            run(show.main)
-        return end.value.code, capsys.readouterr().err
-    code, err = draw("--nlabeled", "1", "7")
-    assert code == 1 and f"error: --nlabeled 7: {finished.path} has 1,2\n" in err and not (tmp_path / "f.png").exists()
-    assert draw() == (None, "") and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
-    parameters = read_parameters(finished, "logreg", ddir, "chosen")
-    os.unlink(experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")[3].record)
-    code, err = draw()
-    assert code == 1 and "1 of 4 jobs have no complete record of this data and these arguments, test_nl2_seed2 for one" in err
+def test_rows_are_of_the_seeds_of_the_experiment(finished, ddir):
+    write_record(experiments.diffusion_job(finished, ddir, "test_nbg0_nl1_seed9", "test", 0, 1, 9, 2))       # of an earlier SEEDS
+    systems = report.comparison(finished, ddir)
+    assert list(systems) == [("logreg", None), ("diffusion", 0), ("diffusion", 500)]
+    assert all(list(rows) == [1, 2] and all(row["seeds"] == [1, 2] for row in rows.values()) for rows in systems.values())
+    row = systems["diffusion", 0][1]
+    assert [[r["iteration"] for r in results] for results in row["results"]] == [[0, 1, 2]] * 2
+    assert row["seconds"] == [1.5, 1.5] and row["peak_memory"] == [2e9, 2e9]
 
 
 def test_report(finished, ddir, capsys):
@@ -602,8 +591,9 @@ def test_report(finished, ddir, capsys):
     assert "nl=1: 61.00 +/- 0.500, novel 51.50 +/- 0.500" in out
     assert "nbg=500\nnl=1: 66.50 +/- 0.500, novel 64.50 +/- 0.500" in out
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| 500 ")]
-    assert rows[0] == ["500", "1", "2", "2", "66.50 +/- 0.500", "64.50 +/- 0.500", "60.32 +/- 0.845", "42.50 +/- 1.340"]
-    assert rows[1][-2:] == ["", ""] and rows[1][2] == "0"
+    assert rows[0] == ["500", "1", "2", "2", "66.50 +/- 0.500", "64.50 +/- 0.500", "60.32 +/- 0.845", "42.50 +/- 1.340",
+                       "1.5", "2.00"]
+    assert rows[1][-4:] == ["", "", "1.5", "2.00"] and rows[1][2] == "0"
     table = open(os.path.join(e.folder("logreg", ddir), "report.md")).read()
     assert "| 1               | 64        | 0.001 | 0.1 | 500     | 2     | 61.00 +/- 0.500 |" in table
     stored = json.load(open(os.path.join(e.folder("diffusion", ddir), "report.json")))
@@ -635,6 +625,7 @@ def test_comparison(finished, ddir, capsys):
     assert "- holds: n = 1: diffusion is ahead of logistic regression by 5 points or more on the novel classes (+13.0)" in out
     assert "- holds: n = 2: accuracy of diffusion grows with the background (71.5, 76.5)" in out
     assert open(ddir.log("tiny.md")).read().strip() == out.strip()
+    assert open(ddir.log("tiny.png"), "rb").read(4) == b"\x89PNG"
 
 
 def row(top5, novel):
@@ -793,7 +784,7 @@ def test_a_report_by_published_parameters_does_not_replace_the_other(finished, d
     jobs = experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")
     report.print_report(finished, "logreg", ddir, jobs, parameters, "published")
     assert sorted(n for n in os.listdir(finished.folder("logreg", ddir)) if n.startswith("report")) == [
-        "report-published.json", "report-published.md"]
+        "report-published.json", "report-published.md", "report-published.png"]
 
 
 @pytest.mark.parametrize("system, change, was", [
