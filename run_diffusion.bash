@@ -9,7 +9,7 @@
 # EXPERIMENT.yaml defaults to configs/paper.yaml, the paper's grid, whose comments explain what such a file holds. From the
 # environment:
 #
-# DDIR      the data directory; records, logs, parameters and tables go to $DDIR/logs/diffusion/EXPERIMENT/
+# DDIR      the data directory; records, logs, parameters, tables and figures go to $DDIR/logs/diffusion/EXPERIMENT/
 # JOBS      jobs at a time (default 1), which share the cores; JOBS=0 prints the commands that are still to be run
 # PARAMS    PARAMS=published: phases 3 and 4 take the paper's parameters, so that 1 and 2 can be left out
 # NBG, NLABELED, SEEDS   lists that replace the file's, e.g. NBG="1000000 10000000"
