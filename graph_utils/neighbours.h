@@ -42,7 +42,7 @@ void search_all(int64_t nq, const int32_t* Q, int64_t nb, const int32_t* X, int6
                 int64_t K, int64_t* keys, int64_t x_K, int64_t* x_keys, float* x_worst);
 
 // The same for vectors among themselves, with half the products: rows first .. last - 1 of X are compared with each other
-// and with those before. Memory: 8 bytes for each of 2.5 K candidates of `last` vectors.
+// and with those before. Memory: 8 bytes for each of 2.5 K candidates of `last` vectors, or of K + 16 where K is small.
 //
 // X last x np words, or np + 1 in bytes; keys in/out last x K
 void search_self(int64_t first, int64_t last, const int32_t* X, int64_t np, int bits, int64_t K, int64_t* keys);
@@ -66,7 +66,8 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 //                the nearest. Quick if successive queries have the same
 // before     in  the nearest cells, so many of those listed for own_before, or of all if that is null, are left out, as they were
 //                searched. keys may hold vectors of the others as well, and what enters is marked as new. Not with x_keys
-// begin, end in  nlist: rows of X that are searched when cell c is; numbers in the keys are rows of X
+// begin, end in  nlist: rows of X that are searched when cell c is, which the caller has checked; numbers in the keys are rows of X
+// keys       in/out  nq x K
 //
 // x_keys     in/out  null, or the lists of the rows of X, n x K: the queries enter those of the rows that they are
 //                    compared with, of each cell the rows begin .. middle - 1, and are marked as new there
@@ -107,6 +108,7 @@ void known_lists(int64_t n, const int32_t* X, int64_t np, int bits, const int32_
 // worst     out     the least inner product of each full list of keys, -inf of others. Kept up to date by join_range
 // offsets   out     n + 1, offsets[n] <= n K; of the other two those of their range
 // reverse   out     node after node, of reverse_lists those of its range, each list in no order; top bit as in lists
+// seed      in      of the choice of R reverse neighbours where there are more
 void start_round(int64_t n, int64_t K, int64_t* keys, int32_t* lists, float* worst);
 int64_t reverse_offsets(int64_t n, int64_t K, const int32_t* lists, int64_t* offsets);
 void reverse_lists(int64_t n, int64_t K, const int32_t* lists, int64_t first, int64_t last, const int64_t* offsets,
@@ -125,7 +127,8 @@ int64_t join_range(int64_t n, const int32_t* X, int64_t np, int bits, int64_t K,
 // same      in   1: queries are the base vectors, and each is in its own list: as the first, where none is nearer than
 //                itself by more than 1e-6 of the product, so that it is among the first k' of k as well
 // known     in   rows of D, I before this one hold products that need not be computed again
-// D, I      out  rows of k products and numbers, best first, -inf and -1 where there are fewer
+// D, I      in/out  nQ rows of k products and numbers, best first, -inf and -1 where there are fewer; of other rows than those of
+//                the lists nothing is read or written
 // Throws std::invalid_argument where a number is that of no vector.
 void exact_products(int64_t nq, int64_t K, const int64_t* keys, const int32_t* q_number, const int32_t* x_number,
                     int64_t nnumber, int64_t d, const float* Q0, int64_t nQ0, const float* Q1, int64_t nQ, const float* q_scale,
@@ -142,7 +145,7 @@ void products_in_part(int64_t nq, int64_t K, const int32_t* numbers, int64_t d, 
                       int64_t first, int64_t nX, const float* X, const float* x_scale, float* products);
 
 // And the k best, for queries that are the base vectors first .. first + nq - 1, each in its own list; otherwise
-// std::invalid_argument is thrown. D, I are rows of these alone, of which the first `known` hold products already.
+// std::invalid_argument is thrown. D, I (in/out) are rows of these alone, of which the first `known` hold products already.
 void best_by_products(int64_t nq, int64_t K, const int32_t* numbers, const float* products, int64_t first, int64_t known,
                       int64_t k, float* D, int32_t* I);
 

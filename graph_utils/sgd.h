@@ -70,11 +70,14 @@ void sgd_gradients(int64_t G, int64_t C, int64_t dpad, int64_t T, int64_t B, int
                    const int64_t* y, const float* response, float* Z, double* losses, int arithmetic, uint8_t* scratch);
 
 // out[i] = X[images[i]] for n images of d columns; row i of out starts at (i / B) Bpad + i % B times dpad.
+// What pads there stays as it is.
 void gather_batches(int64_t nX, int64_t d, const float* X, int64_t n, const int64_t* images, int64_t B, int64_t Bpad,
                     int64_t dpad, float* out);
 
 // ranks[g][i]: how many classes come before the class y[i] of image i in classifier g: those of a higher score, and of
-// an equal one with a lower number. 2^31 - 1 if the score of y[i] is NaN. Z as above, not changed.
+// an equal one with a lower number. 2^31 - 1 if the score of y[i] is NaN.
+//
+// Z npad x stride, whose first B columns are the images; y B; ranks out: G x B
 void ranks_of(int64_t G, int64_t C, int64_t B, int64_t stride, const float* Z, const int64_t* y, int32_t* ranks);
 
 // top[g][i]: whether fewer than `most` classes come before the class y[i] of image i, as by ranks_of, but for scores that

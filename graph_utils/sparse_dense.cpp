@@ -24,7 +24,7 @@ typedef float Vector __attribute__((vector_size(64)));
 // How many cache lines of L are fetched ahead, as measured: with too few the memory waits, too many push out each other.
 // Where all neighbours have near numbers it is enough to fetch the rows in turn, once each, kAheadBytes before the one that
 // is computed.
-constexpr int64_t kAheadLines = 256, kAheadBytes = 1 << 18;
+constexpr int64_t kAheadLines = 384, kAheadBytes = 1 << 18;
 constexpr int64_t kNearBytes = 1 << 19;     // with what is nearer an L2 cache of 1 MB can cope
 constexpr int64_t kShortestRun = 4, kLongestRun = 32;   // blocks that a thread takes at a time: from how many on this pays
 constexpr int64_t kGap = 1024;      // entries of a file that are read for nothing rather than to read twice

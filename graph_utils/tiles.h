@@ -160,6 +160,24 @@ float inner_product(const uint32_t* x, const uint32_t* y, int64_t np) {
     return s * (Format::scale(x, np) * Format::scale(y, np));
 }
 
+// Products of n rows of d numbers with a panel of d times 32, whose sums stay in registers: Kernel::kRows rows of them at a time.
+// Kernel::add(sums, a, b) adds the products of a row's number with those of some columns; put(r, sums, end) takes the sums of row
+// r, where `end` is what follows in the panel.
+template <class Kernel, class Put>
+inline void sum_in_registers(const void* rows, int n, const void* panel, int64_t d, Put put) {
+    typedef typename Kernel::Sums Sums;
+    constexpr int NV = 4 * kTile / sizeof(Sums);
+    for (int r0 = 0; r0 < n; r0 += Kernel::kRows) {
+        Sums sums[Kernel::kRows][NV] = {};
+        const typename Kernel::Number* a = (const typename Kernel::Number*)rows + r0 * d;
+        const Sums* b = (const Sums*)panel;
+        for (int64_t i = 0; i < d; i++, b += NV)
+            for (int r = 0; r < Kernel::kRows; r++)
+                for (int v = 0; v < NV; v++) Kernel::add(sums[r][v], a[r * d + i], b[v]);
+        for (int r = 0; r < Kernel::kRows; r++) put(r0 + r, sums[r], b);
+    }
+}
+
 // ---- float32: a row is its elements; a panel holds 32 floats for each element; scales at the end of both
 
 // What rows and panels of such numbers are: kPerWord of them, of 4 bytes, for each word w, element(w, 0), element(w, 1), ...
@@ -201,23 +219,20 @@ struct Float32 : Expanded<F, float, F::kPerWord, F::element> {
 #else
     static constexpr int kRows = 2, kWidth = 8;     // 8 accumulators of the 16 registers
 #endif
-    typedef float Vector __attribute__((vector_size(4 * kWidth)));
+    typedef float Number;
+    typedef float Sums __attribute__((vector_size(4 * kWidth)));
+
+    static void add(Sums& sums, float a, Sums b) { sums += a * b; }
 
     TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
-        constexpr int NV = kTile / kWidth;
         const int64_t d = Format::kPerWord * np;
         const float* row_scales = (const float*)rows + kTile * d;
-        for (int r0 = 0; r0 < n; r0 += kRows) {
-            Vector sums[kRows][NV] = {};
-            const float* a = (const float*)rows + r0 * d;
-            const Vector* b = (const Vector*)panel;
-            for (int64_t i = 0; i < d; i++, b += NV)
-                for (int r = 0; r < kRows; r++)
-                    for (int v = 0; v < NV; v++) sums[r][v] += a[r * d + i] * b[v];
-            for (int r = 0; r < kRows; r++)
-                for (int v = 0; v < NV; v++) sums[r][v] *= row_scales[r0 + r] * b[v];
-            for (int r = 0; r < kRows; r++) std::memcpy(s + (r0 + r) * kTile, sums[r], sizeof(sums[r]));
-        }
+        sum_in_registers<Float32>(rows, n, panel, d, [=](int r, const Sums* sums, const Sums* scales) {
+            for (int v = 0; v < kTile / kWidth; v++) {
+                const Sums products = sums[v] * (row_scales[r] * scales[v]);
+                std::memcpy(s + r * kTile + v * kWidth, &products, sizeof(products));
+            }
+        });
     }
 };
 
@@ -301,34 +316,27 @@ struct Int16Bytes : Expanded<Bytes, uint32_t, 2, pair_of_bytes> {
 #else
     static constexpr int kRows = 2, kWidth = 8;     // 8 accumulators of the 16 registers
 #endif
+    typedef int32_t Number;
     typedef int32_t Sums __attribute__((vector_size(4 * kWidth)));
     typedef float Floats __attribute__((vector_size(4 * kWidth)));
 
-    static void add_products(Sums& sums, Sums a, Sums b) {
+    static void add(Sums& sums, int32_t a, Sums b) {
 #ifdef __AVX512BW__
-        sums += (Sums)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+        sums += (Sums)_mm512_madd_epi16((__m512i)(Sums{} + a), (__m512i)b);
 #else
-        sums += (Sums)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+        sums += (Sums)_mm256_madd_epi16((__m256i)(Sums{} + a), (__m256i)b);
 #endif
     }
 
     TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
-        constexpr int NV = kTile / kWidth;
         const float* row_scales = (const float*)rows + kTile * 2 * np;
-        for (int r0 = 0; r0 < n; r0 += kRows) {
-            Sums sums[kRows][NV] = {};
-            const int32_t* a = (const int32_t*)rows + r0 * 2 * np;
-            const Sums* b = (const Sums*)panel;
-            for (int64_t i = 0; i < 2 * np; i++, b += NV)
-                for (int r = 0; r < kRows; r++)
-                    for (int v = 0; v < NV; v++) add_products(sums[r][v], Sums{} + a[r * 2 * np + i], b[v]);
-            for (int r = 0; r < kRows; r++)
-                for (int v = 0; v < NV; v++) {
-                    const Floats scales = row_scales[r0 + r] * ((const Floats*)b)[v];
-                    const Floats products = __builtin_convertvector(sums[r][v], Floats) * scales;
-                    std::memcpy(s + (r0 + r) * kTile + v * kWidth, &products, sizeof(products));
-                }
-        }
+        sum_in_registers<Int16Bytes>(rows, n, panel, 2 * np, [=](int r, const Sums* sums, const Sums* end) {
+            for (int v = 0; v < kTile / kWidth; v++) {
+                const Floats scales = row_scales[r] * ((const Floats*)end)[v];
+                const Floats products = __builtin_convertvector(sums[v], Floats) * scales;
+                std::memcpy(s + r * kTile + v * kWidth, &products, sizeof(products));
+            }
+        });
     }
 };
 #endif
@@ -342,65 +350,49 @@ inline void panel_of_words(const uint32_t* const* x, int64_t np, uint32_t* out) 
     }
 }
 
-#ifdef __AVX512F__
-// multiply(sums, a, b) adds products of the words of a and b; put(r, left, right) takes the sums of row r.
-template <class Multiply, class Put>
-inline void avx512_tile(const void* rows, int n, const void* panel, int64_t np, Multiply multiply, Put put) {
-    constexpr int kRows = 8;        // 16 accumulators of the 32 registers
-    for (int r0 = 0; r0 < n; r0 += kRows) {
-        const uint32_t* a = (const uint32_t*)rows + r0 * np;
-        const uint32_t* b = (const uint32_t*)panel;
-        __m512i left[kRows], right[kRows];
-        for (int r = 0; r < kRows; r++) left[r] = right[r] = _mm512_setzero_si512();
-        for (int64_t i = 0; i < np; i++, b += kTile) {
-            const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 16);
-            for (int r = 0; r < kRows; r++) {
-                const __m512i word = _mm512_set1_epi32((int)a[r * np + i]);
-                multiply(left[r], word, b0);
-                multiply(right[r], word, b1);
-            }
-        }
-        for (int r = 0; r < kRows; r++) put(r0 + r, left[r], right[r]);
-    }
-}
+#if defined(TILES_BF16) || defined(TILES_VNNI)
+struct Avx512Words {
+    static constexpr int kRows = 8;     // 16 accumulators of the 32 registers
+    typedef int32_t Number;
+    typedef __m512i Sums;
+    static void begin() {}
+    static void end() {}
+};
 #endif
 
 #ifdef TILES_BF16
-struct Avx512Bfloat16 : Bfloat16Rows {
-    static void begin() {}
-    static void end() {}
+struct Avx512Bfloat16 : Bfloat16Rows, Avx512Words {
     static void panel(const uint32_t* const* x, int64_t np, void* out) { panel_of_words(x, np, (uint32_t*)out); }
 
+    static void add(__m512i& sums, int32_t a, __m512i b) {
+        sums = (__m512i)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    }
+
     TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
-        avx512_tile(
-            rows, n, panel, np,
-            [](__m512i& sums, __m512i a, __m512i b) {
-                sums = (__m512i)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-            },
-            [=](int r, __m512i left, __m512i right) {
-                _mm512_storeu_si512(s + r * kTile, left);
-                _mm512_storeu_si512(s + r * kTile + 16, right);
-            });
+        sum_in_registers<Avx512Bfloat16>(rows, n, panel, np, [=](int r, const __m512i* sums, const __m512i*) {
+            for (int v = 0; v < 2; v++) _mm512_storeu_si512(s + r * kTile + 16 * v, sums[v]);
+        });
     }
 };
 #endif
 
 #ifdef TILES_VNNI
-struct Avx512Bytes : BytesRows {
-    static void begin() {}
-    static void end() {}
+struct Avx512Bytes : BytesRows, Avx512Words {
     static void panel(const uint32_t* const* x, int64_t np, void* out) {
         panel_of_words(x, np, (uint32_t*)out);
         finish_panel(x, np, (uint32_t*)out);
     }
 
+    // not the intrinsic: GCC 12 copies its accumulators to other registers and back, a tenth of the time
+    static void add(__m512i& sums, int32_t a, __m512i b) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(_mm512_set1_epi32(a)), "v"(b));
+    }
+
     TILES_APART static void tile(const void* rows, int n, const void* panel, int64_t np, float* s) {
         const Ends ends(rows, panel, np);
-        avx512_tile(
-            rows, n, panel, np,
-            // not the intrinsic: GCC 12 copies its accumulators to other registers and back, a tenth of the time
-            [](__m512i& sums, __m512i a, __m512i b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b)); },
-            [=](int r, __m512i left, __m512i right) { ends.put(r, left, right, s); });
+        sum_in_registers<Avx512Bytes>(rows, n, panel, np, [=](int r, const __m512i* sums, const __m512i*) {
+            ends.put(r, sums[0], sums[1], s);
+        });
     }
 };
 #endif

@@ -858,6 +858,23 @@ def test_cells_that_hold_one_too_few(near, K):
     assert set(nb.numbers(keys)[0]) <= {0, 1, 2, 3} and len(set(nb.numbers(keys)[0])) == K
 
 
+def test_as_many_cells_as_asked_for_where_those_looked_at_hold_too_few():
+    """Of all cells the nearest alone would hold enough."""
+    q, centroids = (nb.to_bytes(np.array(a, "f4")) for a in ([[4, 3, 2, 1]], np.eye(4)))
+    x = nb.to_bytes(np.array([[1, 0, 0, 0]] * 3 + [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "f4"))
+    keys, end = np.zeros((1, 3), np.int64), np.array([3, 4, 5, 6])
+    near = np.zeros(1, "i4"), np.tile(np.array([2, 3], "i4"), (4, 1))
+    nb.search_cells(q, centroids, 2, end - [3, 1, 1, 1], end, x, keys, near=near)
+    assert 3 in nb.numbers(keys)
+
+
+def test_more_queries_of_a_cell_than_are_packed_at_a_time():
+    X, Q = nb.to_bytes(unit_vectors(40, 16)), nb.to_bytes(unit_vectors(1 << 17, 16, 1))
+    keys, begin = np.zeros((len(Q), 3), np.int64), np.array([0])
+    nb.search_cells(Q, X[:1].copy(), 1, begin, begin + 40, X, keys)
+    assert np.array_equal(np.sort(keys), np.sort(nb.search_all(Q, X, 3)))
+
+
 def test_as_many_equals_as_asked_for():
     x = nb.to_bytes(np.ones((400, 64), "f4"))
     for K in range(1, 120):

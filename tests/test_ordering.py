@@ -121,3 +121,22 @@ def test_how_near_neighbours_come():
     place = locality_rank(I)
     # 115 to 192 for other points and other rounding; 6700 at random
     assert np.abs(place[I] - place[:, None]).mean() < 256
+
+
+def test_strong_ties_come_before_many_weak_ones():
+    """Clusters have more neighbouring clusters than they remember: a few on the ring, with most of their edges, others at random."""
+    rs, n = np.random.RandomState(1), 20000
+    near = ring(n, 8, rs.permutation(n).astype(np.int32))
+    place = locality_rank(np.c_[near, rs.randint(0, n, (n, 4), np.int32)])
+    # 11 to 13, as without the others; 1900 where the weakest are remembered
+    assert np.abs(place[near] - place[:, None]).mean() < 50
+
+
+def test_a_neighbour_of_all_does_not_gather_them():
+    """Its cluster is full soon; the others find those near them."""
+    rs, n = np.random.RandomState(1), 20000
+    names = rs.permutation(n).astype(np.int32)
+    near = ring(n, 8, names)
+    place = locality_rank(np.c_[np.full(n, names[0]), near[:, 1:]])
+    # .90 to .92; .2 to .34 where nodes wish for full clusters
+    assert (np.abs(place[near] - place[:, None]) < 256).mean() > .8
