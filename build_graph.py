@@ -16,8 +16,8 @@ million. Otherwise each image is compared with those of its nearest cells, and, 
 its neighbours, until the wanted recall is measured on a sample. A run that was cut off goes on: with the index if it is
 complete, and beyond 2,000,000 vectors, or where Faiss searches, with the lists found so far, of which a copy is kept every few
 minutes (not where a GPU compares all images with all, which takes no longer than that). Candidates that do not fit in memory
-are kept in files without a name in $DDIR/knngraph, 16 bytes for each of up to 64 per image, or 2 k; the copies take half as much,
-twice while one is written.
+are kept in files without a name in $DDIR/knngraph, 16 bytes for each of up to 64 per image, or 2 k; a copy takes a quarter of
+that, and there are two while one is written.
 """
 import os
 import time
@@ -77,16 +77,15 @@ def main():
     # after the checks: these load Faiss and the compiled library
     from graph_utils import neighbours as nb
     from lowshot import exact_search, knn
-    from lowshot.cells import Vectors
+    from lowshot.cells import Cells, Vectors
     from lowshot.faiss_search import faiss_graph, on_gpus
     from lowshot.gpu_search import search_device
-    from lowshot.index_files import Checkpoint, GraphFiles, check_graph, checked_rows, open_graph
+    from lowshot.index_files import Checkpoint, GraphFiles
     from lowshot.packages import faiss
     k = padded_to_power_of_two(args.k)
     gpus = faiss.get_num_gpus() if args.device != "cpu" else 0
     device = search_device("cpu" if args.device == "cpu" else "auto")
-    exact_search.use_gpu(device)
-    all_on_gpu = exact_search.all_on_gpu(n, n, d, same=True) and not args.nprobe
+    all_on_gpu = exact_search.all_on_gpu(n, n, d, device, same=True) and not args.nprobe
     if args.device == "gpu" and not gpus and not all_on_gpu:
         raise ValueError(NO_GPU)
     path_I, path_D = ddir.graph(n, k)
@@ -97,15 +96,10 @@ def main():
     print_header(args, predicted_memory=size(predicted), products=nb.products())
     warn_of_memory(least)
     complete = os.path.exists(path_I) and not args.overwrite        # D gets its name first
-    vectors = Vectors(rows, normalise=True)
+    vectors = Vectors(rows, normalise=True, device=device)
     if complete:
         is_complete = f"{path_I} is complete{lower_recall(record_path, args.recall)}"
-        again = "--overwrite makes it again"
-        graph = open_graph(path_I, path_D, n, k, again)
-        with show_progress() as progress:
-            for _ in checked_rows(*graph, k, again, progress):
-                pass
-        check_graph(vectors, *graph, again)
+        check_stored(path_I, path_D, k, vectors)
         if os.path.exists(lists):       # of a run that was killed at its last step
             remove(lists)
         if os.path.exists(ddir.index(n)):
@@ -140,16 +134,19 @@ def main():
         files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)
         if search_with_faiss:
             info = faiss_graph(index, gpu_index, vectors, k, args, files, progress)
+        elif all_on_gpu or cells is None and n < exact_search.EXACT_BELOW:
+            cells = None            # which take memory
+            for array, found in zip(files.arrays, exact_search.exact_knn(vectors, vectors, k, progress, same=True)):
+                array[:] = found
+            info = {"recall": 1.0, "exact": True}
         else:
-            checkpoint = Checkpoint(lists, identity)
-            if all_on_gpu:
-                cells = None        # which take memory
-            with checkpoint:
+            if cells is None:
+                cells = Cells.train(vectors, seed=args.seed, progress=progress)
+            with Checkpoint(lists, identity) as checkpoint:
                 _, _, info = knn.build_knn_graph(
-                    vectors, k, args.recall, cells=cells, nprobe=args.nprobe, seed=args.seed, out=files.arrays, progress=progress,
+                    cells, k, args.recall, nprobe=args.nprobe, seed=args.seed, out=files.arrays, progress=progress,
                     say=lambda line: log(f"{line}, {clock(time.time() - start)}"),
-                    checkpoint=checkpoint if n >= CHECKPOINT_FROM else None, release=True, exact=all_on_gpu,
-                    folder=os.path.dirname(path_I))
+                    checkpoint=checkpoint if n >= CHECKPOINT_FROM else None, folder=os.path.dirname(path_I))
         files.flush()
         seconds = time.time() - start
         try:        # first, so that a graph that is there has its record
@@ -159,7 +156,7 @@ def main():
             files.finish()
         if not search_with_faiss:
             remove(lists)               # not before there is nothing left to lose
-    found = "exact search" if info.get("exact") else f"recall@{min(k, n)} {info['recall']:.4f}"
+    found = "exact search" if info["exact"] else f"recall@{min(k, n)} {info['recall']:.4f}"
     log(f"wrote {path_I}: {n} x {k}, {found}, {clock(seconds)}, peak memory {size(peak_memory())} "
         f"({size(predicted)} predicted)")
 
@@ -180,6 +177,17 @@ def predict_memory(n, d, k, all_on_gpu, beside_gpu, least=False):
     listed = sampling.longest_list(k)
     similarities = (vectors + 8 * n * k) * (not least) + 4 * n * listed + 24 * n + knn.WORKING
     return int(libraries + max(knn.memory_of_graph(n, k, d, in_file=least), similarities))
+
+
+def check_stored(path_I, path_D, k, vectors):
+    """ValueError where the stored graph is damaged, or was made from others than these vectors."""
+    from lowshot.index_files import check_graph, checked_rows, open_graph
+    again = "--overwrite makes it again"
+    graph = open_graph(path_I, path_D, vectors.n, k, again)
+    with show_progress() as progress:
+        for _ in checked_rows(*graph, k, again, progress):
+            pass
+    check_graph(vectors, *graph, again)
 
 
 def lower_recall(record_path, wanted):

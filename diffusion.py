@@ -134,13 +134,13 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     from lowshot import exact_search, knn, sampling
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
-    from lowshot.gpu_search import GPU_LIBRARIES
+    from lowshot.gpu_search import GPU_LIBRARIES, search_device
     nbg = n - nbase - nnovel
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.spare_of(k)))
     edges = ENTRIES * k * n
     in_memory = 0 if least else 4 * edges       # entries of W, besides what the backend adds to them
     mapped = 0 if least else 4 * dim * nbg
-    exact = exact_search.compares_all(2 * nbase + nt, n - nnovel, dim)
+    exact = exact_search.compares_all(2 * nbase + nt, n - nnovel, dim, search_device(Backend.device))
     # I and D: in memory where they are made exact, else D may be in a file; both are where they are stored
     lists = 8 * k * nt + (8 if exact or not least else 4) * k * n * (not (least and stored))
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
@@ -297,9 +297,8 @@ def main():
     from graph_utils import BestClasses, aligned_zeros
     from lowshot.backends import choose_backend
     from lowshot.completion import FixedKey, add_novel, fixed_vectors, read_features
-    from lowshot.exact_search import use_gpu
+    from lowshot.file_arrays import allocator
     from lowshot.gpu_search import search_device
-    from lowshot.index_files import allocator
     free = spendable_memory()
 
     # ---- which images are labelled, and which are classified
@@ -319,7 +318,7 @@ def main():
     record["files"] = key.made_from["files"] + identities[:1]
     fixed = None if args.nocache else key.stored()
     Backend = choose_backend(args.backend, args.device, n, k)
-    use_gpu(search_device(Backend.device))
+    device = search_device(Backend.device)
     memory = functools.partial(predict_memory, n, nt, nbase, nl - nbase, k, args.dim, fixed is not None, Backend=Backend,
                                niter=args.niter, examples=4 * nt * (C + k) if args.storeexamples else 0)
     width = widest_panel(args.lslice, n, Backend.panel)
@@ -339,10 +338,11 @@ def main():
     if fixed:
         log(f"graph of background and base images: from {key.folder}")
     else:
-        fixed = key.make() if args.nocache else key.stored_or_made()
+        fixed = key.make(device) if args.nocache else key.stored_or_made(device)
         steps.done("graph of background and base images")
     novel = read_features(ddir.train, rows[nbase:], ddir.pca(args.dim), "novel images read")
-    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base"), scale=fixed.load("scale")), novel)
+    changes = add_novel(fixed, fixed_vectors(ddir, args.nbg, args.dim, fixed.load("base"), scale=fixed.load("scale"),
+                                             device=device), novel)
     steps.done("novel images added to the graph")
     rank = changes.rank         # node i is row rank[i] of W
     with fixed.errors_name_folder():

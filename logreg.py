@@ -112,7 +112,7 @@ def score_file(path, nt, C):
         array.flush()
 
 
-class Checkpoint:
+class TrainingState:
     """The state of a run that is under way, in a file beside its record; `key` says what it belongs to."""
 
     def __init__(self, record, key):
@@ -297,7 +297,7 @@ def experiment(args, ddir, record, points):
         classifiers = TorchClassifiers(points, C, d, args.mom, device)
     sampler = Sampler(labels, args.batchsize, args.seed)
     runs = [{"lr": lr, "wd": wd, "results": []} for lr, wd in points]
-    state = Checkpoint(args.record, {
+    state = TrainingState(args.record, {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": record["files"]})

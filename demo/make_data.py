@@ -99,11 +99,16 @@ class Glyphs:
     def __init__(self, paths, drawn, distinct, classes, minfontsbg, seed):
         self.paths, self.seed, self.classes = paths, seed, classes
         self.fonts_of = _fonts_of(classes, distinct)
-        counts = np.unique(np.concatenate([np.asarray(d, np.int64) for d in drawn]), return_counts=True)
-        self.background = [int(c) for c, n in zip(*counts) if n >= minfontsbg]
+        self.background = _common(drawn, minfontsbg)
         self.background_fonts = _fonts_of(self.background, drawn)
         weights = np.array([len(f) for f in self.background_fonts], float)
         self.probability = weights / weights.sum() if len(weights) else weights
+
+
+def _common(lists, least):
+    """The code points that are in so many of the lists, increasing."""
+    counts = np.unique(np.concatenate([np.asarray(codes, np.int64) for codes in lists]), return_counts=True)
+    return [int(c) for c, n in zip(*counts) if n >= least]
 
 
 def _fonts_of(codes, lists):
@@ -131,8 +136,7 @@ def load_glyphs(ddir, args, pool):
             if os.path.exists(ddir.path(name)):
                 raise ValueError(f"{ddir.path(name)} exists and was not drawn by this script: name another DDIR")
         drawn, distinct = map(list, zip(*pool.map(coverage, paths, chunksize=4)))
-        counts = np.unique(np.concatenate([np.asarray(d, np.int64) for d in distinct]), return_counts=True)
-        codes = [int(c) for c, n in zip(*counts) if n >= args.minfonts]
+        codes = _common(distinct, args.minfonts)
         if len(codes) < args.nclass:
             raise ValueError(f"--nclass {args.nclass}: only {len(codes)} characters are in --minfonts {args.minfonts} "
                              f"of the {len(paths)} fonts")

@@ -6,7 +6,7 @@ import numpy as np
 
 from graph_utils import aligned_zeros, neighbours as nb
 from lowshot import machine
-from lowshot.features import MatrixFile, row_norms, spread_rows
+from lowshot.features import MatrixFile, normalise_rows, row_norms, spread_rows
 from lowshot.packages import faiss
 from lowshot.script import silent
 
@@ -29,14 +29,15 @@ class Vectors:
     plainly, but for `arrays`, memory maps whose pages release() gives back. Raises ValueError where a row holds NaN or
     infinity.
 
+    device: the GPU that compares them where that pays, a torch device; None: the CPU does.
     n, d; scale float32 (n,) factor of each row, or None; longest: the largest norm of a scaled row.
     scale, as an argument: that of the same vectors, if it is known. Otherwise these are read through for it when it is first
     needed; progress: what is told of that, as in exact_search.py.
     Memory: 4 bytes per vector.
     """
 
-    def __init__(self, *parts, normalise=False, scale=None, progress=silent):
-        self._scale, self._normalise, self.progress = scale, normalise, progress
+    def __init__(self, *parts, normalise=False, scale=None, progress=silent, device=None):
+        self._scale, self._normalise, self.progress, self.device = scale, normalise, progress, device
         self.d = parts[0].shape[1]
         self.sources = [m if isinstance(m, MatrixFile) else np.ascontiguousarray(m, np.float32)
                         for m in parts if len(m)] or [np.empty((0, self.d), np.float32)]
@@ -85,7 +86,7 @@ class Vectors:
     def in_memory(self):
         return all(isinstance(m, np.ndarray) for m in self.sources)
 
-    def fit(self, besides=0):
+    def fit(self, besides):
         """Whether all vectors and so many other bytes fit in the memory that is free."""
         return self.in_memory or machine.fits(4 * self.n * self.d + besides)
 
@@ -145,8 +146,8 @@ def one_over(norms):
     return np.divide(1, norms, out=norms)
 
 
-def as_vectors(x):
-    return x if isinstance(x, Vectors) else Vectors(x)
+def as_vectors(x, device=None):
+    return x if isinstance(x, Vectors) else Vectors(x, device=device)
 
 
 def default_nlist(n):
@@ -172,9 +173,7 @@ def train_centroids(vectors, nlist, seed=0, progress=silent):
         sums = nb.group_sums(x, order, np.cumsum(sizes))
         empty = np.flatnonzero(sizes == 0)
         sums[empty] = x[rs.choice(m, len(empty))]
-        norms = np.sqrt(np.einsum("ij,ij->i", sums, sums))
-        norms[norms == 0] = 1
-        centroids = sums / norms[:, None]
+        centroids = normalise_rows(sums, "centroids")
         progress("rounds of k-means", iteration + 1, ROUNDS)
     return centroids, (X, cell)
 
@@ -315,7 +314,7 @@ class Cells:
     stop       int64 (nlist,): rows that others are compared with end there. Copies of a vector beyond the first KEPT come after
                them, in the order of their numbers: of a million equal ones, as of unreadable images, each need not see all
     centroids  float32 (nlist, d), in the order of the chain
-    and, once it is known what stands for the vectors, after use():
+    and, once it is known what stands for the vectors, after use(), until a graph gives X up:
     codes      Codes; X (n, words), int32 or float32: the vectors; C: the centroids
     chosen     whether these codes were compared with others
     Memory: that of the codes, and 12 bytes per vector.

@@ -16,11 +16,12 @@ import numpy as np
 from graph_utils import SymmetricGraph, check_permutation, locality_rank
 from graph_utils.neighbours import merge_lists
 from lowshot import exact_search, knn
-from lowshot.cells import Cells, Vectors, assign
+from lowshot.cells import Cells, Vectors, as_vectors, assign
 from lowshot.faiss_search import is_plain_ivf
 from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
+from lowshot.file_arrays import allocator
 from lowshot.files import digest_of_some, exclusive, file_identities, read_json, whole, write_json
-from lowshot.index_files import allocator, cells_of_index, check_graph, checked_rows, open_graph, open_index
+from lowshot.index_files import cells_of_index, check_graph, checked_rows, open_graph, open_index
 from lowshot.layout import command_for, graph_command, pca_command
 from lowshot.machine import release_memory
 from lowshot.packages import faiss
@@ -55,8 +56,8 @@ def read_background_graph(ddir, nbg, k, I, D, vectors, progress=silent):
 
 
 def fixed_vectors(ddir, nbg, dim, base, **named):
-    """Vectors of the background and, after it, of the base images, normalised as they are read. named: scale
-    and progress of Vectors."""
+    """Vectors of the background and, after it, of the base images, normalised as they are read. named: scale,
+    progress and device of Vectors."""
     background = [MatrixFile(ddir.raw(dim), "<f4", dim, nbg, pca_command("apply", dim))] if nbg else []
     return Vectors(*background, base, normalise=True, **named)
 
@@ -75,13 +76,13 @@ def cells_of_nodes(ddir, nbg, vectors, progress):
 def fixed_graph(ddir, nbg, k, vectors, base, test, progress):
     """Graph of background and base images, and test images against both: a dict of arrays of FixedPart.
 
-    Exact below 131,072 nodes, and where a GPU in use holds them (exact_search.use_gpu); otherwise base images are searched for
+    Exact below 131,072 nodes, and where a GPU, the `device` of the vectors, holds them; otherwise base images are searched for
     among near cells, and neighbours of neighbours, at recall@k >= 0.97, and test images among near cells at recall@k >= 0.995, as
     measured on samples of both: accuracies are then within about .002 of those of an exact graph (benchmarks/accuracy.py).
     vectors: of the nodes; base float32 (nb, d), test float32 (nt, d), normalised.
     """
     n, folder = vectors.n, ddir.path("knngraph")
-    exact = exact_search.compares_all(2 * len(base) + len(test), n, vectors.d)
+    exact = exact_search.compares_all(2 * len(base) + len(test), n, vectors.d, vectors.device)
     I = np.full((n, k), -1, np.int32)
     # little is looked at in D, and that in order: it is the first to go to a file
     D = allocator(4 * k * n + knn.memory_of_graph(n, k, vectors.d), None if exact else folder)((n, k), np.float32)
@@ -89,7 +90,8 @@ def fixed_graph(ddir, nbg, k, vectors, base, test, progress):
     if nbg:
         read_background_graph(ddir, nbg, k, I[:nbg], D[:nbg], vectors, progress)
     if exact:
-        background = Vectors(vectors.sources[0], normalise=True, scale=vectors.scale[:nbg]) if nbg else Vectors(base[:0])
+        background = Vectors(vectors.sources[0] if nbg else base[:0], normalise=True, scale=vectors.scale[:nbg],
+                             device=vectors.device)
         D[nbg:], I[nbg:] = exact_search.cross_insert(base, background, D[:nbg], I[:nbg], progress)
         background.release()
         test_D, test_I = exact_search.exact_knn(test, vectors, k, progress)
@@ -99,8 +101,7 @@ def fixed_graph(ddir, nbg, k, vectors, base, test, progress):
         new = Sample(vectors, vectors, k, 0, cells, progress, size=COMPLETION_SAMPLE, first=nbg) if len(base) else None
         search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
         if len(base):
-            knn.build_knn_graph(None, k, recall=0.97, initial=(D[:nbg], I[:nbg]) if nbg else None, cells=cells, out=(D, I),
-                                progress=progress, say=log, release=True, sample=new, folder=folder)
+            knn.build_knn_graph(cells, k, recall=0.97, out=(D, I), known=nbg, progress=progress, say=log, sample=new, folder=folder)
         test_D, test_I, info = search_done()
         log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
     rank = locality_rank(I) if n >= exact_search.EXACT_BELOW else np.arange(n, dtype=np.int32)
@@ -161,7 +162,7 @@ def add_novel(fixed, vectors, novel):
             novel, vectors, D, I, progress, fixed.load("worst"),
             lambda rows, D_after, I_after: changed.append((rows.astype(np.int32), I_after)))
     release_memory()
-    found_D, found_I = exact_search.exact_knn(fixed.load("test"), novel, k)
+    found_D, found_I = exact_search.exact_knn(fixed.load("test"), as_vectors(novel, vectors.device), k)
     found_I[found_I >= 0] += n
     _, test_I = merge_lists(fixed.load("test_D"), fixed.load("test_I"), found_D, found_I, k)
     rank = np.concatenate([fixed.load("rank"), np.arange(n, n + m, dtype=np.int32)])
@@ -291,18 +292,18 @@ class FixedKey:
         if part.folder and self.stored() is None:
             raise ValueError(f"{self.folder} was made anew from other files while it was read: run this again")
 
-    def make(self):
-        """Compute the fixed part. Its arrays are in memory."""
+    def make(self, device=None):
+        """Compute the fixed part, on this GPU, if any (search_device()), where that pays. Its arrays are in memory."""
         base = read_features(self.ddir.train, self.base_rows, self.ddir.pca(self.dim), "base images read")
         test = read_features(self.ddir.val, self.test_rows, self.ddir.pca(self.dim), "test images read")
         with show_progress() as progress:
-            vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base, progress=progress)
+            vectors = fixed_vectors(self.ddir, self.nbg, self.dim, base, progress=progress, device=device)
             graph = fixed_graph(self.ddir, self.nbg, self.k, vectors, base, test, progress)
         indptr, indices, nsingle = SymmetricGraph(graph["I"], graph["rank"]).arrays
         return FixedPart(dict(base=base, test=test, **graph, worst=exact_search.worst_neighbours(graph["D"], graph["I"]),
                               indptr=indptr, indices=indices, nsingle=nsingle))
 
-    def stored_or_made(self):
+    def stored_or_made(self, device=None):
         """The stored part, made first where there is none; runs that start together make it once, if the disk has room for it."""
         with contextlib.ExitStack() as stack:
             try:
@@ -311,7 +312,7 @@ class FixedKey:
                 raise OSError(f"{e}: the completed graph cannot be kept there; --nocache --record FILE does without")
             part = self.stored()
             if part is None:
-                part = self.make()
+                part = self.make(device)
                 try:
                     self._store(part)
                     part = self.stored() or part

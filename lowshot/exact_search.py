@@ -8,7 +8,7 @@ are a float32 array (n, d), L2-normalised by the caller, or Vectors (lowshot/cel
     exact_knn(xq, x, k) -> D, I
     cross_insert(x_new, x, D, I) -> D_new, I_new            D, I of the existing nodes change
 
-With a GPU (use_gpu) that does the comparisons where they are many.
+Where x are Vectors with a GPU as their `device`, that does the comparisons where they are many.
 """
 import numpy as np
 
@@ -38,29 +38,20 @@ FLOAT32_ON_GPU = 1 << 17    # queries that are compared in float32 there while t
 MANY_ON_GPU = 16            # times as many candidates as first, where these leave doubt
 
 
-_gpu = None
+def all_on_gpu(nq, n, d, device, same=False):
+    """Whether `device` is a GPU, and compares so many queries with all of n vectors sooner than other ways find the nearest.
+    same: these are the same."""
+    return device is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if same else nq + n, d, device)
 
 
-def use_gpu(device):
-    """From now on exact search is by this torch device where that pays, and graphs are exact; None: by the CPU."""
-    global _gpu
-    _gpu = device
-
-
-def all_on_gpu(nq, n, d, same=False):
-    """Whether there is a GPU in use that compares so many queries with all of n vectors sooner than other ways find the
-    nearest. same: these are the same."""
-    return _gpu is not None and nq * n <= ALL_ON_GPU and gpu_search.fits(n if same else nq + n, d, _gpu)
-
-
-def compares_all(nq, n, d):
-    """Whether so many queries are compared with all of n vectors: where these are few, or there is a GPU that is quick at it."""
-    return n < EXACT_BELOW or all_on_gpu(nq, n, d)
+def compares_all(nq, n, d, device):
+    """Whether so many queries are compared with all of n vectors: where these are few, or `device` is a GPU that is quick at it."""
+    return n < EXACT_BELOW or all_on_gpu(nq, n, d, device)
 
 
 def _on_gpu(Q, X, same=False):
     return (Q.n * X.n >= ON_GPU and max(Q.longest, X.longest) <= gpu_search.LONGEST
-            and all_on_gpu(Q.n, X.n, X.d, same))
+            and all_on_gpu(Q.n, X.n, X.d, X.device, same))
 
 
 def spare_of(k, in_bytes=False):
@@ -71,7 +62,7 @@ def spare_of(k, in_bytes=False):
 def exact_knn(xq, x, k, progress=silent, same=False, spare=None):
     """The k vectors of x with the highest inner product with each of xq, by comparing them all.
 
-    Candidates come from products in bfloat16, in bytes with `same` where these do, or in float16 on a GPU in use; they are
+    Candidates come from products in bfloat16, in bytes with `same` where these do, or in float16 on the GPU of x; they are
     compared in float32, and where the errors of these could hide a better one the row is computed again in float32. same: xq and
     x are the same vectors, and each is in its own list. spare: candidates beyond k, spare_of() if None; with more of them fewer
     rows are computed again. Memory: x is read in blocks; queries in bfloat16 and 8 bytes per candidate, with `same`
@@ -114,8 +105,9 @@ def _bytes_tell_apart(X, k):
     return len(unsure) <= BYTES_DOUBT * some.n
 
 
-def candidates_for(Q, X, K, progress, same, convert=nb.to_bfloat16):
-    """(keys, error): the K best by products in bfloat16 or bytes, and bounds of the errors of these, float32 (Q.n,)."""
+def candidates_for(Q, X, K, progress, same, convert):
+    """(keys, error): the K best by products in bfloat16 or bytes, as `convert` makes them, and bounds of the errors of these,
+    float32 (Q.n,)."""
     lost = np.empty(Q.n, np.float32)
     queries = np.concatenate([Q.converted(convert, i, j, residual=lost[i:j]) for i, j in Q.blocks()])
     K = min(K, X.n)
@@ -138,7 +130,7 @@ def _in_float32(D, I, unsure, Q, X, k, progress, same, on_gpu=False):
     for i in range(0, len(unsure), step):
         rows = unsure[i:i + step].astype(np.int32)
         x = Q.scaled_rows(rows)
-        keys = gpu_search.near_in_float32(x, X, k + gpu_search.SPARE, _gpu) if on_gpu else _float32_candidates(x, X, k)
+        keys = gpu_search.near_in_float32(x, X, k + gpu_search.SPARE) if on_gpu else _float32_candidates(x, X, k)
         best_of(keys, Q, X, k, same, rows, out=(D, I), mapped=on_gpu)
         progress("queries compared in float32", i + len(rows), len(unsure))
     return D, I
@@ -158,8 +150,8 @@ def best_and_unsure(keys, error, Q, X, k, same=False, rows=None, **where):
 def _exact_on_gpu(Q, X, k, progress, same, q=None, x=None):
     """exact_knn() by a GPU: it finds candidates, and more of them for queries that these leave in doubt. q, x: Q and X there,
     if they are."""
-    x = x or gpu_search.Rounded(X, _gpu)
-    q = q or (x if same else gpu_search.Rounded(Q, _gpu))
+    x = x or gpu_search.Rounded(X, X.device)
+    q = q or (x if same else gpu_search.Rounded(Q, X.device))
     D, I = np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32)
     queries, K = None, k + gpu_search.SPARE
     for _ in range(2):
@@ -294,7 +286,8 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
     def in_place(rows, changed_D, changed_I):
         D[rows], I[rows] = changed_D, changed_I
 
-    new, X = as_vectors(x_new), as_vectors(x)
+    X = as_vectors(x)
+    new = as_vectors(x_new, X.device)
     n, k = I.shape
     D_new, I_new = exact_knn(new, new, k, same=True)
     I_new[I_new >= 0] += n
@@ -313,7 +306,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
         replace(rows[entered], merged_D[entered], merged_I[entered])
 
     if _on_gpu(new, X):
-        existing, on_gpu = gpu_search.Rounded(X, _gpu), gpu_search.Rounded(new, _gpu)
+        existing, on_gpu = (gpu_search.Rounded(v, X.device) for v in (X, new))
         for rows, keys, error in gpu_search.near(existing, on_gpu, k + gpu_search.SPARE,
                                                  existing.errors_with(on_gpu, _error)):
             i, j = int(rows[0]), int(rows[-1]) + 1
@@ -338,8 +331,7 @@ def cross_insert(x_new, x, D, I, progress=silent, worst=None, replace=None):
         enter(keys, error, x, scale, i)
         progress("nodes compared with new ones", j, X.n)
     found_D, found_I, unsure = best_and_unsure(keys_new, _error(new_lost, X_lost_most, new, X), new, X, k)
-    if len(unsure):
-        found_D[unsure], found_I[unsure] = exact_knn(new.scaled_rows(unsure), X, k, spare=MANY_SPARE)
+    found_D[unsure], found_I[unsure] = exact_knn(new.scaled_rows(unsure), X, k, spare=MANY_SPARE)
     return nb.merge_lists(D_new, I_new, found_D, found_I, k, numbers)
 
 
@@ -354,6 +346,5 @@ def _entering(keys, error, x, scale, new, k):
     D, I = nb.exact_products(keys, x, new.arrays, k, q_scale=scale, x_scale=new.scale)
     full = (nb.numbers(keys) >= 0).all(axis=1) & (keys.shape[1] < new.n)
     unsure = np.flatnonzero(full & (D[:, -1] < nb.worst_products(keys) + error[rows]))
-    if len(unsure):
-        D[unsure], I[unsure] = exact_knn(x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, k)
+    D[unsure], I[unsure] = exact_knn(x[unsure] if scale is None else x[unsure] * scale[unsure, None], new, k)
     return rows, D, I

@@ -67,9 +67,9 @@ def file_identities(paths):
     return [[os.path.basename(path), s.st_size, s.st_mtime_ns, digest_of_some(path)] for path, s in found]
 
 
-def digest_of_some(path, pieces=16):
+def digest_of_some(path):
     """A digest of pieces of a file all over it, hexadecimal."""
-    digest, nbytes, piece = hashlib.sha256(), os.path.getsize(path), 4096
+    digest, nbytes, pieces, piece = hashlib.sha256(), os.path.getsize(path), 16, 4096
     with open(path, "rb", buffering=0) as f:
         for i in range(pieces):
             digest.update(os.pread(f.fileno(), piece, max(0, nbytes - piece) * i // (pieces - 1)))

@@ -106,9 +106,10 @@ def near(Q, X, K, error, rows=None):
         yield _keys(*waiting, error)
 
 
-def near_in_float32(xq, X, K, device):
+def near_in_float32(xq, X, K):
     """Keys int64 (nq, .) of the K nearest among the Vectors X for each of xq, float32 (nq, d), by products in float32."""
     import torch
+    device = X.device
     queries = torch.from_numpy(xq).to(device)
     products = torch.empty((len(xq), 0), device=device)
     numbers = torch.empty((len(xq), 0), dtype=torch.int64, device=device)

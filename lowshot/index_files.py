@@ -1,25 +1,21 @@
-"""Files of the background's graph as they are written: the Faiss index, and what lets a killed run go on."""
+"""Files of the background's graph: the Faiss index, graphs as they are stored, and what lets a killed run go on."""
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
 import shutil
 import struct
-import tempfile
 import threading
 import time
-import weakref
 
 import numpy as np
 
 from graph_utils import aligned_zeros
 from graph_utils import neighbours as nb
-from lowshot import machine
 from lowshot.cells import BLOCK
 from lowshot.features import MatrixFile, check_readable, spread_rows
-from lowshot.files import allocate, read_note, remove, remove_left_behind, reserve, whole, write_json
+from lowshot.files import allocate, read_note, remove, remove_left_behind, whole, write_json
 from lowshot.packages import faiss
 from lowshot.script import log, silent
 
@@ -200,28 +196,6 @@ def check_index(index, vectors, path):
                         faiss.rev_swig_ptr(codes, size * 4 * index.d).view(np.float32).reshape(size, -1))
                 lists.release_ids(int(c), ids)
                 lists.release_codes(int(c), codes)
-
-
-def scratch(folder, shape, dtype):
-    """An array of zeros in a file that has no name, and is gone with the array, which has its descriptor as attribute `file`.
-    OSError where the disk has no room for it."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if not nbytes:      # no file of no bytes is mapped
-        return np.empty(shape, dtype)
-    with tempfile.TemporaryFile(dir=folder) as f:
-        reserve(f.fileno(), nbytes, folder)
-        array = np.memmap(f, dtype, "r+", shape=shape)
-        array.file = os.dup(f.fileno())
-    weakref.finalize(array, os.close, array.file)
-    return array
-
-
-def allocator(nbytes, folder):
-    """What makes arrays, (shape, dtype) -> zeros: in memory where so many bytes fit in what is free, or `folder` is None or
-    cannot be written, else in files there, which is for what is read and written in order."""
-    if machine.fits(nbytes) or folder is None or not os.access(folder, os.W_OK):
-        return aligned_zeros
-    return functools.partial(scratch, folder)
 
 
 class Checkpoint:

@@ -1,13 +1,12 @@
-"""K-nearest-neighbour graphs and search by inner product, exact or to a recall; for build_graph.py and diffusion.py.
+"""K-nearest-neighbour graphs and search by inner product, to a recall; for build_graph.py and diffusion.py.
 
 Vectors, lists D, I and `progress` are as in exact_search.py.
 
     cells = Cells.train(Vectors(x))                                         cells.order puts near nodes together
-    build_knn_graph(x, k, recall=.95, initial=(D, I), cells=cells) -> D, I, info
+    build_knn_graph(cells, k, recall=.95, out=(D, I), known=n0) -> D, I, info
     search_begun(cells, xq, k, recall=.95)() -> D, I, info
 
-Below exact_search.EXACT_BELOW vectors all is exact, and with a GPU (exact_search.use_gpu) where that compares all with all
-quickly enough; otherwise recall is measured on a sample by exact search, and raised until it is reached.
+Recall is measured on a sample by exact search, and raised until it is reached.
 """
 import math
 import mmap
@@ -16,11 +15,10 @@ import numpy as np
 
 from graph_utils import aligned_zeros, neighbours as nb
 from lowshot import exact_search, machine, sampling
-from lowshot.cells import BLOCK, Cells, as_vectors, nearest_cell
+from lowshot.cells import BLOCK, as_vectors, nearest_cell
 from lowshot.exact_search import best_of, compares_all
-from lowshot.index_files import allocator
-from lowshot.sampling import (MISSED, REVERSE, SPARE_LISTED, Sample, cells_reaching, compared_by, longest_list,
-                              with_margin)
+from lowshot.file_arrays import allocator
+from lowshot.sampling import MISSED, REVERSE, Sample, cells_reaching, compared_by, longest_list, with_margin
 from lowshot.script import silent
 
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
@@ -36,46 +34,35 @@ WORKING = 60_000_000        # and of blocks of vectors in hand, and threads
 WIDE_UPTO = .97             # recall that they reach where neighbours are hard to find
 
 
-def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=0, out=None, progress=silent, say=silent,
-                    checkpoint=None, release=False, sample=None, exact=False, folder=None):
-    """The graph of each vector's k nearest, itself included.
+def build_knn_graph(cells, k, recall=0.95, out=None, known=0, nprobe=0, seed=0, progress=silent, say=silent,
+                    checkpoint=None, sample=None, folder=None):
+    """The graph of the k nearest, itself included, of each vector of `cells`, which give their codes up on the way.
 
-    Sets below exact_search.EXACT_BELOW are compared whole where no cells are given, and others if `exact`, for GPUs. Otherwise
-    the vectors of each node's nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where
+    The vectors of each node's nprobe nearest cells are compared with it, and then neighbours of neighbours, or more cells where
     that is quicker, until recall@k as measured on a sample is reached. Similarities are exact float32 products; those in known
     lists stay as they are. Deterministic for a seed, killed meanwhile or not, and whatever the number of threads but for rounding
     in projections by BLAS.
 
-    initial: (D, I) known lists of the first nodes (n0, >= k), not of all, which are then compared with the other nodes only;
-    recall is that of the other nodes. No copies are written then.
-    cells: Cells of x, made here if needed and not given. nprobe: search that many cells, without further rounds.
-    release: give up the vectors in cells before the similarities are computed, to save memory.
+    out: arrays (D, I) (n, k) to fill; made here if None. known: the first nodes, so many, not all, have their lists there, and are
+    compared with the other nodes only; recall is that of the other nodes.
+    nprobe: search that many cells, without further rounds.
     sample: Sample of the nodes, of those that are new if lists are given; made here if None.
     folder: where candidates are kept, in files, if they do not fit in the memory that is free; None: in memory all the same.
-    out: arrays (D, I) (n, k) to fill. say: function that gets a line on each step. checkpoint: Checkpoint or None.
-    Returns D, I, info (recall, exact, and nprobe and rounds where it is not).
+    say: function that gets a line on each step. checkpoint: Checkpoint or None; None with known lists.
+    Returns D, I, info (recall, exact, which it is not, nprobe and rounds).
     """
-    vectors = cells.vectors if cells is not None else as_vectors(x)
-    n = vectors.n
+    vectors, n = cells.vectors, cells.n
     D, I = out if out is not None else (np.empty((n, k), np.float32), np.empty((n, k), np.int32))
-    if exact or n < exact_search.EXACT_BELOW and cells is None:
-        for array, found in zip((D, I), exact_search.exact_knn(vectors, vectors, k, progress, same=True)):
-            array[:] = found
-        return D, I, {"recall": 1.0, "exact": True}
-    if cells is None:
-        cells = Cells.train(vectors, seed=seed, progress=progress)
     position = cells.position()
-    n0 = len(initial[0]) if initial is not None else 0
     # known lists are as they are: it is the new nodes, and their entries in these lists, that have to be found
-    sample = sample or Sample(vectors, vectors, min(k, n), seed, cells, progress, first=n0)
+    sample = sample or Sample(vectors, vectors, min(k, n), seed, cells, progress, first=known)
     wanted, reverse = with_margin(recall), REVERSE
     comparison = compared_by(sample, cells, recall, progress, say)
     K = needed = comparison.needed(recall)
     curve = sample.recall_by_nprobe(cells, position)
     nprobe = min(nprobe, len(curve))
-    if n0:
-        K, checkpoint = max(needed, initial[0].shape[1] + SPARE_LISTED), None
-        p = nprobe or cells_for_new(curve, wanted + comparison.lost(K) + MISSED, n - n0, n)
+    if known:
+        p = nprobe or cells_for_new(curve, wanted + comparison.lost(K) + MISSED, n - known, n)
     else:
         p, without_rounds = (nprobe, True) if nprobe else cells_for_all(curve, wanted, comparison.lost(K), K, n)
         if not without_rounds and p * n > WIDE_FROM * len(curve) and wanted <= WIDE_UPTO:
@@ -84,18 +71,18 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             curve = sample.recall_by_nprobe(cells, position)
             p, K, reverse = cells_reaching(curve, WIDE_START), max(needed, longest_list(k)), 2 * REVERSE
             say(f"neighbours are far and wide: {K} candidates are kept for each, compared in all dimensions")
-    lists = Lists(cells, position, K, initial, comparison.error, checkpoint, folder, say)
+    lists = Lists(cells, position, K, I[:known], comparison.error, checkpoint, folder, say)
 
     def near(p):
         # a cell's own nodes have to be enough for the work on its list
-        return None if nprobe or n - n0 < 16 * len(curve) else sample.near_cells(cells, position, p, curve[p - 1])
+        return None if nprobe or n - known < 16 * len(curve) else sample.near_cells(cells, position, p, curve[p - 1])
 
     further = False
     p = lists.nprobe or p           # of a run that was killed
     while True:
         lists.search(p, progress, near(p), further)
         have = lists.recall(sample, needed)
-        say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if n0 else ''}nodes")
+        say(f"{p} cells of {len(curve)} per node: recall@{k} {have:.4f} on {len(sample.number)} {'new ' if known else ''}nodes")
         gained = 1.0
         while not nprobe and have < wanted and gained > .002:
             inserted = lists.descend(reverse, seed, progress)
@@ -106,18 +93,15 @@ def build_knn_graph(x, k, recall=0.95, initial=None, cells=None, nprobe=0, seed=
             break               # more cells do not find what rounding hides
         # so many that it suffices if rounds find the same share of what these miss, and a few for that they find less
         missed = .9 * (1 - wanted) * (1 - curve[p - 1]) / (1 - have)
-        further = not n0
+        further = not known
         p = min(max(cells_reaching(curve, 1 - missed), p + p // 8 + 1), 4 * p, len(curve))
-        if n0:          # what has entered the lists of known nodes is not told apart
+        if known:       # what has entered the lists of known nodes is not told apart
             lists.restart()
     if have < recall and not nprobe:
         say(f"note: recall@{k} {have:.4f} is all that comparing candidates in {cells.codes.format} gives here")
-    if release:
-        cells.X = None      # not needed any more, and the largest part of the memory
+    cells.X, cells.chosen = None, False     # not needed any more, and the largest part of the memory
     numbers = lists.become_numbers(needed)
-    if n0 and not np.may_share_memory(D, initial[0]):
-        D[:n0], I[:n0] = (a[:, :k] for a in initial)
-    exact_search.products_of_all(vectors, lambda nodes: numbers[position[nodes]], D, I, progress, say, n0, cells.order)
+    exact_search.products_of_all(vectors, lambda nodes: numbers[position[nodes]], D, I, progress, say, known, cells.order)
     vectors.release()
     return D, I, {"recall": sample.recall(D[sample.number]), "nprobe": p, "rounds": lists.rounds, "exact": False}
 
@@ -150,15 +134,13 @@ class Lists:
     """The candidate lists of all nodes, in the order of cells. How many nodes were `searched` in how many cells (`nprobe`), and
     how many `rounds` of neighbours-of-neighbours were made.
 
-    Where they and what a round takes besides (memory_of_lists()) do not fit in the memory that is free, both are in files in
-    `folder`, unless that is None.
+    known: neighbours int32 (n0, k) of the first nodes. Where the lists and what a round takes besides (memory_of_lists()) do not
+    fit in the memory that is free, both are in files in `folder`, unless that is None.
     """
 
-    def __init__(self, cells, position, K, initial=None, error=0.0, checkpoint=None, folder=None, say=silent):
+    def __init__(self, cells, position, K, known=(), error=0.0, checkpoint=None, folder=None, say=silent):
         self.cells, self.position, self.checkpoint = cells, position, checkpoint
-        self.initial, self.error = initial, error
-        self.n0 = len(initial[0]) if initial is not None else 0
-        self.K = K
+        self.known, self.error, self.n0, self.K = known, error, len(known), K
         n = cells.n
         # in each cell the first nodes come first: from `middle` on they are new
         known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
@@ -176,7 +158,7 @@ class Lists:
     def restart(self):
         """The lists that were given, and nothing else."""
         # further places are for what may be among the k best, not for whatever comes first
-        nb.known_lists(self.cells.X, self.cells.order, self.position, self.initial[1], BAR * self.error, self.keys)
+        nb.known_lists(self.cells.X, self.cells.order, self.position, self.known, BAR * self.error, self.keys)
 
     def search(self, nprobe, progress, near=None, further=False):
         """Join the best of each node's nprobe nearest cells; near: those to look at, of Sample.near_cells(). further: but for
@@ -294,7 +276,7 @@ def search_begun(cells, xq, k, recall=0.95, progress=silent, say=silent):
     say: function that gets a line on how vectors are compared, where it is not by bytes of all dimensions.
     """
     Q, X = as_vectors(xq), cells.vectors
-    if Q.n <= 2 * sampling.SAMPLE or compares_all(Q.n, X.n, X.d):
+    if Q.n <= 2 * sampling.SAMPLE or compares_all(Q.n, X.n, X.d, X.device):
         found = *exact_search.exact_knn(Q, X, k, progress), {"recall": 1.0, "exact": True}
         return lambda: found
     sample = Sample(Q, X, k, 0, cells, progress, size=sampling.COMPLETION_SAMPLE)

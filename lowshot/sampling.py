@@ -47,13 +47,12 @@ class Sample:
         keys, error = self._by_bytes(Q, X, K, cells, progress)
         self.candidates = nb.numbers(keys)
         self.D, self.I, unsure = best_and_unsure(keys, error, Q, X, k)
-        if len(unsure):
-            self.D[unsure], self.I[unsure] = exact_search.exact_knn(self.x[unsure], X, k, progress, spare=exact_search.MANY_SPARE)
+        self.D[unsure], self.I[unsure] = exact_search.exact_knn(self.x[unsure], X, k, progress, spare=exact_search.MANY_SPARE)
 
     @staticmethod
     def _by_bytes(Q, X, K, cells, progress):
         """(keys, error) as exact_search.candidates_for(). A step of bytes errs like a uniform variable, of variance 1 / 12."""
-        if cells.codes is None or not cells.codes.plain:
+        if cells.X is None or not cells.codes.plain:
             cells.use(Codes(), progress)
         keys, queries = np.zeros((Q.n, min(K, X.n)), np.int64), Q.converted(cells.codes, 0, Q.n)
         step = 0.0

@@ -12,7 +12,7 @@ import pytest
 
 import build_graph
 from graph_utils import neighbours as nb
-from lowshot import exact_search, faiss_search, gpu_search, index_files, knn, machine, sampling
+from lowshot import exact_search, faiss_search, file_arrays, gpu_search, knn, machine, sampling
 from lowshot.cells import Cells, Codes, Vectors
 from lowshot.files import exclusive
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
@@ -340,7 +340,7 @@ def test_a_killed_run_goes_on_to_the_same_graph(tmp_path, monkeypatch):
             monkeypatch.setattr(nb, "search_cells", self.search)
             monkeypatch.setattr(nb, "descent_round", self.round)
             with self.checkpoint:
-                self.D, self.I, self.info = knn.build_knn_graph(None, k, recall=.9, cells=cells, checkpoint=self.checkpoint)
+                self.D, self.I, self.info = knn.build_knn_graph(cells, k, recall=.9, checkpoint=self.checkpoint)
             os.unlink(self.checkpoint.path)
 
         def step(self, what):
@@ -511,11 +511,11 @@ def test_no_room_for_lists_in_a_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "knngraph").mkdir()
-    keys = index_files.scratch(str(tmp_path / "knngraph"), (5, 2), np.int64)
+    keys = file_arrays.scratch(str(tmp_path / "knngraph"), (5, 2), np.int64)
     assert keys.shape == (5, 2) and not keys.any() and os.listdir(tmp_path / "knngraph") == []
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left on device: .*knngraph"):
-        index_files.scratch(str(tmp_path / "knngraph"), 5, np.int32)
+        file_arrays.scratch(str(tmp_path / "knngraph"), 5, np.int32)
 
 
 def test_streamed_index_equals_that_of_faiss(tmp_path):

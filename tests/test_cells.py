@@ -85,7 +85,7 @@ def test_kmeans_with_fewer_vectors_than_centroids_and_with_zeros():
     x[0, 0] = 1
     centroids, _ = train_centroids(Vectors(x), 9)
     assert centroids.shape == (9, 32) and np.isfinite(centroids).all()
-    D, I, info = knn.build_knn_graph(None, 3, cells=Cells.train(Vectors(x), 4))
+    D, I, info = knn.build_knn_graph(Cells.train(Vectors(x), 4), 3)
     assert (I == np.arange(5)[:, None]).any(axis=1).all()
 
 

@@ -10,10 +10,10 @@ import reference
 from data_directory import make_data_directory
 from graph_utils import SymmetricGraph
 from graph_utils import neighbours as nb
-from lowshot import completion, exact_search, index_files, machine, sampling
+from lowshot import completion, exact_search, file_arrays, machine, sampling
 from lowshot.cells import Cells
 from lowshot.files import file_sha256, write_json
-from lowshot.index_files import scratch
+from lowshot.file_arrays import scratch
 from lowshot.layout import DataDir
 from lowshot.packages import faiss
 from test_diffusion import DIM, small_directory, vectors, write_background_graph
@@ -69,7 +69,7 @@ def test_in_little_memory_the_same(data, monkeypatch):
     made, files, before = [], [], sorted(os.listdir(ddir.path("knngraph")))
     for free in (1 << 40, 10 ** 5):
         monkeypatch.setattr(machine, "available_memory", lambda: free)
-        monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
+        monkeypatch.setattr(file_arrays, "scratch", lambda *a: files.append(a[0]) or scratch(*a))
         made.append(completion.FixedKey(ddir, "val", NBG, K, DIM, np.arange(200), np.arange(80)).make())
         assert files == ([] if free > 10 ** 5 else 2 * [ddir.path("knngraph")])         # similarities, and candidates
     for name in completion.FixedPart.ARRAYS:

@@ -15,8 +15,8 @@ from data_directory import make_data_directory, read_features, write_made_from
 from diffusion import StoredL, main, widest_panel
 from graph_utils import has_mkl
 from lowshot.packages import faiss
-from lowshot import completion, index_files, machine, split as class_split
-from lowshot.index_files import scratch
+from lowshot import completion, file_arrays, machine, split as class_split
+from lowshot.file_arrays import scratch
 from lowshot.completion import FixedPart
 from lowshot.files import exclusive, read_json, write_json
 
@@ -124,7 +124,7 @@ def test_entries_of_W_in_a_file(root, tmp_path, monkeypatch, backend):
     """Where they do not fit in memory, or in memory where the folder cannot be written: the same to the bit."""
     monkeypatch.setenv("DDIR", root)
     files, name, before = [], str(tmp_path / "L"), None
-    monkeypatch.setattr(index_files, "scratch", lambda *a: files.append(a) or scratch(*a))
+    monkeypatch.setattr(file_arrays, "scratch", lambda *a: files.append(a) or scratch(*a))
     for fits, writable in ((True, True), (False, True), (False, False)):
         monkeypatch.setattr(machine, "fits", lambda size: fits)
         monkeypatch.setattr("diffusion.spendable_memory", lambda: fits << 40)

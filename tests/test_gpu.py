@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from graph_utils import gpu, neighbour_sums  # noqa: E402
 from graph_utils import neighbours as nb  # noqa: E402
-from lowshot import exact_search, gpu_search, knn  # noqa: E402
+from lowshot import exact_search, gpu_search  # noqa: E402
 from lowshot.cells import Vectors  # noqa: E402
 from lowshot.backends import TritonGraph  # noqa: E402
 from reference import neighbours, random_graph, transition_matrix  # noqa: E402
@@ -84,9 +84,7 @@ def on_gpu(monkeypatch, few_queries):
     """Exact search of any size by the GPU's code."""
     monkeypatch.setattr(exact_search, "ON_GPU", 0)
     monkeypatch.setattr(gpu_search, "fits", lambda *sizes: True)
-    exact_search.use_gpu(torch.device(DEVICE))
-    yield
-    exact_search.use_gpu(None)
+    return torch.device(DEVICE)
 
 
 def unit(rs, n, d):
@@ -98,7 +96,7 @@ def unit(rs, n, d):
 def test_exact_search(on_gpu, nq, n, d, k):
     rs = np.random.RandomState(n)
     q, x = unit(rs, nq, d), unit(rs, n, d)
-    D, I = exact_search.exact_knn(q, x, k)
+    D, I = exact_search.exact_knn(q, Vectors(x, device=on_gpu), k)
     np.testing.assert_array_equal(I, neighbours(q, x, k))
     found = I >= 0
     np.testing.assert_allclose(D[found], (q @ x.T)[np.nonzero(found)[0], I[found]], atol=1e-6)
@@ -114,10 +112,8 @@ def test_a_graph_of_nearly_equal_vectors(on_gpu, monkeypatch, close):
     x = np.repeat(unit(rs, 3, 32), 30, axis=0)
     x += close * rs.randn(*x.shape).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    D, I, info = knn.build_knn_graph(x, 5, exact=True)
-    exact_search.use_gpu(None)
+    D, I = exact_search.exact_knn(*2 * [Vectors(x, device=on_gpu)], 5, same=True)
     expected, _ = exact_search.exact_knn(x, x, 5, same=True)
-    assert info == {"recall": 1.0, "exact": True}
     np.testing.assert_allclose(D, expected, atol=1e-6)
     if not close:
         np.testing.assert_array_equal(I[:, 0], np.arange(len(x)))
@@ -128,23 +124,20 @@ def test_new_nodes(on_gpu):
     rs = np.random.RandomState(4)
     x, new = unit(rs, 120, 24), unit(rs, 40, 24)
     lists = []
-    for device in (torch.device(DEVICE), None):
-        exact_search.use_gpu(device)
-        D, I = exact_search.exact_knn(x, x, 3, same=True)
-        lists.append((D, I, *exact_search.cross_insert(new, x, D, I)))
+    for device in (on_gpu, None):
+        vectors = Vectors(x, device=device)
+        D, I = exact_search.exact_knn(vectors, vectors, 3, same=True)
+        lists.append((D, I, *exact_search.cross_insert(new, vectors, D, I)))
     for by_gpu, by_cpu in zip(*lists):
         np.testing.assert_allclose(by_gpu, by_cpu, atol=1e-6)
 
 
 def test_where_the_gpu_searches(monkeypatch):
     monkeypatch.setattr(gpu_search, "fits", lambda n, d, device: n < 10 ** 8)
-    exact_search.use_gpu(torch.device(DEVICE))
-    try:
-        assert exact_search.all_on_gpu(10 ** 7, 10 ** 7, 256) and not exact_search.all_on_gpu(10 ** 8, 10 ** 6, 256)
-        assert not exact_search.all_on_gpu(3 * 10 ** 7, 3 * 10 ** 7, 256)
-    finally:
-        exact_search.use_gpu(None)
-    assert not exact_search.all_on_gpu(10, 10, 256)
+    device = torch.device(DEVICE)
+    assert exact_search.all_on_gpu(10 ** 7, 10 ** 7, 256, device) and not exact_search.all_on_gpu(10 ** 8, 10 ** 6, 256, device)
+    assert not exact_search.all_on_gpu(3 * 10 ** 7, 3 * 10 ** 7, 256, device)
+    assert not exact_search.all_on_gpu(10, 10, 256, None)
 
 
 def test_bounds_hold(few_queries):

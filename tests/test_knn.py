@@ -9,7 +9,7 @@ from lowshot import cells as cells_module, exact_search, knn, machine, sampling
 from lowshot.cells import Cells, Codes, Vectors, default_nlist, train_centroids, ways_to_cells
 from lowshot.features import MatrixFile
 from lowshot.script import silent
-from vectors import clustered, recall, with_energies
+from vectors import clustered, known_lists, recall, with_energies
 
 pytestmark = pytest.mark.usefixtures("products")
 
@@ -22,7 +22,7 @@ def test_graph_by_cells(n, k, nlist, rounds, monkeypatch):
     x = clustered(n)
     cells = Cells.train(Vectors(x), nlist)
     lines = []
-    D, I, info = knn.build_knn_graph(None, k, recall=.97, cells=cells, say=lines.append)
+    D, I, info = knn.build_knn_graph(cells, k, recall=.97, say=lines.append)
     assert info["recall"] >= .97 and lines and (info["rounds"] > 0) <= rounds
     assert n < 3000 or (info["rounds"] > 0) == rounds
     assert recall(I[:, :min(k, n)], x, x, min(k, n)) > .96
@@ -49,18 +49,17 @@ def test_vectors_and_candidates_that_do_not_fit_in_memory(tmp_path, monkeypatch,
     x[60] = 0
     x[:2500].tofile(tmp_path / "raw")
     monkeypatch.setattr(exact_search, "BLOCK", 130)
-    known = None
     if n0:
-        known = tuple(a[:n0] for a in exact_search.exact_knn(*2 * [Vectors(x[:n0], normalise=True)], k, same=True))
-        known[0][:, 0] += .5            # what is known is not computed again
+        D0, I0 = exact_search.exact_knn(*2 * [Vectors(x[:n0], normalise=True)], k, same=True)
+        D0[:, 0] += .5                  # what is known is not computed again
     graphs = []
     for memory in (1 << 40, free):
         monkeypatch.setattr(machine, "available_memory", lambda: memory)
         vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", x.shape[1], 2500), x[2500:], normalise=True)
         lines = []
-        cells = Cells.train(vectors, 60)
-        graphs.append(knn.build_knn_graph(None, k, recall=.9 if n0 else .995, initial=known, cells=cells, say=lines.append,
-                                          release=True, folder=str(tmp_path / "lists")))
+        cells, known = Cells.train(vectors, 60), known_lists(D0, I0, 3000) if n0 else {}
+        graphs.append(knn.build_knn_graph(cells, k, recall=.9 if n0 else .995, **known, say=lines.append,
+                                          folder=str(tmp_path / "lists")))
         assert any("read in parts" in line for line in lines) == (memory == free)
         assert any("kept in files" in line for line in lines) == (memory == free)
     assert os.listdir(tmp_path / "lists") == []         # it never had a name
@@ -82,7 +81,7 @@ def test_a_damaged_list_in_parts():
 def test_graph_of_hard_data_reaches_the_recall_asked_for(round_costs, monkeypatch):
     monkeypatch.setattr(knn, "ROUND", round_costs)
     x = clustered(6000, d=64, spread=3.)
-    results = [knn.build_knn_graph(None, 12, recall=r, cells=Cells.train(Vectors(x), 150)) for r in (.8, .99)]
+    results = [knn.build_knn_graph(Cells.train(Vectors(x), 150), 12, recall=r) for r in (.8, .99)]
     for (D, I, info), wanted in zip(results, (.8, .99)):
         assert info["recall"] >= wanted and recall(I, x, x, 12) >= wanted - .01
     assert results[0][2] != results[1][2]
@@ -92,16 +91,16 @@ def test_longer_lists_where_many_cells_would_be_searched(monkeypatch):
     x = clustered(6000, d=64, spread=3.)
     cells = Cells.train(Vectors(x), 150)
     monkeypatch.setattr(knn, "ROUND", 0)
-    plain = knn.build_knn_graph(None, 12, recall=.965, cells=cells)
+    plain = knn.build_knn_graph(cells, 12, recall=.965)
     monkeypatch.setattr(knn, "WIDE_FROM", 1)
-    D, I, info = knn.build_knn_graph(None, 12, recall=.965, cells=cells)
+    D, I, info = knn.build_knn_graph(cells, 12, recall=.965)
     assert 2 * info["nprobe"] < plain[2]["nprobe"] and info["rounds"]
     assert info["recall"] >= .965 and recall(I, x, x, 12) >= .955
     S = np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1)
     np.testing.assert_allclose(D, S, atol=1e-6)
     assert all(len(set(row)) == 12 for row in I) and (np.diff(D) <= 0).all()
     # not where they do not reach as far
-    assert knn.build_knn_graph(None, 12, recall=.99, cells=cells)[2]["nprobe"] > info["nprobe"]
+    assert knn.build_knn_graph(cells, 12, recall=.99)[2]["nprobe"] > info["nprobe"]
 
 
 def test_as_many_cells_as_it_takes_where_rounds_find_nothing(monkeypatch):
@@ -111,12 +110,12 @@ def test_as_many_cells_as_it_takes_where_rounds_find_nothing(monkeypatch):
     search_cells, before = nb.search_cells, []
     monkeypatch.setattr(knn.nb, "search_cells", lambda *a, **k: before.append(k["before"]) or search_cells(*a, **k))
     cells = Cells.train(Vectors(x), 150)
-    D, I, info = knn.build_knn_graph(None, 12, recall=.9, cells=cells, say=lines.append)
+    D, I, info = knn.build_knn_graph(cells, 12, recall=.9, say=lines.append)
     searched = [int(line.split()[0]) for line in lines if "cells of" in line]
     assert len(searched) > 1 and searched[0] < searched[1] < 3 * searched[0] and info["nprobe"] == searched[-1]
     assert info["recall"] >= .9 and recall(I, x, x, 12) >= .89
     assert [b and b[0] for b in before] == [None, *searched[:-1]]       # and none of them twice
-    at_once = knn.build_knn_graph(None, 12, recall=.9, cells=cells, nprobe=searched[-1])
+    at_once = knn.build_knn_graph(cells, 12, recall=.9, nprobe=searched[-1])
     assert (np.sort(I) == np.sort(at_once[1])).mean() > .999
 
 
@@ -125,7 +124,7 @@ def test_longer_lists_are_compared_in_all_dimensions(monkeypatch):
     monkeypatch.setattr(knn, "ROUND", 0)
     x = with_energies(4000, .97 ** np.arange(256))
     cells, lines = Cells.train(Vectors(x), 200), []
-    D, I, info = knn.build_knn_graph(None, 12, cells=cells, say=lines.append)
+    D, I, info = knn.build_knn_graph(cells, 12, say=lines.append)
     assert "in 128 of 256" in lines[0] and "64 candidates" in lines[1] and cells.codes.words(256) == 65
     assert info["rounds"] and info["recall"] >= .95 and recall(I, x, x, 12) >= .94
 
@@ -172,7 +171,7 @@ def test_completion_of_a_known_graph(n0, n1):
     D, I = np.full((n0 + n1, 12), 9, np.float32), np.full((n0 + n1, 12), 9, np.int32)
     D[:n0], I[:n0] = D0, I0         # the outputs may be what is given
     cells = Cells.train(vectors, 50)
-    D, I, info = knn.build_knn_graph(None, 12, recall=.98, initial=(D[:n0], I[:n0]), cells=cells, out=(D, I))
+    D, I, info = knn.build_knn_graph(cells, 12, recall=.98, out=(D, I), known=n0)
     assert info["recall"] >= .98 and recall(I, x, x, 12) > .975
     S = np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1)
     np.testing.assert_allclose(D, S, atol=1e-6)
@@ -182,7 +181,7 @@ def test_few_new_nodes_among_many_known_ones_are_all_found():
     """However few they are: recall over all nodes would not tell whether they have their neighbours."""
     x, n0, k = clustered(4000), 4000 - 25, 12
     D0, I0 = exact_search.exact_knn(x[:n0].copy(), x[:n0].copy(), k)
-    D, I, info = knn.build_knn_graph(None, k, initial=(D0, I0), cells=Cells.train(Vectors(x), 300))
+    D, I, info = knn.build_knn_graph(Cells.train(Vectors(x), 300), k, **known_lists(D0, I0, len(x)))
     want = np.argsort(-(x.astype("f8") @ x.T), axis=1)[:, :k]
     assert info["recall"] > .99 and np.mean([len(np.intersect1d(a, b)) for a, b in zip(I[n0:], want[n0:])]) > .99 * k
     entries = [(i, j) for i in range(n0) for j in want[i] if j >= n0]
@@ -195,7 +194,7 @@ def test_known_lists_have_bars_behind_them():
     I0[3, 5:], D0[3, 5:] = -1, -np.inf
     cells = Cells.train(Vectors(x), 20)
     cells.use(Codes())
-    lists = knn.Lists(cells, cells.position(), 8 + sampling.SPARE_LISTED, (D0, I0), error=.01)
+    lists = knn.Lists(cells, cells.position(), 8 + sampling.SPARE_LISTED, I0, error=.01)
     at = cells.position()
     keys = lists.keys[at[:500]]
     numbers = nb.numbers(keys)
@@ -239,7 +238,7 @@ def test_a_minority_far_from_all_others_finds_its_cells(apart):
     ways = ways_to_cells(centroids, *sample)
     assert ways is not None
     cells = Cells(vectors, centroids, cells_module.assign(vectors, centroids, ways))
-    D, I, info = knn.build_knn_graph(None, 10, cells=cells)
+    D, I, info = knn.build_knn_graph(cells, 10)
     assert info["recall"] > .95 and recall(I[-few:], x[-few:], x, 10) > .95
 
 
@@ -250,7 +249,7 @@ def test_new_nodes_look_for_cells_near_their_own(monkeypatch):
     near_cells = sampling.Sample.near_cells
     monkeypatch.setattr(sampling.Sample, "near_cells", lambda *a: asked.append(near_cells(*a)) or asked[-1])
     D0, I0 = exact_search.exact_knn(x[:n0].copy(), x[:n0].copy(), k)
-    D, I, info = knn.build_knn_graph(None, k, initial=(D0, I0), cells=Cells.train(Vectors(x), 300), seed=3)
+    D, I, info = knn.build_knn_graph(Cells.train(Vectors(x), 300), k, **known_lists(D0, I0, len(x)), seed=3)
     assert len(asked) == 1 and asked[0] is not None and info["nprobe"] < 40
     assert info["recall"] >= .95 and recall(I, x, x, k) > .95
 
@@ -258,7 +257,7 @@ def test_new_nodes_look_for_cells_near_their_own(monkeypatch):
 def test_same_seed_same_graph(monkeypatch):
     monkeypatch.setattr(knn, "ROUND", 0)
     x = clustered(3000, spread=1.5)
-    a, b = (knn.build_knn_graph(None, 10, cells=Cells.train(Vectors(x), 60, seed=3), seed=3) for _ in range(2))
+    a, b = (knn.build_knn_graph(Cells.train(Vectors(x), 60, seed=3), 10, seed=3) for _ in range(2))
     assert np.array_equal(a[1], b[1]) and np.array_equal(a[0], b[0]) and a[2] == b[2]
 
 
@@ -269,7 +268,7 @@ def test_many_duplicates(round_costs, monkeypatch):
     x = clustered(1500)
     x[200:900] = x[3]
     x[900:1000] = 0
-    D, I, info = knn.build_knn_graph(None, 8, cells=Cells.train(Vectors(x), 30))
+    D, I, info = knn.build_knn_graph(Cells.train(Vectors(x), 30), 8)
     np.testing.assert_allclose(D[200:900], 1, atol=1e-6)
     assert (I == np.arange(1500)[:, None]).any(axis=1).all()
     assert info["recall"] >= .95 and default_nlist(1500) == 154
@@ -291,13 +290,13 @@ def test_copies_beyond_the_first_are_compared_with_nobody_twice(monkeypatch):
     for i, j, last in zip(begin, end, cells.end):
         assert (np.diff(cells.order[i:j]) > 0).all() and (np.diff(cells.order[j:last]) > 0).all()
     assert np.array_equal(cells.cell_of(cells.position()[left_out]), cells.cell_of(cells.position()[np.where(left_out < 900, 3, 900)]))
-    D, I, info = knn.build_knn_graph(None, 8, cells=cells)
+    D, I, info = knn.build_knn_graph(cells, 8)
     S = np.sort(x.astype("f8") @ x.T, axis=1)[:, ::-1]
     assert (I == np.arange(1500)[:, None]).any(axis=1).all() and info["recall"] >= .95
     np.testing.assert_allclose(D[copies], S[copies, :8], atol=1e-6)
     assert np.isin(I[copies], copies).all() and np.isin(I[copies[40:]], copies[:40]).sum() == 7 * len(copies[40:])
     for n0 in (1, 500, 1000, 1499):
-        joined = knn.build_knn_graph(None, 8, initial=(D[:n0], I[:n0]), cells=cells)
+        joined = knn.build_knn_graph(cells, 8, **known_lists(D[:n0], I[:n0], len(x)))
         assert joined[2]["recall"] >= .95 and (np.diff(joined[0], axis=1) <= 0).all()
         np.testing.assert_allclose(joined[0][copies[copies >= n0]], 1, atol=1e-6)
 
@@ -309,7 +308,7 @@ def test_clusters_as_tight_as_rounding(spread, format):
     x = np.repeat(rs.randn(30, 64), 100, axis=0) / 8 + spread * rs.randn(3000, 64)
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     cells, lines = Cells.train(Vectors(x), 100), []
-    D, I, info = knn.build_knn_graph(None, 10, cells=cells, say=lines.append)
+    D, I, info = knn.build_knn_graph(cells, 10, say=lines.append)
     assert cells.codes.format == format and (f"compared in {format}" in lines[0]) == (format != "bytes")
     assert info["recall"] >= .95 and info["nprobe"] < 50 and not lines[-1].startswith("note")
     assert spread < 1e-4 or recall(I, x, x, 10) > .94
@@ -322,7 +321,7 @@ def test_clusters_as_tight_as_rounding(spread, format):
 def test_half_the_dimensions_are_compared_where_they_tell_enough(energies, words):
     x = with_energies(4000, energies)
     cells, lines = Cells.train(Vectors(x), 30), []
-    D, I, info = knn.build_knn_graph(None, 10, recall=.97, cells=cells, say=lines.append, nprobe=30)
+    D, I, info = knn.build_knn_graph(cells, 10, recall=.97, say=lines.append, nprobe=30)
     assert cells.codes.words(256) == words and ("128 of 256" in lines[0]) == (words == 33)
     assert recall(I, x, x, 10) >= .99 and abs(info["recall"] - recall(I, x, x, 10)) < .01
     np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)
@@ -333,6 +332,6 @@ def test_completion_by_half_the_dimensions():
     x, n0, k = with_energies(4000, .96 ** np.arange(256)), 2500, 10
     D0, I0 = exact_search.exact_knn(x[:n0].copy(), x[:n0].copy(), k)
     cells = Cells.train(Vectors(x), 30)
-    D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, nprobe=30)
+    D, I, info = knn.build_knn_graph(cells, k, recall=.96, **known_lists(D0, I0, len(x)), nprobe=30)
     assert cells.codes.words(256) == 33 and recall(I, x, x, k) > .98 and recall(I[:n0], x[:n0], x, k) > .98
     np.testing.assert_allclose(D, np.take_along_axis(x.astype("f8") @ x.T, I.astype("i8"), 1), atol=1e-6)

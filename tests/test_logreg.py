@@ -16,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features  # noqa: E402
 from graph_utils import FusedSGD  # noqa: E402
-from logreg import (Checkpoint, Sampler, arguments, default_record, evaluate, main, point_file,  # noqa: E402
+from logreg import (Sampler, TrainingState, arguments, default_record, evaluate, main, point_file,  # noqa: E402
                     predict_memory)
 from lowshot.files import exclusive  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
@@ -302,9 +302,9 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path):
 def test_state_of_another_run_is_not_taken(tmp_path, capsys):
     model, fresh = (FusedSGD([(0.1, 0.1)], 3, 4, 0.9) for _ in range(2))
     model.state()["W"][...] = 1
-    Checkpoint(tmp_path / "r.json", {"seed": 1}).save(model, iteration=5)
-    assert Checkpoint(tmp_path / "r.json", {"seed": 2}).load(fresh) is None and not fresh.W.any()
-    assert Checkpoint(tmp_path / "r.json", {"seed": 1}).load(fresh) == {"iteration": 5}
+    TrainingState(tmp_path / "r.json", {"seed": 1}).save(model, iteration=5)
+    assert TrainingState(tmp_path / "r.json", {"seed": 2}).load(fresh) is None and not fresh.W.any()
+    assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(fresh) == {"iteration": 5}
     assert (fresh.weights(0)[0] == 1).all() and not fresh.M.any()
     state = tmp_path / ".r.state.npz"
     whole = state.read_bytes()
@@ -312,7 +312,7 @@ def test_state_of_another_run_is_not_taken(tmp_path, capsys):
     for damaged in (whole[:300], whole.replace(b"W.npy", b"w.npy"), whole[:at] + bytes(4) + whole[at + 4:], b""):
         state.write_bytes(damaged)
         other = FusedSGD([(0.1, 0.1)], 3, 4, 0.9)
-        assert Checkpoint(tmp_path / "r.json", {"seed": 1}).load(other) is None and not other.W.any()
+        assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(other) is None and not other.W.any()
         assert "r.state.npz is damaged" in capsys.readouterr().out
 
 
@@ -395,7 +395,7 @@ def root(tmp_path):
 
 
 def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Checkpoint, "remove", lambda self: None)         # as if the run had been killed
+    monkeypatch.setattr(TrainingState, "remove", lambda self: None)         # as if the run had been killed
     monkeypatch.setenv("DDIR", root)
     words = "--maxiter 600 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
     monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])

@@ -11,7 +11,7 @@ import pytest
 
 from graph_utils import core
 from graph_utils import neighbours as nb
-from lowshot.index_files import scratch
+from lowshot.file_arrays import scratch
 
 SIZES = [(1, 1, 5, 1), (5, 7, 33, 1), (37, 61, 40, 30), (64, 32, 32, 32), (2100, 1333, 64, 17), (3, 40, 256, 50),
          (33, 65, 100, 8)]

@@ -6,7 +6,7 @@ import pytest
 
 import graph_utils
 from graph_utils import BestClasses, SymmetricGraph, aligned_zeros, mkl_product, neighbour_sums
-from lowshot.index_files import scratch
+from lowshot.file_arrays import scratch
 from reference import random_graph, transition_matrix
 from reference import top5 as slow_top5
 

@@ -5,7 +5,7 @@ import pytest
 from graph_utils import neighbours as nb
 from lowshot import exact_search, knn, sampling
 from lowshot.cells import Cells, Codes, Vectors, main_directions
-from vectors import check_exact, clustered, recall, with_energies
+from vectors import check_exact, clustered, known_lists, recall, with_energies
 
 pytestmark = pytest.mark.usefixtures("products")
 
@@ -29,7 +29,7 @@ def test_a_sample_by_bytes_has_the_true_neighbours(spread, unsure, monkeypatch):
 
 def test_measured_recall_is_the_recall():
     x = clustered(4000, spread=1.5)
-    D, I, info = knn.build_knn_graph(None, 10, nprobe=3, cells=Cells.train(Vectors(x), 100))
+    D, I, info = knn.build_knn_graph(Cells.train(Vectors(x), 100), 10, nprobe=3)
     assert info["nprobe"] == 3 and info["rounds"] == 0 and .2 < info["recall"] < .95
     assert abs(info["recall"] - recall(I, x, x, 10)) < .03
 
@@ -41,7 +41,7 @@ def test_the_curve_predicts_what_a_number_of_cells_finds():
     curve = sample.recall_by_nprobe(cells, cells.position())
     assert len(curve) == 60 and abs(curve[-1] - 1) < 1e-9 and (np.diff(curve) >= 0).all()
     for nprobe in (1, 4, 16):
-        D, I, info = knn.build_knn_graph(None, 10, nprobe=nprobe, cells=cells)
+        D, I, info = knn.build_knn_graph(cells, 10, nprobe=nprobe)
         assert abs(info["recall"] - curve[nprobe - 1]) < .01
 
 
@@ -75,7 +75,7 @@ def test_each_sample_tells_whether_codes_serve_it():
     sample = sampling.Sample(Vectors(q), cells.vectors, k, 0, cells)
     comparison = sampling.compared_by(sample, cells, .97, lambda *a: None, lines.append)
     assert cells.codes is comparison.codes and cells.codes.words(256) == 33
-    D, I, info = knn.build_knn_graph(None, k, recall=.96, initial=(D0, I0), cells=cells, say=lines.append)
+    D, I, info = knn.build_knn_graph(cells, k, recall=.96, **known_lists(D0, I0, len(nodes)), say=lines.append)
     assert cells.codes.words(256) > 33 and info["recall"] >= .96
     assert recall(I[2500:], base, nodes, k) >= .95
 

@@ -34,3 +34,10 @@ def with_energies(n, energies, seed=0):
     d = len(energies)
     x = np.random.RandomState(seed).randn(n, d) * energies @ np.linalg.qr(np.random.RandomState(99).randn(d, d))[0]
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def known_lists(D0, I0, n):
+    """Arguments of build_knn_graph() for n nodes, of which the first have these lists."""
+    D, I = np.empty((n, D0.shape[1]), np.float32), np.empty((n, D0.shape[1]), np.int32)
+    D[:len(D0)], I[:len(D0)] = D0, I0
+    return {"out": (D, I), "known": len(D0)}
