@@ -25,6 +25,7 @@ from lowshot.machine import cpus, end_with_parent, named_threads
 from lowshot.script import as_text, clock, log
 
 SYSTEMS = ("logreg", "diffusion")
+LEVELS = {"logreg": 1, "diffusion": 2}      # of parameters and figures: {n: {...}}, {nbg: {n: {...}}}, keys are text
 SETTINGS = {"logreg.py": ("mom", "precision"), "diffusion.py": ("k", "dim")}    # that parameters are chosen for
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -109,14 +110,23 @@ class Experiment:
 
 def are_figures(published):
     """Whether published figures are as in configs/paper_results.json, where there are any."""
-    def are(tree, depth):
-        if depth:
-            return isinstance(tree, dict) and all(are(branch, depth - 1) for branch in tree.values())
-        return isinstance(tree, dict) and all(isinstance(v, list) and len(v) == 2 and all(map(is_number, v))
-                                              for v in (tree.get("all"), tree.get("novel")))
+    def are(figures):
+        return all(isinstance(v, list) and len(v) == 2 and all(map(is_number, v))
+                   for v in (figures.get("all"), figures.get("novel")))
 
-    return (isinstance(published.get("parameters", {}), dict) and are(published.get("logreg", {}), 1)
-            and are(published.get("diffusion", {}), 2))
+    return isinstance(published.get("parameters", {}), dict) and all(
+        is_tree(published.get(system, {}), LEVELS[system], are) for system in SYSTEMS)
+
+
+def is_tree(tree, levels, is_entry):
+    """Whether these are dicts within dicts of so many levels, and is_entry() of all of the last."""
+    return isinstance(tree, dict) and (
+        all(is_tree(branch, levels - 1, is_entry) for branch in tree.values()) if levels else is_entry(tree))
+
+
+def entry_of(tree, nbg, n):
+    """The entry of such a tree for n labels and, of diffusion, nbg background images (None of logreg); {} if there is none."""
+    return (tree if nbg is None else tree.get(str(nbg), {})).get(str(n), {})
 
 
 def numbers(text, name):
@@ -245,22 +255,21 @@ def test_jobs(e, system, ddir, parameters, source):
     """
     prefix = "test" if source == "chosen" else f"test-{source}"
 
-    def get(tree, *keys):
-        for key in keys:
-            tree = tree.get(str(key), {})
-        if not tree:
-            what = ", ".join(f"{a}={b}" for a, b in zip(("nlabeled",) if len(keys) == 1 else ("nbg", "nlabeled"), keys))
+    def get(nbg, n):
+        found = entry_of(parameters, nbg, n)
+        if not found:
+            what = ("" if nbg is None else f"nbg={nbg}, ") + f"nlabeled={n}"
             hint = f"bash run_{system}.bash 2 chooses them" if source == "chosen" else "choose them by phases 1 and 2"
             raise ValueError(f"no {source} parameters of {system} for {what}: {hint}")
-        return tree
+        return found
 
     if system == "diffusion":
         return [diffusion_job(e, ddir, f"{prefix}_nbg{nbg}_nl{n}_seed{seed}", "test", nbg, n, seed,
-                              max(get(parameters, nbg, n)["niter"], e.diffusion["niter_test"]))
+                              max(get(nbg, n)["niter"], e.diffusion["niter_test"]))
                 for nbg, n, seed in itertools.product(e.diffusion["nbg"], e.nlabeled, e.seeds)]
     return [make_job(e, system, ddir, f"{prefix}_nl{n}_seed{seed}",
                      {"mode": "test", "nlabeled": n, "seed": seed, **e.logreg, "evalevery": 0,
-                      **{key: get(parameters, n)[key] for key in ("lr", "wd", "batchsize", "maxiter")}})
+                      **{key: get(None, n)[key] for key in ("lr", "wd", "batchsize", "maxiter")}})
             for n, seed in itertools.product(e.nlabeled, e.seeds)]
 
 
@@ -270,7 +279,7 @@ def check_chosen(e, parameters, jobs, path):
     of_seeds = set()
     for job in jobs:
         a = job.arguments
-        p = (parameters[str(a["nbg"])] if "nbg" in a else parameters)[str(a["nlabeled"])]
+        p = entry_of(parameters, a.get("nbg"), a["nlabeled"])
         other = changed_file(job.inputs, p["files"]) or changed_grid(e, p) if "files" in p else None
         settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != a[key])
         other = other or next(settings, None)
@@ -559,12 +568,6 @@ def parameters_and_jobs(e, system, ddir, source="chosen"):
 
 def are_parameters(tree, system):
     """Whether a tree is what choose() returns."""
-    def are(tree, depth):
-        if not isinstance(tree, dict):
-            return False
-        if depth:
-            return all(are(v, depth - 1) for v in tree.values())
-        least, real = ({"niter": 0}, ()) if system == "diffusion" else ({"batchsize": 1, "maxiter": 1}, ("lr", "wd"))
-        return (all(type(tree.get(key)) is int and tree[key] >= low for key, low in least.items())
-                and all(is_number(tree.get(key)) for key in real))
-    return are(tree, 2 if system == "diffusion" else 1)
+    least, real = ({"niter": 0}, ()) if system == "diffusion" else ({"batchsize": 1, "maxiter": 1}, ("lr", "wd"))
+    return is_tree(tree, LEVELS[system], lambda entry: all(is_number(entry.get(key)) for key in real) and all(
+        type(entry.get(key)) is int and entry[key] >= low for key, low in least.items()))

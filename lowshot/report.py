@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from lowshot.experiments import SYSTEMS, check_none_lacks, parameters_and_jobs
+from lowshot.experiments import SYSTEMS, check_none_lacks, entry_of, parameters_and_jobs
 from lowshot.figures import comparison_figure, name_of, report_figure, save, title_of
 from lowshot.files import write_json, write_text
 from lowshot.script import as_text, log
@@ -13,7 +13,7 @@ from lowshot.script import as_text, log
 def final_accuracies(e, system, jobs, parameters):
     """{(nbg or None, n): row} of the jobs that have run, and the jobs without a record.
 
-    A row has the "parameters", the paper's figures ("paper": {"all": [mean, std], "novel": ..} in per cent, or None), "notes",
+    A row has the "parameters", the paper's figures ("paper": {"all": [mean, std], "novel": ..} in per cent, or {}), "notes",
     which are lines on what the test images lack, and lists with an entry for each seed: "seeds", "top5" and "top5_novel" in per
     cent, at the parameters' number of iterations, "results", as the records have them, for all iterations, "unreadable", how many
     labelled and test images could not be read, "seconds" and "peak_memory" in bytes.
@@ -25,11 +25,11 @@ def final_accuracies(e, system, jobs, parameters):
             without.append(job)
             continue
         nbg, n = a.get("nbg"), a["nlabeled"]
-        p = (parameters if nbg is None else parameters[str(nbg)])[str(n)]
+        p = entry_of(parameters, nbg, n)
         results = record["results"] if system == "diffusion" else record["runs"][0]["results"]
         iteration = p["niter" if system == "diffusion" else "maxiter"]
         [at] = [r for r in results if r["iteration"] == iteration]
-        row = rows.setdefault((nbg, n), {"parameters": p, "paper": published_figures(e, system, nbg, n), "notes": []})
+        row = rows.setdefault((nbg, n), {"parameters": p, "paper": entry_of(e.published.get(system, {}), nbg, n), "notes": []})
         row["notes"] += [note for note in record.get("notes", []) if note not in row["notes"]]
         for key, value in (("seeds", a["seed"]), ("top5", 100 * at["top5"]), ("top5_novel", 100 * at["top5_novel"]),
                            ("results", results), ("unreadable", record.get("unreadable", [0, 0])),
@@ -48,12 +48,6 @@ def markdown(header, rows):
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * w for w in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in lines)
-
-
-def published_figures(e, system, nbg, n):
-    """{"all": [mean, std], "novel": [mean, std]} of the paper in per cent, or None."""
-    figures = e.published.get(system, {})
-    return (figures if nbg is None else figures.get(str(nbg), {})).get(str(n))
 
 
 def report_table(e, system, rows):
