@@ -151,10 +151,10 @@ def print_comparison(e, ddir):
     """The table of both systems and the paper's findings; also to $DDIR/logs/{experiment}.md, with a figure beside it."""
     systems = comparison(e, ddir)
     text = comparison_table(e, systems)
-    text += f"\n\nMeans over {len(e.seeds)} choices of the labelled images.\n\n"
-    text += "What the paper found, on these data:\n\n"
-    for statement, holds in findings(e, systems):
-        text += f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n"
+    text += f"\n\nMeans over {len(e.seeds)} choice{'s' if len(e.seeds) > 1 else ''} of the labelled images.\n"
+    found = [f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n" for statement, holds in findings(e, systems)]
+    if found:
+        text += "\nWhat the paper found, on these data:\n\n" + "".join(found)
     text += notes_of(row for of_n in systems.values() for row in of_n.values())
     log(text)
     table, picture = (ddir.log(e.name + suffix) for suffix in (".md", ".png"))
