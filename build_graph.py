@@ -133,7 +133,7 @@ def main():
             index = None        # what was read of its file would count as memory
         files = GraphFiles(path_I, path_D, n, k, identity if search_with_faiss else None)
         if search_with_faiss:
-            info = faiss_graph(index, gpu_index, vectors, k, args, files, progress)
+            info = faiss_graph(index, ddir.index(n), gpu_index, vectors, k, args, files, progress)
         elif all_on_gpu or cells is None and n < exact_search.EXACT_BELOW:
             cells = None            # which take memory
             for array, found in zip(files.arrays, exact_search.exact_knn(vectors, vectors, k, progress, same=True)):

@@ -20,6 +20,7 @@ A run that was killed goes on from its last checkpoint when the same command is 
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
@@ -130,9 +131,10 @@ class TrainingState:
                 log(f"note: no state was kept, to go on from should this run be killed ({e})")
             self.failed = True
 
-    def load(self, classifiers):
-        """Restore the classifiers; returns the rest that was saved, None if there is no whole state of the same run."""
-        if not os.path.exists(self.path):
+    def load(self, classifiers, check):
+        """Restore the classifiers; returns the rest that was saved, None if there is no whole state of the same run. check(rest)
+        raises some exception where that cannot be gone on from."""
+        if not os.path.isfile(self.path):
             return None
         with open(self.path, "rb") as f:        # errors of the disk are none of the content
             content = io.BytesIO(f.read())
@@ -140,7 +142,9 @@ class TrainingState:
             with np.load(content, allow_pickle=False) as state:
                 if str(state["key"]) != self.key:
                     return None
-                own, arrays, rest = classifiers.state(), dict(state), json.loads(str(state["rest"]))
+                own, rest = classifiers.state(), json.loads(str(state["rest"]))
+                arrays = {name: state[name] for name in own}
+            check(rest)
             for name in own:
                 if (arrays[name].dtype, arrays[name].shape) != (own[name].dtype, own[name].shape):
                     raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
@@ -153,6 +157,18 @@ class TrainingState:
     def remove(self):
         remove(self.path)
         remove_left_behind(self.path)
+
+
+def check_saved(rest, points, args):
+    """Some exception where a state is not that of a run of these points, or is beyond its end."""
+    runs, first = rest["runs"], rest["iteration"]
+    due = [*range(args.evalevery, first + 1, args.evalevery)] if args.evalevery else []
+    if not (type(first) is int and 0 < first < args.maxiter and math.isfinite(rest["seconds"])
+            and [(r["lr"], r["wd"]) for r in runs] == points
+            and all([(r["iteration"], 0 <= r["top5"] <= 1, 0 <= r["top5_novel"] <= 1) for r in run["results"]]
+                    == [(iteration, True, True) for iteration in due] for run in runs)
+            and all(np.array(some, np.float64).shape[1] == len(points) for some in rest["losses"])):
+        raise ValueError("it is not of this run")
 
 
 def numbers(text):
@@ -302,10 +318,10 @@ def experiment(args, ddir, record, points):
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": record["files"]})
     first, losses, diverged, t0 = 0, [], set(), time.time()
-    saved = state.load(classifiers)
+    saved = state.load(classifiers, functools.partial(check_saved, points=points, args=args))
     if saved:
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
-        losses = [np.array(some) for some in saved.get("losses", [])]
+        losses = [np.array(some) for some in saved["losses"]]
         log(f"going on from iteration {first} of an interrupted run")
 
     def report(iteration, losses):

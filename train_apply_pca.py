@@ -158,8 +158,10 @@ def write_all(args, blocks, counts, pca, path, origin):
     done = 0
     if os.path.exists(partial) and os.path.exists(progress_path):
         state = read_note(progress_path)
-        if state.get("made_from") == origin and os.path.getsize(partial) >= state["rows"] * width:
-            done = state["rows"]
+        rows = state.get("rows")
+        if (state.get("made_from") == origin and type(rows) is int and 0 <= rows <= n
+                and os.path.getsize(partial) >= rows * width):
+            done = rows
         elif not args.overwrite:
             raise ValueError(f"{partial} was begun from another PCA or other blocks, or it is cut off: delete it, or --overwrite")
     slab = min(SLAB_BYTES, 4 * max(counts) * pca.d_in)

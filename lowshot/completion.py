@@ -20,7 +20,7 @@ from lowshot.cells import Cells, Vectors, as_vectors, assign
 from lowshot.faiss_search import is_plain_ivf
 from lowshot.features import FeatureFile, MatrixFile, at_once, check_readable, normalise_rows, read_into
 from lowshot.file_arrays import allocator
-from lowshot.files import digest_of_some, exclusive, file_identities, read_json, whole, write_json
+from lowshot.files import check_regular, digest_of_some, exclusive, file_identities, read_json, whole, write_json
 from lowshot.index_files import cells_of_index, check_graph, checked_rows, open_graph, open_index
 from lowshot.layout import command_for, graph_command, pca_command
 from lowshot.machine import release_memory
@@ -240,6 +240,7 @@ class FixedPart:
 
 def npy_header(path):
     """(shape, dtype, offset of the data) of a .npy file in C order; ValueError where it is not whole."""
+    check_regular(path)
     with open(path, "rb") as f:
         try:
             np.lib.format.read_magic(f)

@@ -5,6 +5,7 @@ import numpy as np
 
 from graph_utils import neighbours as nb
 from lowshot.exact_search import exact_knn, products_of_all
+from lowshot.index_files import check_numbers
 from lowshot.packages import faiss
 from lowshot.sampling import SAMPLE, sampled
 from lowshot.script import log
@@ -43,8 +44,8 @@ def on_gpus(index, device):
         return None
 
 
-def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
-    """The graph by searching the index with Faiss, block after block, into files, index_files.GraphFiles.
+def faiss_graph(index, path, gpu_index, vectors, k, args, files, progress):
+    """The graph by searching the index, of the file `path`, with Faiss, block after block, into files, index_files.GraphFiles.
 
     vectors: cells.Vectors. gpu_index: the same on GPUs, or None. args: those of build_graph.py, recall, nprobe, seed. Returns
     info (recall, exact, and nprobe where the index has cells).
@@ -65,6 +66,7 @@ def faiss_graph(index, gpu_index, vectors, k, args, files, progress):
 
     def search(x):
         D, I = index.search(x, k)
+        check_numbers(np.where(I == -1, 0, I), n, path)         # -1 for none
         D[I < 0] = -np.inf
         return D, I.astype(np.int32)
 

@@ -61,22 +61,19 @@ class FeatureWriter:
         """Take over what a partial file holds. ValueError where that is of something else, or damaged."""
         try:
             state = read_json(self.progress)
-            if not (isinstance(state, dict) and {"made_from", "offsets", "done", "notes"} <= set(state)
-                    and set(self.widths) <= set(state["offsets"]) and isinstance(state["notes"], dict)):
+            if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("made_from", "offsets", "notes"))
+                    and all(type(state["offsets"].get(name)) is int for name in self.widths) and type(state.get("done")) is int):
                 raise ValueError(f"{self.progress} is not what this script writes")
         except ValueError as e:
             raise ValueError(f"{e}: delete it and {self.partial} to start over, or --overwrite")
         differs = first_difference(state["made_from"], self.made_from)
         if differs:
             raise ValueError(f"{self.partial} was begun with {differs}: delete it, or --overwrite")
-        try:
-            self.offsets = {k: int(v) for k, v in state["offsets"].items()}
-            needed = max(self.offsets[k] + self.n * w for k, w in self.widths.items())
-            if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
-                raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected: "
-                                 f"delete it and {self.progress} to start over")
-        except TypeError as e:
-            raise ValueError(f"{self.progress} is damaged ({e}): delete it and {self.partial} to start over")
+        self.offsets = state["offsets"]
+        needed = max(self.offsets[k] + self.n * w for k, w in self.widths.items())
+        if os.path.getsize(self.partial) < needed or not 0 <= state["done"] <= self.n:
+            raise ValueError(f"{self.partial} has {os.path.getsize(self.partial)} bytes, at least {needed} expected, and "
+                             f"{state['done']} of {self.n} images: delete it and {self.progress} to start over")
         self._check_structure()
         self.done, self.notes = state["done"], state["notes"]
 

@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lowshot.files import check_regular
 from lowshot.script import log
 
 SLAB_BYTES = 64 << 20
 READERS = 4                 # threads that read parts of a slab: one alone waits for the disk, or for pages of memory
 READ_AT_ONCE = 8 << 20      # bytes that are not worth a thread of their own
+MOST_COMPRESSED = 2000      # more than what compressed features can be times as large as
 LEAST_NORM = 1e-18          # of a vector that has a direction: squares of smaller numbers are lost in float32
 
 
@@ -24,6 +26,7 @@ def check_readable(path, maker):
     for damaged."""
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist: {maker} makes it")
+    check_regular(path)
     with open(path, "rb"):
         pass
 
@@ -67,7 +70,13 @@ class FeatureFile:
                 found = "" if shape is None else f" (but one of shape {shape})"
                 raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}{found}: not a feature file")
         feats, labels = self.file["all_feats"], self.file["all_labels"]
-        count = np.atleast_1d(self.file["count"][()])
+        for name in {"all_feats", "all_labels", "count", "readable", "class_names"} & set(self.file):
+            dataset = self.file[name]
+            if getattr(dataset, "is_virtual", False) or getattr(dataset, "external", None) or not os.path.samefile(
+                    dataset.file.filename, path):       # their changes would not be noticed
+                raise ValueError(f"{path}: {name} is kept in other files: copy it into this one")
+        count = self.file["count"]
+        count = np.atleast_1d(count[()] if count.shape == () else count[:1])
         if not len(count):
             raise ValueError(f"{path}: the dataset 'count' is empty, one number was expected")
         if count.dtype.kind not in "iuf" or not np.isfinite(count[0]) or count[0] != int(count[0]):
@@ -85,10 +94,9 @@ class FeatureFile:
             raise ValueError(f"{path}: all_labels holds {labels.dtype}, whole numbers were expected")
         if feats.dtype.kind != "f":
             raise ValueError(f"{path}: all_feats holds {feats.dtype}, floating point was expected")
-        for name, dataset in (("all_feats", feats), ("all_labels", labels)):
-            if dataset.is_virtual or dataset.external or not os.path.samefile(dataset.file.filename, path):
-                # their changes would not be noticed
-                raise ValueError(f"{path}: {name} is kept in other files: copy it into this one")
+        nbytes = self.n * (self.d * feats.dtype.itemsize + labels.dtype.itemsize)
+        if nbytes > MOST_COMPRESSED * os.path.getsize(path):
+            raise ValueError(f"{path} has {os.path.getsize(path)} bytes, which cannot be {self.n} rows of {self.d}: it is damaged")
         self._offset, self.zeros = None, 0
         # rows of a contiguous dataset are read straight from the file, much faster than by h5py's index lists
         offset = feats.id.get_offset() if feats.chunks is None else None
@@ -123,6 +131,7 @@ class FeatureFile:
         """Labels of the valid rows, int64 (n,). ValueError for one that is not from 0 to known - 1, if known is given."""
         labels = self._stretch("all_labels", 0, self.n).reshape(self.n)
         if labels.dtype.kind == "f":
+            labels = labels.astype(np.float64)
             wrong = ~(np.abs(labels) < 2 ** 53) | (np.floor(labels) != labels)
             if wrong.any():
                 row = int(np.argmax(wrong))
@@ -146,7 +155,7 @@ class FeatureFile:
     def readable(self):
         """Which images could be read, (n,); None of files that do not tell."""
         readable = self.file.get("readable")
-        if len(getattr(readable, "shape", ())) != 1 or len(readable) < self.n:
+        if len(getattr(readable, "shape", ())) != 1 or len(readable) < self.n or readable.dtype.kind not in "biuf":
             return None
         return self._stretch("readable", 0, self.n)
 
@@ -301,6 +310,7 @@ class MatrixFile:
     def __init__(self, path, dtype, columns, rows, maker=None):
         if not os.path.exists(path):
             raise ValueError(f"{path} does not exist{f': {maker} makes it' if maker else ''}")
+        check_regular(path)
         have, width = os.path.getsize(path), np.dtype(dtype).itemsize * columns
         if have % width or have < rows * width or have == 0:
             partial = have % width or not have

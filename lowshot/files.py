@@ -60,6 +60,12 @@ def full_disk_named(path):
         raise
 
 
+def check_regular(path):
+    """ValueError where something else than a file stands under a file's name: of some devices and pipes reading never ends."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file")
+
+
 def file_identities(paths):
     """What tells whether files are still the same, for those that are there: name, size, time of last change in nanoseconds, and
     a digest of some of their bytes (of other features of as many images, unpacked with the same times, say)."""
@@ -69,6 +75,7 @@ def file_identities(paths):
 
 def digest_of_some(path):
     """A digest of pieces of a file all over it, hexadecimal."""
+    check_regular(path)
     digest, nbytes, pieces, piece = hashlib.sha256(), os.path.getsize(path), 16, 4096
     with open(path, "rb", buffering=0) as f:
         for i in range(pieces):
@@ -134,6 +141,7 @@ def read_note(path):
 
 def file_sha256(path):
     """SHA-256 of a file, hexadecimal."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while data := f.read(1 << 20):
@@ -153,6 +161,7 @@ def _without_repeats(pairs):
 
 def read_json(path):
     """Read JSON; a file that is not JSON, or has a key twice, is a ValueError that names it."""
+    check_regular(path)
     with open(path, encoding="utf-8") as f:
         try:
             return json.load(f, object_pairs_hook=_without_repeats)
@@ -160,14 +169,33 @@ def read_json(path):
             raise ValueError(f"{path} is not valid JSON: {e}")
 
 
+MOST_NODES = 1_000_000
+
+
+def _nodes(node, known):
+    """How many nodes there are below a YAML node, itself included, where aliases are written out. known: {id: number}."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        children = node.value if isinstance(getattr(node, "value", None), list) else []
+        known[id(node)] += sum(_nodes(child, known) for pair in children for child in (pair if isinstance(pair, tuple) else [pair]))
+    return known[id(node)]
+
+
 def read_yaml(path):
     """Read YAML of plain values; a file that is not YAML, or has a key twice, is a ValueError that names it."""
+    check_regular(path)
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             _without_repeats((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             return super().construct_mapping(node, deep)
+
+        def get_single_node(self):
+            node = super().get_single_node()
+            if _nodes(node, {}) > MOST_NODES:       # a few aliases within each other can stand for more than memory holds
+                raise ValueError(f"it has more than {MOST_NODES} values, those that aliases stand for included")
+            return node
 
     with open(path, encoding="utf-8") as f:
         try:

@@ -32,6 +32,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import struct
 import threading
 import warnings
@@ -57,6 +58,7 @@ CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SMALL = 1 << 16         # bytes that are read before a file is asked for its size, or of small members of zip files at a time
 NAMES = [f"{i:03d}.jpg" for i in range(1000)]   # members of YFCC100M's zip files
 HEADER = 1 << 10        # bytes at the start of a JPEG file among which its size is looked for
+LARGEST_MEMBER = 1 << 28    # bytes of an image in a zip file, which may be compressed to few
 STRIP = 1 << 24         # pixels of a resized image from which on only the part that is kept is resized
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -308,6 +310,8 @@ class ZipReader:
         m = self.members.get(name)
         if m is None:
             raise Missing(f"no {name} in {self.zip.filename}")
+        if m.file_size > LARGEST_MEMBER:
+            raise zipfile.BadZipFile(f"{name} has {m.file_size} bytes, more than an image")
         if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1:
             return self.zip.read(m)
         if m.header_offset + m.file_size > self.size:
@@ -381,6 +385,8 @@ class FileSet(ImageSet):
         try:
             data = os.read(fd, SMALL)
             if len(data) == SMALL:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):      # such as one without an end
+                    raise ValueError("no regular file")
                 while piece := os.read(fd, max(os.fstat(fd).st_size - len(data), 0) + 1):
                     data += piece
             return data

@@ -66,7 +66,11 @@ def cells_of_index(index, path):
             lists.release_ids(c, ids)
     if (cell < 0).any():
         raise ValueError(f"{path} is damaged: it has no vector number {np.argmax(cell < 0)}: {MADE_AGAIN}")
-    return np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)), cell
+    quantizer = index.quantizer
+    if (quantizer.ntotal, quantizer.d) != (index.nlist, index.d):
+        raise ValueError(f"{path} is damaged: it has {quantizer.ntotal} centroids of {quantizer.d} dimensions for {index.nlist} "
+                         f"lists: {MADE_AGAIN}")
+    return np.ascontiguousarray(quantizer.reconstruct_n(0, index.nlist)), cell
 
 
 def write_ivf_flat(path, cells, progress=silent):

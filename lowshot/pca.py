@@ -26,7 +26,12 @@ def load_pca(path, features=None):
                          f"{again} ({str(e).splitlines()[0]})")
     if name and transform.d_out != int(name.group(1)):
         raise ValueError(f"{path} gives {transform.d_out} dimensions, its name says {name.group(1)}: {again}")
-    parameters = [faiss.vector_to_array(getattr(transform, part)) for part in ("A", "b") if hasattr(transform, part)]
+    if not isinstance(transform, faiss.LinearTransform):
+        raise ValueError(f"{path} holds a {type(transform).__name__}, a linear transform (PCAMatrix) was expected: {again}")
+    parameters = [faiss.vector_to_array(part) for part in (transform.A, transform.b)]
+    if transform.is_trained and [len(p) for p in parameters] != [
+            transform.d_in * transform.d_out, transform.d_out if transform.have_bias else len(parameters[1])]:
+        raise ValueError(f"{path} is damaged: matrix or bias have another size than {transform.d_in} x {transform.d_out}: {again}")
     if not transform.is_trained or not all(np.isfinite(p).all() for p in parameters):
         raise ValueError(f"{path} is {'damaged: it holds NaN or infinity' if transform.is_trained else 'not trained'}: "
                          f"{again}")

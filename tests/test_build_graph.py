@@ -611,6 +611,26 @@ def test_a_complete_graph_is_checked_and_its_index_too(tmp_path):
     assert done.returncode == 0 and "and kept" in done.stdout and index.exists()
 
 
+def test_damaged_indexes_are_named(tmp_path):
+    """A quantizer of fewer cells than there are lists, and numbers that are none."""
+    x, path = make_raw(tmp_path, 300), str(tmp_path / "knngraph" / "ndis300.index")
+    os.mkdir(tmp_path / "knngraph")
+    quantizer = faiss.IndexFlatIP(DIM)
+    ivf = faiss.IndexIVFFlat(quantizer, DIM, 8, faiss.METRIC_INNER_PRODUCT)
+    ivf.train(x)
+    ivf.add(x)
+    quantizer.reset()
+    quantizer.add(x[:3])
+    faiss.write_index(ivf, path)
+    done = run(tmp_path, 300, "--k", 8)
+    assert done.returncode == 1 and f"ndis300.index is damaged: it has 3 centroids of {DIM} dimensions for 8 lists" in done.stderr
+    numbered = faiss.IndexIDMap(faiss.IndexFlatIP(DIM))
+    numbered.add_with_ids(x, np.r_[:299, 10 ** 6])
+    faiss.write_index(numbered, path)
+    done = run(tmp_path, 300, "--k", 8)
+    assert done.returncode == 1 and "it numbers its 300 vectors 0 .. 1000000" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("given, recall", [(["524287"], .98), (["524288"], .95), (["10", "--recall", "0"], 0)])
 def test_the_recall_that_is_wanted(monkeypatch, given, recall):
     monkeypatch.setattr(sys, "argv", ["build_graph.py", *given])

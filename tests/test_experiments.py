@@ -732,7 +732,7 @@ def test_printed_commands_are_for_the_checkout(ddir, tmp_path, monkeypatch, caps
     (["logreg", "1"], {"JOBS": "two"}, "JOBS='two' is not a whole number"),
     (["logreg", "3"], {}, "parameters.json does not exist: bash run_logreg.bash 2 writes it"),
     (["logreg", "1"], {"DDIR": ""}, "DDIR is not set"),
-    (["logreg", "1"], {"DDIR": "/nowhere"}, "DDIR=/nowhere is not a directory")])
+    (["logreg", "1"], {"DDIR": "/nowhere/at/all"}, "DDIR=/nowhere/at/all is not a directory")])
 def test_bad_calls(ddir, monkeypatch, capsys, arguments, environment, message):
     code, out = call(monkeypatch, capsys, *arguments, **{"DDIR": ddir.root, **environment})
     assert code in (1, 2) and message in out.err and len(out.err.strip().splitlines()) == 1

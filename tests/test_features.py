@@ -56,12 +56,14 @@ def test_slabs_cover_all_valid_rows_in_order(stored):
         assert list(f.slabs(5, 5)) == []
 
 
-@pytest.mark.parametrize("name", ["all_feats", "all_labels"])
+@pytest.mark.parametrize("name", ["all_feats", "all_labels", "readable"])
 @pytest.mark.parametrize("kind", ["link", "virtual", "external"])
 def test_datasets_in_other_files_are_refused(kind, name, tmp_path):
     path, other = str(tmp_path / "f.hdf5"), str(tmp_path / "other")
     write_features(path, np.ones((N, D), np.float32), np.zeros(N))
     with h5py.File(path, "r+") as f:
+        if name == "readable":
+            f[name] = np.ones(N, bool)
         content = f[name][:]
         del f[name]
         if kind == "external":
@@ -278,6 +280,34 @@ def test_files_of_another_shape(tmp_path, datasets, message):
     edit(path, **datasets)
     with pytest.raises(ValueError, match=message):
         FeatureFile(path)
+
+
+@pytest.mark.parametrize("rows, counts", [(1 << 28, 1), (1 << 40, 1), (20, 1 << 40)])
+def test_more_rows_than_a_file_can_hold(tmp_path, rows, counts):
+    """Of chunks that were never written."""
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.zeros((20, 3), np.float32), np.zeros(20))
+    with h5py.File(path, "r+") as f:
+        for name, shape in ("all_feats", (rows, 64)), ("all_labels", (rows,)), ("count", (counts,)):
+            del f[name]
+            f.create_dataset(name, shape, "f4" if name == "all_feats" else "i8", chunks=True, compression="gzip")
+        f["count"][0] = rows
+    if rows > 20:
+        with pytest.raises(ValueError, match=f"which cannot be {rows} rows of 64: it is damaged"):
+            FeatureFile(path)
+    else:
+        with FeatureFile(path) as f:
+            assert f.n == 20 and not f.labels().any()
+
+
+@pytest.mark.parametrize("readable", [np.array(20 * ["yes"], "S3"), np.zeros(20, [("a", "i4")]), np.ones((20, 1), bool)])
+def test_what_does_not_tell_which_images_could_be_read(tmp_path, readable):
+    path = str(tmp_path / "f.hdf5")
+    write_features(path, np.zeros((20, 3), np.float32), np.zeros(20))
+    with h5py.File(path, "r+") as f:
+        f["readable"] = readable
+    with FeatureFile(path) as f:
+        assert f.readable() is None and f.unreadable(np.arange(20)) == 0
 
 
 def test_labels_as_a_column_and_a_count_without_dimensions(tmp_path):

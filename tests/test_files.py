@@ -226,11 +226,22 @@ def test_write_json_refuses_nan_and_keeps_the_old(tmp_path):
     (read_json, "[" * 100000, "not valid JSON"), (read_json, '{"a": "\xe9"}', "not valid JSON"),
     (read_yaml, "a: 1\nb: {c: 1, c: 2}", "not valid YAML: the key 'c' stands there twice"),
     (read_yaml, "[" * 3000, "not valid YAML"), (read_yaml, "a: \xe9", "not valid YAML"),
-    (read_yaml, "a: !!python/object/apply:os.getcwd []", "not valid YAML")])
+    (read_yaml, "a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    (read_yaml, "a: [&x0 [1, 1], " + ", ".join(f"&x{i} [{', '.join(10 * [f'*x{i - 1}'])}]" for i in range(1, 9)) + "]",
+     "not valid YAML: it has more than 1000000 values")])
 def test_bad_text_files_are_named(tmp_path, read, text, message):
     (tmp_path / "bad").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"bad is {message}"):
         read(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml, files.file_sha256, files.digest_of_some])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_read(tmp_path, read, kind):
+    path = tmp_path / "x"
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
+    with pytest.raises(ValueError, match="x is no regular file"):
+        read(path)
 
 
 def test_yaml_of_plain_values(tmp_path):

@@ -169,8 +169,11 @@ def test_empty_or_missing_root(tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"image")
+    (tmp_path / "c.jpg").symlink_to("/dev/zero")
     images = folder_set(str(tmp_path))
     assert [images.read(i) for i in range(2)] == [b"", b"image"]
+    with pytest.raises(ValueError, match="no regular file"):
+        images.read(2)
 
 
 def test_truncated_zip_and_damaged_members(tmp_path):
@@ -185,7 +188,7 @@ def test_truncated_zip_and_damaged_members(tmp_path):
         entry = f.start_dir                 # of 000.jpg
     with open(path, "r+b") as f:
         f.seek(entry + 20)
-        f.write(struct.pack("<II", 1 << 31, 1 << 31))
+        f.write(struct.pack("<II", 1 << 27, 1 << 27))
     with pytest.raises(zipfile.BadZipFile, match="000.jpg would end beyond the file"):
         imagesets.ZipReader(path).read("000.jpg")
     with pytest.raises(zipfile.BadZipFile, match="checksum of 003"):
@@ -196,6 +199,18 @@ def test_truncated_zip_and_damaged_members(tmp_path):
     for i in (0, 19, 0):
         with pytest.raises(zipfile.BadZipFile):
             images.read(i)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_that_are_larger_than_images(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(imagesets, "LARGEST_MEMBER", 1000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as f:
+        f.writestr("000.jpg", bytes(1000))
+        f.writestr("001.jpg", bytes(1001))
+    reader = imagesets.ZipReader(tmp_path / "a.zip")
+    assert reader.read("000.jpg") == bytes(1000)
+    with pytest.raises(zipfile.BadZipFile, match="001.jpg has 1001 bytes, more than an image"):
+        reader.read("001.jpg")
 
 
 def test_bounded_number_of_open_zips(tmp_path):

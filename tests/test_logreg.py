@@ -303,8 +303,8 @@ def test_state_of_another_run_is_not_taken(tmp_path, capsys):
     model, fresh = (FusedSGD([(0.1, 0.1)], 3, 4, 0.9) for _ in range(2))
     model.state()["W"][...] = 1
     TrainingState(tmp_path / "r.json", {"seed": 1}).save(model, iteration=5)
-    assert TrainingState(tmp_path / "r.json", {"seed": 2}).load(fresh) is None and not fresh.W.any()
-    assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(fresh) == {"iteration": 5}
+    assert TrainingState(tmp_path / "r.json", {"seed": 2}).load(fresh, len) is None and not fresh.W.any()
+    assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(fresh, len) == {"iteration": 5}
     assert (fresh.weights(0)[0] == 1).all() and not fresh.M.any()
     state = tmp_path / ".r.state.npz"
     whole = state.read_bytes()
@@ -312,7 +312,7 @@ def test_state_of_another_run_is_not_taken(tmp_path, capsys):
     for damaged in (whole[:300], whole.replace(b"W.npy", b"w.npy"), whole[:at] + bytes(4) + whole[at + 4:], b""):
         state.write_bytes(damaged)
         other = FusedSGD([(0.1, 0.1)], 3, 4, 0.9)
-        assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(other) is None and not other.W.any()
+        assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(other, len) is None and not other.W.any()
         assert "r.state.npz is damaged" in capsys.readouterr().out
 
 
@@ -404,6 +404,30 @@ def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypa
             os.utime(os.path.join(root, "features", "train.hdf5"), (change, change))
         main()
         assert ("going on from iteration" in capsys.readouterr().out) == resumed
+
+
+@pytest.mark.parametrize("change", [
+    {"iteration": 10 ** 12}, {"iteration": -5}, {"iteration": 16.5}, {"iteration": "16"}, {"runs": []}, {"runs": 5},
+    {"runs": [{"lr": 5, "wd": 5, "results": []}]}, {"seconds": "a"}, {"seconds": float("nan")}, {"losses": [[["a"]]]},
+    {"losses": {"a": 1}}, {"runs": [{"lr": .001, "wd": .01, "results": [{"iteration": 10, "top5": 2, "top5_novel": 0}]}]}])
+def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, capsys, change):
+    monkeypatch.setattr(TrainingState, "remove", lambda self: None)         # as if the run had been killed
+    monkeypatch.setenv("DDIR", root)
+    words = "--maxiter 40 --evalevery 10 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
+    monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
+    main()
+    state = tmp_path / ".r.state.npz"
+    with np.load(state) as f:
+        content = dict(f)
+    content["rest"] = json.dumps({**json.loads(str(content["rest"])), **change})
+    np.savez(state, **content)
+    figures = json.loads((tmp_path / "r.json").read_text())["runs"]
+    capsys.readouterr()
+    main()
+    out = capsys.readouterr().out
+    assert "r.state.npz is damaged" in out and "going on" not in out
+    for run, again in zip(figures, json.loads((tmp_path / "r.json").read_text())["runs"]):
+        assert [(r["iteration"], r["top5"]) for r in run["results"]] == [(r["iteration"], r["top5"]) for r in again["results"]]
 
 
 def test_names_and_defaults_of_a_run(root, monkeypatch):

@@ -421,9 +421,11 @@ def test_truncated_partial_file(tmp_path):
     with pytest.raises(ValueError, match="3000 bytes"):
         FeatureWriter(path, 400, 20, np.zeros(400), {})
     state = json.loads(Path(path + ".partial.json").read_text())
-    Path(path + ".partial.json").write_text(json.dumps({**state, "offsets": {name: None for name in state["offsets"]}}))
-    with pytest.raises(ValueError, match="partial.json is damaged .*: delete it"):
-        FeatureWriter(path, 400, 20, np.zeros(400), {})
+    for damage in ({"offsets": {name: None for name in state["offsets"]}}, {"offsets": []}, {"made_from": "x"}, {"notes": [1]},
+                   {"done": 1.5}, {"done": True}, {"offsets": {**state["offsets"], "all_feats": "abc"}}):
+        Path(path + ".partial.json").write_text(json.dumps({**state, **damage}))
+        with pytest.raises(ValueError, match="partial.json is not what this script writes: delete it"):
+            FeatureWriter(path, 400, 20, np.zeros(400), {})
     with FeatureWriter(path, 400, 20, np.zeros(400), {}, overwrite=True) as out:
         assert out.done == 0
 

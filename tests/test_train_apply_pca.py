@@ -297,6 +297,12 @@ def spoil_pca(root):
     faiss.write_VectorTransform(A, p)
 
 
+def resized(root, name, size):
+    transform = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt"))
+    faiss.copy_array_to_vector(np.ones(size, np.float32), getattr(transform, name))
+    faiss.write_VectorTransform(transform, path(root, f"PCAR{DIM}.vt"))
+
+
 def huge(root):
     with h5py.File(path(root, "block1.hdf5"), "r+") as f:
         f["all_feats"][4] = 3e38
@@ -337,6 +343,10 @@ def nan(root):
     (lambda root: os.truncate(path(root, f"PCAR{DIM}.vt"), 100), "truncated"),
     (lambda root: faiss.write_VectorTransform(faiss.PCAMatrix(D, DIM), path(root, f"PCAR{DIM}.vt")), "not trained"),
     (spoil_pca, "NaN or infinity"),
+    (lambda root: faiss.write_VectorTransform(faiss.RemapDimensionsTransform(D, DIM, False), path(root, f"PCAR{DIM}.vt")),
+     "holds a RemapDimensionsTransform, a linear transform (PCAMatrix) was expected"),
+    (lambda root: resized(root, "A", 17), f"matrix or bias have another size than {D} x {DIM}"),
+    (lambda root: resized(root, "b", 3), f"matrix or bias have another size than {D} x {DIM}"),
     (lambda root: os.rename(path(root, f"PCAR{DIM}.vt"), path(root, "x.vt")) or os.symlink(
         path(root, "PCAR5.vt"), path(root, f"PCAR{DIM}.vt")) or faiss.write_VectorTransform(
             faiss.RandomRotationMatrix(D, 5), path(root, "PCAR5.vt")), "gives 5 dimensions, its name says 10"),
