@@ -96,7 +96,8 @@ class FeatureFile:
             raise ValueError(f"{path}: all_feats holds {feats.dtype}, floating point was expected")
         nbytes = self.n * (self.d * feats.dtype.itemsize + labels.dtype.itemsize)
         if nbytes > MOST_COMPRESSED * os.path.getsize(path):
-            raise ValueError(f"{path} has {os.path.getsize(path)} bytes, which cannot be {self.n} rows of {self.d}: it is damaged")
+            raise ValueError(f"{path} has {os.path.getsize(path)} bytes, which cannot be {self.n} rows of {self.d}: it is "
+                             "damaged")
         self._offset, self.zeros = None, 0
         # rows of a contiguous dataset are read straight from the file, much faster than by h5py's index lists
         offset = feats.id.get_offset() if feats.chunks is None else None

@@ -177,7 +177,8 @@ def _nodes(node, known):
     if id(node) not in known:
         known[id(node)] = 1
         children = node.value if isinstance(getattr(node, "value", None), list) else []
-        known[id(node)] += sum(_nodes(child, known) for pair in children for child in (pair if isinstance(pair, tuple) else [pair]))
+        for child in children:
+            known[id(node)] += sum(_nodes(part, known) for part in (child if isinstance(child, tuple) else [child]))
     return known[id(node)]
 
 

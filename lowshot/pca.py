@@ -31,7 +31,8 @@ def load_pca(path, features=None):
     parameters = [faiss.vector_to_array(part) for part in (transform.A, transform.b)]
     if transform.is_trained and [len(p) for p in parameters] != [
             transform.d_in * transform.d_out, transform.d_out if transform.have_bias else len(parameters[1])]:
-        raise ValueError(f"{path} is damaged: matrix or bias have another size than {transform.d_in} x {transform.d_out}: {again}")
+        raise ValueError(f"{path} is damaged: matrix or bias have another size than {transform.d_in} x {transform.d_out}: "
+                         f"{again}")
     if not transform.is_trained or not all(np.isfinite(p).all() for p in parameters):
         raise ValueError(f"{path} is {'damaged: it holds NaN or infinity' if transform.is_trained else 'not trained'}: "
                          f"{again}")
