@@ -162,11 +162,11 @@ class TrainingState:
 def check_saved(rest, points, args):
     """Some exception where a state is not that of a run of these points, or is beyond its end."""
     runs, first = rest["runs"], rest["iteration"]
-    due = [*range(args.evalevery, first + 1, args.evalevery)] if args.evalevery else []
+    due = range(args.evalevery, first + 1, args.evalevery) if args.evalevery else ()
     if not (type(first) is int and 0 < first < args.maxiter and math.isfinite(rest["seconds"])
             and [(r["lr"], r["wd"]) for r in runs] == points
-            and all([(r["iteration"], 0 <= r["top5"] <= 1, 0 <= r["top5_novel"] <= 1) for r in run["results"]]
-                    == [(iteration, True, True) for iteration in due] for run in runs)
+            and all([r["iteration"] for r in run["results"]] == list(due) for run in runs)
+            and all(0 <= r[key] <= 1 for run in runs for r in run["results"] for key in ("top5", "top5_novel"))
             and all(np.array(some, np.float64).shape[1] == len(points) for some in rest["losses"])):
         raise ValueError("it is not of this run")
 

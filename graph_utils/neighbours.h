@@ -66,7 +66,8 @@ void search_near(int64_t nq, const int32_t* Q, const int32_t* order, int64_t np,
 //                the nearest. Quick if successive queries have the same
 // before     in  the nearest cells, so many of those listed for own_before, or of all if that is null, are left out, as they were
 //                searched. keys may hold vectors of the others as well, and what enters is marked as new. Not with x_keys
-// begin, end in  nlist: rows of X that are searched when cell c is, which the caller has checked; numbers in the keys are rows of X
+// begin, end in  nlist: rows of X that are searched when cell c is, which the caller has checked; numbers in the keys are rows
+//                of X
 // keys       in/out  nq x K
 //
 // x_keys     in/out  null, or the lists of the rows of X, n x K: the queries enter those of the rows that they are

@@ -101,7 +101,8 @@ def fixed_graph(ddir, nbg, k, vectors, base, test, progress):
         new = Sample(vectors, vectors, k, 0, cells, progress, size=COMPLETION_SAMPLE, first=nbg) if len(base) else None
         search_done = knn.search_begun(cells, test, k, recall=0.995, progress=progress, say=log)
         if len(base):
-            knn.build_knn_graph(cells, k, recall=0.97, out=(D, I), known=nbg, progress=progress, say=log, sample=new, folder=folder)
+            knn.build_knn_graph(cells, k, recall=0.97, out=(D, I), known=nbg, progress=progress, say=log, sample=new,
+                                folder=folder)
         test_D, test_I, info = search_done()
         log("test images: exact search" if info["exact"] else f"test images: recall@{k} {info['recall']:.4f} on a sample")
     rank = locality_rank(I) if n >= exact_search.EXACT_BELOW else np.arange(n, dtype=np.int32)

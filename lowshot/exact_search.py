@@ -45,7 +45,8 @@ def all_on_gpu(nq, n, d, device, same=False):
 
 
 def compares_all(nq, n, d, device):
-    """Whether so many queries are compared with all of n vectors: where these are few, or `device` is a GPU that is quick at it."""
+    """Whether so many queries are compared with all of n vectors: where these are few, or `device` is a GPU that is quick at
+    it."""
     return n < EXACT_BELOW or all_on_gpu(nq, n, d, device)
 
 

@@ -111,7 +111,7 @@ class Experiment:
 def are_figures(published):
     """Whether published figures are as in configs/paper_results.json, where there are any."""
     def are(figures):
-        return all(isinstance(v, list) and len(v) == 2 and all(map(is_number, v))
+        return all(isinstance(v, list) and len(v) == 2 and all(map(is_number, v)) and v[1] >= 0
                    for v in (figures.get("all"), figures.get("novel")))
 
     return isinstance(published.get("parameters", {}), dict) and all(
@@ -177,7 +177,8 @@ class Job:
 
 
 def has_figures(record, job):
-    """Whether a record holds the accuracies that a job reports: after each number of iterations, by logreg.py at each point."""
+    """Whether a record holds the accuracies that a job reports, after each number of iterations, by logreg.py at each point, and
+    what they took."""
     points, iterations = reported(job)
     if not all(is_number(record.get(key)) for key in ("seconds", "peak_memory")):
         return False

@@ -12,7 +12,7 @@ from lowshot.script import log
 SLAB_BYTES = 64 << 20
 READERS = 4                 # threads that read parts of a slab: one alone waits for the disk, or for pages of memory
 READ_AT_ONCE = 8 << 20      # bytes that are not worth a thread of their own
-MOST_COMPRESSED = 2000      # more than what compressed features can be times as large as
+MOST_COMPRESSED = 2000      # features are never so many times as large as the file that holds them
 LEAST_NORM = 1e-18          # of a vector that has a direction: squares of smaller numbers are lost in float32
 
 
@@ -70,10 +70,11 @@ class FeatureFile:
                 found = "" if shape is None else f" (but one of shape {shape})"
                 raise ValueError(f"{path} has no {ndim}-dimensional dataset {name!r}{found}: not a feature file")
         feats, labels = self.file["all_feats"], self.file["all_labels"]
-        for name in {"all_feats", "all_labels", "count", "readable", "class_names"} & set(self.file):
-            dataset = self.file[name]
-            if getattr(dataset, "is_virtual", False) or getattr(dataset, "external", None) or not os.path.samefile(
-                    dataset.file.filename, path):       # their changes would not be noticed
+        for name in ("all_feats", "all_labels", "count", "readable", "class_names"):
+            dataset = self.file.get(name)
+            if dataset is not None and (getattr(dataset, "is_virtual", False) or getattr(dataset, "external", None)
+                                        or not os.path.samefile(dataset.file.filename, path)):
+                # their changes would not be noticed
                 raise ValueError(f"{path}: {name} is kept in other files: copy it into this one")
         count = self.file["count"]
         count = np.atleast_1d(count[()] if count.shape == () else count[:1])

@@ -33,39 +33,40 @@ def validation_figure(curves, chosen):
             for (key, _, _), [ax] in zip(ROWS, groups[nlabeled.index(n)]):
                 for setting, runs in settings.items():
                     if setting != best:
-                        ax.plot(iterations(runs), percent(runs, key).mean(axis=0), color=MUTED, lw=0.6, alpha=0.4, zorder=0,
+                        ax.plot(iterations(runs), percent(runs, key).mean(axis=0), color=MUTED, lw=0.6, alpha=0.4, zorder=1,
                                 label="other settings of the grid")
                 runs = settings[best]
                 draw_curve(ax, runs, key, shades[nbg], nbg)
                 at = iterations(runs).index(iteration)
                 ax.plot(iteration, percent(runs, key)[:, at].mean(), "o", ms=9, mfc="none", mec=shades[nbg], mew=1.5)
-            ax.set_xlabel("iterations")
+        for group in groups:
+            group[1, 0].set_xlabel("iterations")
     return figure
 
 
 def report_figure(rows):
     """Accuracy against the number of labels, the paper's as dashed lines; rows: as report.final_accuracies() gives them."""
-    sizes = list(dict.fromkeys(nbg for nbg, _ in rows))
-    nlabeled = list(dict.fromkeys(n for _, n in rows))
+    sizes, nlabeled = (list(dict.fromkeys(some)) for some in zip(*rows))
+    nlabeled.sort()
     shades = shades_of(sizes)
     with drawing([""], 1, inches=5.5) as (figure, [group]):
-        for nbg in sizes:
-            of_size = {nlabeled.index(n): row for (size, n), row in rows.items() if size == nbg}
-            for (key, published, _), [ax] in zip(ROWS, group):
-                ours = [(x, np.mean(row[key]), np.std(row[key])) for x, row in of_size.items()]
+        for (key, published, _), [ax] in zip(ROWS, group):
+            for nbg in sizes:
+                of_size = [(x, rows[nbg, n]) for x, n in enumerate(nlabeled)]
+                ours = [(x, np.mean(row[key]), np.std(row[key])) for x, row in of_size]
                 ax.errorbar(*zip(*ours), color=shades[nbg], marker="o", ms=4, capsize=3, lw=1.6, label=name_of(nbg))
-                paper = [(x, *row["paper"][published]) for x, row in of_size.items() if row["paper"]]
+                paper = [(x, *row["paper"][published]) for x, row in of_size if row["paper"]]
                 if paper:
                     ax.errorbar(*zip(*paper), color=shades[nbg], marker="D", mfc="white", ms=4, capsize=3, lw=1,
-                                ls=(0, (4, 3)), label=f"{name_of(nbg)}, paper")
-                ax.set_xticks(range(len(nlabeled)), nlabeled)
-            ax.set_xlabel("labelled images per novel class")
+                                ls=(0, (4, 3)), label="the same, paper")
+            ax.set_xticks(range(len(nlabeled)), nlabeled)
+        ax.set_xlabel("labelled images per novel class")
     return figure
 
 
 def comparison_figure(systems):
     """Accuracy of diffusion against iterations and against the background's size, and of logistic regression as a line, for
-    each number of labels. systems: as report.comparison() gives them."""
+    each number of labels; the paper's beside those against the size. systems: as report.comparison() gives them."""
     logreg = systems["logreg", None]
     diffusion = {nbg: rows for (system, nbg), rows in systems.items() if system == "diffusion"}
     shades = shades_of(diffusion)
@@ -77,10 +78,13 @@ def comparison_figure(systems):
                 draw_backgrounds(right, {nbg: diffusion[nbg][n] for nbg in sorted(diffusion)}, key, published, shades)
                 mean, std = np.mean(logreg[n][key]), np.std(logreg[n][key])
                 for ax in (left, right):
-                    ax.axhline(mean, color=LOGREG, lw=1.5, ls=(0, (5, 3)), zorder=0, label=name_of(None))
+                    ax.axhline(mean, color=LOGREG, lw=1.5, ls=(0, (5, 3)), zorder=1, label=name_of(None))
                     ax.axhspan(mean - std, mean + std, color=LOGREG, alpha=0.10, lw=0, zorder=0)
-            left.set_xlabel("iterations of diffusion")
-            right.set_xlabel("background (iterations by validation)")
+                if logreg[n]["paper"]:
+                    right.axhline(logreg[n]["paper"][published][0], color=LOGREG, lw=1, ls=(0, (1, 2)), zorder=1,
+                                  label=f"{name_of(None)}, paper")
+            group[1, 0].set_xlabel("iterations of diffusion")
+            group[1, 1].set_xlabel("background (iterations by validation)")
     return figure
 
 
@@ -110,9 +114,11 @@ def drawing(titles, width, inches=3.1):
                 set_style(ax)
         for row, ax in enumerate(axes[:, 0]):
             ax.set_ylabel(f"top-5 accuracy (%), {ROWS[row % 2][2]}")
-        named = {name: handle for ax in groups[0].flat for handle, name in zip(*ax.get_legend_handles_labels())}
-        figure.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), int(figure.get_figwidth() / 3.1)),
-                      frameon=False)
+        named = {name: handle for group in groups for ax in group.flat
+                 for handle, name in zip(*ax.get_legend_handles_labels())}
+        names = sorted(named, key=lambda name: name.endswith("paper"))          # ours first
+        figure.legend([named[name] for name in names], names, loc="outside lower center", frameon=False,
+                      ncols=min(len(named), int(figure.get_figwidth() / 3.1)))
 
 
 def shades_of(sizes):
@@ -137,14 +143,14 @@ def draw_curve(ax, runs, key, colour, nbg):
     mean, std = y.mean(axis=0), y.std(axis=0)
     ax.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) < 50 else None, ms=3, label=name_of(nbg))
     ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, lw=0)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
 def draw_backgrounds(ax, rows, key, published, shades):
     """Accuracy against the size of the background; sizes evenly spaced, as 0 has no logarithm."""
     x = np.arange(len(rows))
-    ax.plot(x, [np.mean(row[key]) for row in rows.values()], color=MUTED, lw=1.2, zorder=1)
+    ax.plot(x, [np.mean(row[key]) for row in rows.values()], color=MUTED, lw=1.2, zorder=1.5)
     for at, (nbg, row) in zip(x, rows.items()):
         mean = np.mean(row[key])
         ax.errorbar(at, mean, np.std(row[key]), color=shades[nbg], marker="o", ms=6, capsize=3, lw=1.4, zorder=2)
@@ -152,7 +158,7 @@ def draw_backgrounds(ax, rows, key, published, shades):
                     va="bottom", fontsize=8, color=INK, bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.6})
         if row["paper"]:
             ax.errorbar(at, *row["paper"][published], color=MUTED, marker="D", mfc="white", ms=5, capsize=3, lw=1,
-                        label="paper")
+                        label="diffusion, paper")
     ax.set_xticks(x, [short(nbg) for nbg in rows])
     ax.set_xlim(-0.5, len(rows) - 0.5)
 

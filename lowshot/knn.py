@@ -43,8 +43,8 @@ def build_knn_graph(cells, k, recall=0.95, out=None, known=0, nprobe=0, seed=0, 
     lists stay as they are. Deterministic for a seed, killed meanwhile or not, and whatever the number of threads but for rounding
     in projections by BLAS.
 
-    out: arrays (D, I) (n, k) to fill; made here if None. known: the first nodes, so many, not all, have their lists there, and are
-    compared with the other nodes only; recall is that of the other nodes.
+    out: arrays (D, I) (n, k) to fill; made here if None. known: the first nodes, so many, not all, have their lists there, and
+    are compared with the other nodes only; recall is that of the other nodes.
     nprobe: search that many cells, without further rounds.
     sample: Sample of the nodes, of those that are new if lists are given; made here if None.
     folder: where candidates are kept, in files, if they do not fit in the memory that is free; None: in memory all the same.
@@ -143,8 +143,8 @@ class Lists:
         self.known, self.error, self.n0, self.K = known, error, len(known), K
         n = cells.n
         # in each cell the first nodes come first: from `middle` on they are new
-        known = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
-        self.middle = cells.begin + known[cells.stop] - known[cells.begin]
+        before = np.concatenate([[0], np.cumsum(cells.order < self.n0)])
+        self.middle = cells.begin + before[cells.stop] - before[cells.begin]
         self.empty = allocator(memory_of_lists(n, K), folder)
         self.in_file = self.empty is not aligned_zeros
         if self.in_file:

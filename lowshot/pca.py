@@ -28,12 +28,11 @@ def load_pca(path, features=None):
         raise ValueError(f"{path} gives {transform.d_out} dimensions, its name says {name.group(1)}: {again}")
     if not isinstance(transform, faiss.LinearTransform):
         raise ValueError(f"{path} holds a {type(transform).__name__}, a linear transform (PCAMatrix) was expected: {again}")
-    parameters = [faiss.vector_to_array(part) for part in (transform.A, transform.b)]
-    if transform.is_trained and [len(p) for p in parameters] != [
-            transform.d_in * transform.d_out, transform.d_out if transform.have_bias else len(parameters[1])]:
+    A, b = (faiss.vector_to_array(part) for part in (transform.A, transform.b))
+    if transform.is_trained and (len(A) != transform.d_in * transform.d_out or transform.have_bias and len(b) != transform.d_out):
         raise ValueError(f"{path} is damaged: matrix or bias have another size than {transform.d_in} x {transform.d_out}: "
                          f"{again}")
-    if not transform.is_trained or not all(np.isfinite(p).all() for p in parameters):
+    if not transform.is_trained or not np.isfinite(A).all() or not np.isfinite(b).all():
         raise ValueError(f"{path} is {'damaged: it holds NaN or infinity' if transform.is_trained else 'not trained'}: "
                          f"{again}")
     if features is not None and transform.d_in != features.d:

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, choose, merge, parameters_and_jobs,
+from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, choose, entry_of, merge, parameters_and_jobs,
                                  read_parameters, run_jobs, validation_curves, validation_jobs)
 from lowshot.figures import save, validation_figure
 from lowshot.files import exclusive, write_json
@@ -38,16 +38,14 @@ def phase_choose(e, system, ddir):
         with contextlib.suppress(ValueError):       # what is no parameters is written anew
             old = read_parameters(e, system, ddir, "chosen")
         write_json(path, merge(old, chosen))
-    for nbg, of_labels in chosen.items() if system == "diffusion" else [(None, chosen)]:
-        for n, p in of_labels.items():
-            marks[nbg and int(nbg), int(n)] = (((), p["niter"]) if system == "diffusion" else
-                                               ((p["lr"], p["wd"], p["batchsize"]), p["maxiter"]))
-            where = "" if nbg is None else f"nbg={nbg} "
-            settings = ", ".join(f"{k} {as_text(v)}" for k, v in p.items() if k in ("lr", "wd", "batchsize", "maxiter",
-                                                                                    "niter"))
-            last = p.get("niter") == e.diffusion["niter"] if system == "diffusion" else p["maxiter"] == e.logreg["maxiter"]
-            log(f"{where}nl={n}: {settings}{', the last of the grid' * last} (validation: {100 * p['val_top5']:.2f}, "
-                f"novel {100 * p['val_top5_novel']:.2f})")
+    key, grid = ("niter", e.diffusion) if system == "diffusion" else ("maxiter", e.logreg)
+    for nbg, n in curves:
+        p = entry_of(chosen, nbg, n)
+        marks[nbg, n] = tuple(p[name] for name in ("lr", "wd", "batchsize") if name in p), p[key]
+        where = "" if nbg is None else f"nbg={nbg} "
+        settings = ", ".join(f"{k} {as_text(v)}" for k, v in p.items() if k in ("lr", "wd", "batchsize", "maxiter", "niter"))
+        log(f"{where}nl={n}: {settings}{', the last of the grid' * (p[key] == grid[key])} (validation: "
+            f"{100 * p['val_top5']:.2f}, novel {100 * p['val_top5_novel']:.2f})")
     picture = os.path.splitext(path)[0] + ".png"
     save(validation_figure(curves, marks), picture)
     log(f"wrote {path} and {picture}")
@@ -62,7 +60,7 @@ def jobs_at_a_time():
 
 def main():
     p = Parser(__doc__)
-    p.add_argument("what", choices=(*SYSTEMS, "compare"), help="one system, or a table of all of them")
+    p.add_argument("what", choices=(*SYSTEMS, "compare"), help="one system, or a table and a figure of all of them")
     p.add_argument("phase", nargs="?", help="1 validate, 2 choose, 3 test, 4 report; with compare there is none")
     p.add_argument("experiment", nargs="?", help="experiment file (default: configs/paper.yaml)")
     if sys.argv[1:2] and sys.argv[1] in SYSTEMS:

@@ -265,7 +265,8 @@ time.sleep(float(a.get("--sleep", 0)))
 if a.get("--fail") == "yes":
     sys.exit("fails, as it was told to")
 if a.get("--fail") != "silently":
-    json.dump({"complete": True, "seconds": 1, "peak_memory": 1e9, "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}], "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
+    json.dump({"complete": True, "seconds": 1, "peak_memory": 1e9,
+               "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}], "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
                "arguments": {k[2:]: v for k, v in a.items()}}, open(a["--record"], "w"))
 """
 

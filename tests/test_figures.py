@@ -8,7 +8,7 @@ def run_of(*accuracies, first=0, step=1):
     return [{"iteration": first + step * i, "top5": a, "top5_novel": a / 2} for i, a in enumerate(accuracies)]
 
 
-def row(results, at, paper=None):
+def row(results, at, paper={}):
     """A row as report.final_accuracies() makes it, of some runs at a number of iterations."""
     return {"results": results, "paper": paper, "top5": [100 * run[at]["top5"] for run in results],
             "top5_novel": [100 * run[at]["top5_novel"] for run in results]}
@@ -35,11 +35,24 @@ def test_comparison():
                            "diffusion, 1,000 background images": pytest.approx([10, 50, 25])}
     assert right.lines[0].get_ydata() == pytest.approx([35, 50])            # at the chosen number of iterations
     assert [label.get_text() for label in right.get_xticklabels()] == ["0", "1k"]
-    assert drawn(right)["paper"] == [40.5] and [t.get_text() for t in right.texts] == ["35.0", "50.0"]
+    assert drawn(right)["diffusion, paper"] == [40.5] and [t.get_text() for t in right.texts] == ["35.0", "50.0"]
     novel = figure.axes[4:6]
-    assert drawn(novel[0])["logistic regression"] == [pytest.approx(32.5)] * 2 and drawn(novel[1])["paper"] == [20.5]
+    assert drawn(novel[0])["logistic regression"] == [pytest.approx(32.5)] * 2 and drawn(novel[1])["diffusion, paper"] == [20.5]
     assert [ax.get_title("left") for ax in figure.axes[:4]] == ["1 label per novel class", "", "2 labels per novel class", ""]
-    assert texts(figure) == ["diffusion, no background", "diffusion, 1,000 background images", "logistic regression", "paper"]
+    assert texts(figure) == ["diffusion, no background", "diffusion, 1,000 background images", "logistic regression",
+                             "diffusion, paper"]
+
+
+def test_comparison_beside_a_part_of_the_papers_figures():
+    paper = {"all": [40.5, 1.0], "novel": [20.5, 2.0]}
+    systems = {("logreg", None): {n: row([run_of(0.6)], 0, paper if n == 2 else {}) for n in (1, 2)},
+               ("diffusion", 0): {n: row([run_of(0.3)], 0, paper if n == 2 else {}) for n in (1, 2)}}
+    figure = comparison_figure(systems)
+    assert {"diffusion, paper", "logistic regression, paper"} < set(texts(figure))
+    assert drawn(figure.axes[3])["logistic regression, paper"] == [40.5] * 2
+    figure.draw_without_rendering()
+    left, right = figure.axes[0].get_xlim()     # of a single number of iterations
+    assert [at for at in figure.axes[0].get_xticks() if left <= at <= right] == [0]
 
 
 @pytest.mark.parametrize("count, panels", [(1, 4), (3, 12), (4, 16), (5, 20)])
@@ -54,18 +67,18 @@ def test_comparison_of_many_numbers_of_labels(tmp_path, count, panels):
 
 def test_report():
     paper = {"all": [40.5, 1.0], "novel": [20.5, 2.0]}
-    figure = report_figure({(nbg, n): row([run_of(0.1 * n + nbg / 1e4), run_of(0.1 * n)], 0, paper if n == 5 else None)
-                            for nbg in (0, 1000) for n in (1, 2, 5)})
+    figure = report_figure({(nbg, n): row([run_of(0.1 * n + nbg / 1e4), run_of(0.1 * n)], 0, paper if n == 5 else {})
+                            for nbg in (0, 1000) for n in (5, 1, 2)})
     above, below = figure.axes
     found = drawn(above)
     assert found["diffusion, 1,000 background images"] == pytest.approx([15, 25, 55])
-    assert found["diffusion, no background"] == pytest.approx([10, 20, 50]) and found["diffusion, no background, paper"] == [40.5]
+    assert found["diffusion, no background"] == pytest.approx([10, 20, 50]) and found["the same, paper"] == [40.5]
     assert drawn(below)["diffusion, 1,000 background images"] == pytest.approx([7.5, 12.5, 27.5])
     assert [label.get_text() for label in below.get_xticklabels()] == ["1", "2", "5"]
     bars = {container.get_label(): container.lines[2][0].get_segments() for container in above.containers}
     assert [list(bar[:, 1]) for bar in bars["diffusion, 1,000 background images"]] == [
         pytest.approx(ends) for ends in ([10, 20], [20, 30], [50, 60])]         # one standard deviation over seeds, to both sides
-    assert [list(bar[:, 1]) for bar in bars["diffusion, no background, paper"]] == [[39.5, 41.5]]
+    assert [list(bar[:, 1]) for bar in bars["the same, paper"]] == [[39.5, 41.5]]
 
 
 def test_validation_of_logreg():

@@ -407,9 +407,9 @@ def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("change", [
-    {"iteration": 10 ** 12}, {"iteration": -5}, {"iteration": 16.5}, {"iteration": "16"}, {"runs": []}, {"runs": 5},
+    {"iteration": 10 ** 12}, {"iteration": 10 ** 9}, {"iteration": -5}, {"iteration": 16.5}, {"iteration": "16"}, {"runs": []}, {"runs": 5},
     {"runs": [{"lr": 5, "wd": 5, "results": []}]}, {"seconds": "a"}, {"seconds": float("nan")}, {"losses": [[["a"]]]},
-    {"losses": {"a": 1}}, {"runs": [{"lr": .001, "wd": .01, "results": [{"iteration": 10, "top5": 2, "top5_novel": 0}]}]}])
+    {"losses": {"a": 1}}, {"losses": [[[1.0, 2.0]]]}, {"top5": 2}, {"top5_novel": -1}, {"top5": None}])
 def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, capsys, change):
     monkeypatch.setattr(TrainingState, "remove", lambda self: None)         # as if the run had been killed
     monkeypatch.setenv("DDIR", root)
@@ -419,7 +419,10 @@ def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, c
     state = tmp_path / ".r.state.npz"
     with np.load(state) as f:
         content = dict(f)
-    content["rest"] = json.dumps({**json.loads(str(content["rest"])), **change})
+    rest = json.loads(str(content["rest"]))
+    assert len(rest["runs"][0]["results"]) == 3
+    (rest["runs"][0]["results"][1] if set(change) & {"top5", "top5_novel"} else rest).update(change)
+    content["rest"] = json.dumps(rest)
     np.savez(state, **content)
     figures = json.loads((tmp_path / "r.json").read_text())["runs"]
     capsys.readouterr()

@@ -124,7 +124,8 @@ def test_how_near_neighbours_come():
 
 
 def test_strong_ties_come_before_many_weak_ones():
-    """Clusters have more neighbouring clusters than they remember: a few on the ring, with most of their edges, others at random."""
+    """Clusters have more neighbouring clusters than they remember: a few on the ring, with most of their edges, others at
+    random."""
     rs, n = np.random.RandomState(1), 20000
     near = ring(n, 8, rs.permutation(n).astype(np.int32))
     place = locality_rank(np.c_[near, rs.randint(0, n, (n, 4), np.int32)])
