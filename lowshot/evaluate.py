@@ -12,7 +12,7 @@ def notes_of_classes(labels, split):
     """Yield lines about what the test images lack: some of novel classes, or of some classes, or classes that can be wrong.
     labels: int (nt,), 0..C-1, of test images."""
     if len(split.classes) <= 5:
-        yield f"note: there are {len(split.classes)} classes: each that has a score above 0 is among the five best"
+        yield f"note: there are {len(split.classes)} classes: each is among the five best, by diffusion each with a score above 0"
     if not split.is_novel[labels].any():
         yield "note: no test image is of a novel class, accuracies on novel are 0 for want of any"
     lacking = np.setdiff1d(split.classes, split.classes[labels]) + 1

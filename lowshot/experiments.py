@@ -39,6 +39,7 @@ class Experiment:
                                                 need not name: "mom", "evalevery", "precision"}
         e.diffusion                             {"nbg": [..], "k": int, "niter": int, and the same way "dim", "niter_test"}
         e.published                             {} or the content of a file like configs/paper_results.json
+        e.replaced                              what the environment has in place of the file's lists, as text, or ""
 
     NLABELED, SEEDS and NBG in `environment` replace these lists (numbers separated by spaces or commas). The grids of
     systems that are not among `systems` may be missing: then e has no such attribute.
@@ -61,16 +62,22 @@ class Experiment:
         self.path, self.name = path, os.path.splitext(os.path.basename(path))[0]
         unknown = set(content) - {"nlabeled", "seeds", "published", *SYSTEMS}
         if unknown:
-            raise ValueError(f"{path}: unknown entry {min(map(str, unknown))!r}")
-        diffusion = content.get("diffusion")
+            raise ValueError(f"{path}: unknown entry {min(map(str, unknown))!r}: nlabeled, seeds, published, "
+                             f"{', '.join(SYSTEMS)} are known")
+        diffusion, replaced = content.get("diffusion"), []
         for name, entries in (("NLABELED", content), ("SEEDS", content), ("NBG", diffusion)):
             if environment.get(name, "").strip() and isinstance(entries, dict) and name.lower() in entries:
                 key, given = name.lower(), numbers(environment[name], name)
-                entries[key] = self._value(given, key, f"as {name}={environment[name]!r} says, ")
+                if self._value(given, key, f"as {name}={environment[name]!r} says, ") != entries[key]:
+                    replaced.append(f"{name}={as_text(given)}")
+                entries[key] = given
+        self.replaced = " ".join(replaced)
         self.nlabeled, self.seeds = (self._value(content.get(key), key, "") for key in ("nlabeled", "seeds"))
         for system in (s for s in SYSTEMS if s in systems or s in content):
             required, optional = self.KEYS[system]
             grid = content.get(system)
+            if grid is None:
+                raise ValueError(f"{path} has no section {system}")
             if not isinstance(grid, dict) or required - set(grid) or set(grid) - required - set(optional):
                 unknown = min(map(str, set(grid) - required - set(optional)), default=None) if isinstance(grid, dict) else None
                 raise ValueError(f"{path}: {system} {f'has an unknown entry {unknown!r}: it ' if unknown else ''}must have the "
@@ -80,10 +87,12 @@ class Experiment:
         published = content.get("published")
         if published is not None and not isinstance(published, str):
             raise ValueError(f"{path}: published must be the name of a JSON file, found {published!r}")
-        self.published = read_json(os.path.join(os.path.dirname(path), published)) if published else {}
+        self.published_path = published and os.path.join(os.path.dirname(path), published)
+        if published and not os.path.exists(self.published_path):
+            raise ValueError(f"{path}: published is {published}, and {self.published_path} does not exist")
+        self.published = read_json(self.published_path) if published else {}
         if not isinstance(self.published, dict) or not are_figures(self.published):
-            raise ValueError(f"{os.path.join(os.path.dirname(path), published)} does not hold published figures: see "
-                             "configs/paper_results.json")
+            raise ValueError(f"{self.published_path} does not hold published figures: see configs/paper_results.json")
 
     def _value(self, value, key, where):
         if key in self.CHOICES:
@@ -132,7 +141,7 @@ def entry_of(tree, nbg, n):
 def numbers(text, name):
     """[1, 2, 5] from "1 2 5" or "1,2,5"; name is the variable that held it."""
     words = re.split(r"[\s,]+", text.strip())
-    if not all(re.fullmatch(r"\d+", w) for w in words):
+    if not all(re.fullmatch(r"0|[1-9]\d*", w) for w in words):         # 1,000 is one number to some
         raise ValueError(f"{name}={text!r} is not a list of whole numbers")
     return list(dict.fromkeys(map(int, words)))
 
@@ -234,7 +243,7 @@ def make_job(e, system, ddir, name, arguments, *more):
 def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
     k, dim = e.diffusion["k"], e.diffusion["dim"]
     arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter, "dim": dim}
-    return make_job(e, "diffusion", ddir, name, arguments, lambda: [ddir.pca(dim)], lambda: [ddir.raw(dim)] if nbg else [],
+    return make_job(e, "diffusion", ddir, name, arguments, lambda: ddir.check_dim(dim) or [ddir.pca(dim)], lambda: [ddir.raw(dim)] if nbg else [],
                     lambda: ddir.find_graph(nbg, k, dim)[:2] if nbg else [],
                     lambda: [path for path in [ddir.index(nbg)] if nbg and os.path.exists(path)])
 
@@ -260,7 +269,7 @@ def test_jobs(e, system, ddir, parameters, source):
         found = entry_of(parameters, nbg, n)
         if not found:
             what = ("" if nbg is None else f"nbg={nbg}, ") + f"nlabeled={n}"
-            hint = f"bash run_{system}.bash 2 chooses them" if source == "chosen" else "choose them by phases 1 and 2"
+            hint = f"bash run_{system}.bash 2 {short_path(e.path)} chooses them" if source == "chosen" else "choose them by phases 1 and 2"
             raise ValueError(f"no {source} parameters of {system} for {what}: {hint}")
         return found
 
@@ -282,7 +291,7 @@ def check_chosen(e, parameters, jobs, path):
         a = job.arguments
         p = entry_of(parameters, a.get("nbg"), a["nlabeled"])
         other = changed_file(job.inputs, p["files"]) or changed_grid(e, p) if "files" in p else None
-        settings = (f"{key} {p[key]}" for key in SETTINGS[job.script] if key in p and p[key] != a[key])
+        settings = (f"{key} ({as_text(p[key])}, not {as_text(a[key])})" for key in SETTINGS[job.script] if key in p and p[key] != a[key])
         other = other or next(settings, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
@@ -314,7 +323,7 @@ def run_jobs(jobs, parallel, environment=os.environ):
     holds the lock of its log.
     """
     todo = [job for job in jobs if job.result() is None]
-    told = f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them complete"
+    told = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}, {len(jobs) - len(todo)} of them complete"
     if parallel:
         log(told + (f", {parallel} at a time" if todo and parallel > 1 else ""))
     else:
@@ -544,20 +553,22 @@ def read_parameters(e, system, ddir, source):
     """Parameters of phase 2 (source "chosen") or of the paper ("published"), as test_jobs takes them."""
     if source == "published":
         parameters = e.published.get("parameters", {}).get(system)
-        if not parameters or not are_parameters(parameters, system):
+        if not parameters:
             raise ValueError(f"{e.path} names no published parameters of {system}")
+        if not are_parameters(parameters, system):
+            raise ValueError(f"{e.published_path} does not hold parameters of {system}: see configs/paper_results.json")
         return parameters
     path = e.parameters_path(system, ddir)
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist: bash run_{system}.bash 2 writes it; "
-                         "PARAMS=published takes the paper's parameters instead")
+        instead = "; PARAMS=published takes the published ones instead" if e.published.get("parameters", {}).get(system) else ""
+        raise ValueError(f"{path} does not exist: bash run_{system}.bash 2 {short_path(e.path)} writes it{instead}")
     parameters, why = {}, ""
     try:
         parameters = read_json(path)
     except ValueError as error:
         why = f" ({error})"
     if not parameters or not are_parameters(parameters, system):
-        raise ValueError(f"{path} does not hold parameters of {system}{why}: bash run_{system}.bash 2 writes it anew")
+        raise ValueError(f"{path} does not hold parameters of {system}{why}: bash run_{system}.bash 2 {short_path(e.path)} writes it anew")
     return parameters
 
 

@@ -36,9 +36,10 @@ def validation_figure(curves, chosen):
                         ax.plot(iterations(runs), percent(runs, key).mean(axis=0), color=MUTED, lw=0.6, alpha=0.4, zorder=1,
                                 label="other settings of the grid")
                 runs = settings[best]
-                draw_curve(ax, runs, key, shades[nbg], nbg)
+                draw_curve(ax, runs, key, shades[nbg], nbg, ", the best setting" if len(settings) > 1 else "")
                 at = iterations(runs).index(iteration)
-                ax.plot(iteration, percent(runs, key)[:, at].mean(), "o", ms=9, mfc="none", mec=shades[nbg], mew=1.5)
+                ax.plot(iteration, percent(runs, key)[:, at].mean(), "o", ms=9, mfc="none", mec=shades[nbg], mew=1.5,
+                        label="chosen number of iterations")
         for group in groups:
             group[1, 0].set_xlabel("iterations")
     return figure
@@ -52,7 +53,8 @@ def report_figure(rows):
     with drawing([""], 1, inches=5.5) as (figure, [group]):
         for (key, published, _), [ax] in zip(ROWS, group):
             for nbg in sizes:
-                of_size = [(x, rows[nbg, n]) for x, n in enumerate(nlabeled)]
+                aside = 0.04 * (sizes.index(nbg) - (len(sizes) - 1) / 2)         # for bars not to hide each other
+                of_size = [(x + aside, rows[nbg, n]) for x, n in enumerate(nlabeled)]
                 ours = [(x, np.mean(row[key]), np.std(row[key])) for x, row in of_size]
                 ax.errorbar(*zip(*ours), color=shades[nbg], marker="o", ms=4, capsize=3, lw=1.6, label=name_of(nbg))
                 paper = [(x, *row["paper"][published]) for x, row in of_size if row["paper"]]
@@ -137,11 +139,11 @@ def percent(runs, key):
     return 100 * np.array([[r[key] for r in results] for results in runs])
 
 
-def draw_curve(ax, runs, key, colour, nbg):
+def draw_curve(ax, runs, key, colour, nbg, what=""):
     """Accuracy against iterations."""
     x, y = iterations(runs), percent(runs, key)
     mean, std = y.mean(axis=0), y.std(axis=0)
-    ax.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) < 50 else None, ms=3, label=name_of(nbg))
+    ax.plot(x, mean, color=colour, lw=1.8, marker="o" if len(x) < 50 else None, ms=3, label=name_of(nbg) + what)
     ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, lw=0)
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
@@ -154,7 +156,7 @@ def draw_backgrounds(ax, rows, key, published, shades):
     for at, (nbg, row) in zip(x, rows.items()):
         mean = np.mean(row[key])
         ax.errorbar(at, mean, np.std(row[key]), color=shades[nbg], marker="o", ms=6, capsize=3, lw=1.4, zorder=2)
-        ax.annotate(f"{mean:.1f}", (at, mean), xytext=(0, 7), textcoords="offset points", ha="center",
+        ax.annotate(f"{mean:.1f}", (at, mean + np.std(row[key])), xytext=(0, 7), textcoords="offset points", ha="center",
                     va="bottom", fontsize=8, color=INK, bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.6})
         if row["paper"]:
             ax.errorbar(at, *row["paper"][published], color=MUTED, marker="D", mfc="white", ms=5, capsize=3, lw=1,

@@ -83,7 +83,7 @@ def main():
     if source not in ("chosen", "published"):
         raise ValueError(f"PARAMS={source!r}: chosen or published is expected")
     if phase is None:
-        print_comparison(e, ddir)
+        print_comparison(e, ddir, source)
     elif phase == "1":
         run_jobs(validation_jobs(e, args.what, ddir), jobs_at_a_time())
     elif phase == "2":

@@ -54,7 +54,7 @@ def report_table(e, system, rows):
     """The Markdown table of one system, with the paper's figures where the experiment has any."""
     with_paper = any(row["paper"] for row in rows.values())
     names = ["niter"] if system == "diffusion" else ["batchsize", "lr", "wd", "maxiter"]
-    header = [*(["background"] if system == "diffusion" else []), "labelled images", *names, "seeds", "all", "novel",
+    header = [*(["background"] if system == "diffusion" else []), "labels per novel class", *names, "seeds", "all", "novel",
               *(["all, paper", "novel, paper"] if with_paper else []), "s, median", "GB, most"]
     table = []
     for (nbg, n), row in rows.items():
@@ -74,7 +74,8 @@ def print_report(e, system, ddir, jobs, parameters, source):
     rows, without = final_accuracies(e, system, jobs, parameters)
     if not rows:
         check_none_lacks(without, jobs, 3)
-    log(f"top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), {source} parameters")
+    title = f"top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), {source} parameters"
+    log(title)
     previous = None
     for (nbg, n), row in rows.items():
         if nbg != previous:
@@ -86,9 +87,10 @@ def print_report(e, system, ddir, jobs, parameters, source):
         if bad:
             log(f"note: {len(bad)} of {sum(len(row['seeds']) for row in rows.values())} runs have {what} images that could not "
                 f"be read, up to {max(bad)}, which have the features of a black one")
-    text = report_table(e, system, rows) + "\n" + notes_of(rows.values())
+    text = report_table(e, system, rows) + "\n" + notes_of(e, rows.values())
     log("\n" + text)
     check_none_lacks(without, jobs, 3)      # before files of them all are replaced
+    text = f"{title[0].upper()}{title[1:]}.\n\n{text}"
     stem = os.path.join(e.folder(system, ddir), "report" if source == "chosen" else f"report-{source}")
     write_json(stem + ".json", [{"nbg": nbg, "nlabeled": n, **row} for (nbg, n), row in rows.items()])
     write_text(stem + ".md", text)
@@ -96,18 +98,19 @@ def print_report(e, system, ddir, jobs, parameters, source):
     log(f"wrote {stem}.md, {stem}.json and {stem}.png")
 
 
-def notes_of(rows):
-    """The notes of rows as paragraphs, each once."""
-    return "".join(f"\n{note}\n" for note in dict.fromkeys(note for row in rows for note in row["notes"]))
+def notes_of(e, rows):
+    """The notes of rows as paragraphs, each once, and of what part of the experiment they are."""
+    part = [f"note: with {e.replaced} in place of what {os.path.basename(e.path)} has"] * bool(e.replaced)
+    return "".join(f"\n{note}\n" for note in [*part, *dict.fromkeys(note for row in rows for note in row["notes"])])
 
 
 # ------------------------------------------------------------------------------------------------ all systems together
 
-def comparison(e, ddir):
+def comparison(e, ddir, source):
     """{("logreg", None) or ("diffusion", nbg): {n: row}}, rows as final_accuracies gives them; all jobs must have run."""
     systems = {}
     for system in SYSTEMS:
-        parameters, jobs = parameters_and_jobs(e, system, ddir)
+        parameters, jobs = parameters_and_jobs(e, system, ddir, source)
         rows, without = final_accuracies(e, system, jobs, parameters)
         check_none_lacks(without, jobs, 3)
         for (nbg, n), row in rows.items():
@@ -147,17 +150,18 @@ def findings(e, systems):
     return out
 
 
-def print_comparison(e, ddir):
+def print_comparison(e, ddir, source):
     """The table of both systems and the paper's findings; also to $DDIR/logs/{experiment}.md, with a figure beside it."""
-    systems = comparison(e, ddir)
+    systems = comparison(e, ddir, source)
     text = comparison_table(e, systems)
     text += f"\n\nMeans over {len(e.seeds)} choice{'s' if len(e.seeds) > 1 else ''} of the labelled images.\n"
     found = [f"- {'holds' if holds else 'DOES NOT HOLD'}: {statement}\n" for statement, holds in findings(e, systems)]
     if found:
-        text += "\nWhat the paper found, on these data:\n\n" + "".join(found)
-    text += notes_of(row for of_n in systems.values() for row in of_n.values())
+        text += "\nWhat a large background is expected to show, on these data:\n\n" + "".join(found)
+    text += notes_of(e, (row for of_n in systems.values() for row in of_n.values()))
     log(text)
-    table, picture = (ddir.log(e.name + suffix) for suffix in (".md", ".png"))
+    stem = ddir.log(e.name if source == "chosen" else f"{e.name}-{source}")
+    table, picture = stem + ".md", stem + ".png"
     write_text(table, text)
     save(comparison_figure(systems), picture)
     print(f"wrote {table} and {picture}", file=sys.stderr)

@@ -109,7 +109,7 @@ def test_four_phases(root, system, njobs, tmp_path):
             record = json.load(f)
         top5.append((record.get("runs") or [record])[0]["results"][-1]["top5"])
     assert accuracy == pytest.approx(50 * sum(top5), abs=0.006) and accuracy > 20
-    assert "| labelled images |" in out.stdout and os.path.exists(os.path.join(folder, "report.md"))
+    assert "| labels per novel class |" in out.stdout and os.path.exists(os.path.join(folder, "report.md"))
 
 
 def test_failed_jobs_are_named(root):

@@ -23,7 +23,7 @@ def test_notes_of_classes_without_test_images():
 def test_few_classes_cannot_be_wrong():
     split = Split(np.array([0, 4]), np.array([2, 3, 7]))
     assert list(notes_of_classes(np.arange(5), split)) == [
-        "note: there are 5 classes: each that has a score above 0 is among the five best"]
+        "note: there are 5 classes: each is among the five best, by diffusion each with a score above 0"]
 
 
 def test_images_that_could_not_be_read_are_counted():

@@ -86,8 +86,9 @@ def test_the_experiment_files_of_the_package_load():
 def test_lists_from_the_environment(tmp_path):
     e = experiment(tmp_path, environment={"NBG": "7, 10000000", "NLABELED": "5", "SEEDS": " 3 4 3 "})
     assert (e.diffusion["nbg"], e.nlabeled, e.seeds) == ([7, 10000000], [5], [3, 4])
-    with pytest.raises(ValueError, match="NBG='1e6' is not a list of whole numbers"):
-        experiment(tmp_path, environment={"NBG": "1e6"})
+    for text in "1e6", "1,000":
+        with pytest.raises(ValueError, match=f"NBG='{text}' is not a list of whole numbers"):
+            experiment(tmp_path, environment={"NBG": text})
     with pytest.raises(ValueError, match="nlabeled must be a list of different numbers >= 1, found .0."):
         experiment(tmp_path, environment={"NLABELED": "0"})
 
@@ -119,7 +120,7 @@ def test_a_system_that_is_not_run_needs_no_section(tmp_path, ddir, monkeypatch, 
         assert code == 0 and f"{system}.py --mode val" in out.out
         for arguments in ([other, "1", str(path)], ["compare", str(path)]):
             code, out = call(monkeypatch, capsys, *arguments, DDIR=ddir.root)
-            assert code == 1 and f"{path}: {other} must have the entries" in out.err
+            assert code == 1 and f"{path} has no section {other}" in out.err
 
 
 def test_the_comments_of_the_papers_file_name_all_entries(tmp_path):
@@ -252,7 +253,7 @@ def test_parameters_that_are_none_are_refused_and_written_anew(tmp_path, ddir, c
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as f:
         f.write(content)
-    with pytest.raises(ValueError, match="run_diffusion.bash 2 writes it anew"):
+    with pytest.raises(ValueError, match="run_diffusion.bash 2 .*tiny.yaml writes it anew"):
         experiments.read_parameters(e, "diffusion", ddir, "chosen")
 
 
@@ -573,7 +574,7 @@ def finished(tmp_path, ddir):
 
 def test_rows_are_of_the_seeds_of_the_experiment(finished, ddir):
     write_record(experiments.diffusion_job(finished, ddir, "test_nbg0_nl1_seed9", "test", 0, 1, 9, 2))       # of an earlier SEEDS
-    systems = report.comparison(finished, ddir)
+    systems = report.comparison(finished, ddir, "chosen")
     assert list(systems) == [("logreg", None), ("diffusion", 0), ("diffusion", 500)]
     assert all(list(rows) == [1, 2] and all(row["seeds"] == [1, 2] for row in rows.values()) for rows in systems.values())
     row = systems["diffusion", 0][1]
@@ -596,10 +597,56 @@ def test_report(finished, ddir, capsys):
                        "1.5", "2.00"]
     assert rows[1][-4:] == ["", "", "1.5", "2.00"] and rows[1][2] == "0"
     table = open(os.path.join(e.folder("logreg", ddir), "report.md")).read()
-    assert "| 1               | 64        | 0.001 | 0.1 | 500     | 2     | 61.00 +/- 0.500 |" in table
+    assert table.startswith("Top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), chosen parameters.\n\n|")
+    assert "| 1                      | 64        | 0.001 | 0.1 | 500     | 2     | 61.00 +/- 0.500 |" in table
     stored = json.load(open(os.path.join(e.folder("diffusion", ddir), "report.json")))
     assert [(r["nbg"], r["nlabeled"]) for r in stored] == [(0, 1), (0, 2), (500, 1), (500, 2)]
     assert stored[2]["top5"] == pytest.approx([66, 67]) and stored[2]["seeds"] == [1, 2]
+
+
+def test_what_is_in_place_of_the_files_lists_is_told(finished, ddir, monkeypatch, capsys):
+    for arguments in ("logreg", "4", finished.path), ("compare", finished.path):
+        code, out = call(monkeypatch, capsys, *arguments, DDIR=ddir.root, NLABELED="1", SEEDS="1 2")
+        assert not code and out.out.count("\nnote: with NLABELED=1 in place of what tiny.yaml has\n") == 1
+    assert "note: with" in open(ddir.log("tiny.md")).read()
+    code, out = call(monkeypatch, capsys, "compare", finished.path, DDIR=ddir.root, NLABELED="1 2")
+    assert not code and "note: with" not in out.out
+
+
+def test_comparison_by_published_parameters(finished, ddir, tmp_path, monkeypatch, capsys):
+    path = str(tmp_path / "paper.json")
+    figures = json.load(open(path))
+    chosen = {system: read_parameters(finished, system, ddir, "chosen") for system in ("logreg", "diffusion")}
+    json.dump({**figures, "parameters": chosen}, open(path, "w"))
+    e = Experiment(finished.path)
+    for system in chosen:
+        for job in experiments.test_jobs(e, system, ddir, chosen[system], "published"):
+            if system == "logreg":
+                write_record(job, {(0.001, 0.1): {500: (.25, .125)}})
+            else:
+                write_record(job, {i: (.75, .5) for i in range(job.arguments["niter"] + 1)})
+    code, out = call(monkeypatch, capsys, "compare", e.path, DDIR=ddir.root, PARAMS="published")
+    assert not code and "| logistic regression              | 25.0 / 12.5" in out.out and "tiny-published.png" in out.err
+    assert os.path.exists(ddir.log("tiny-published.md")) and not os.path.exists(ddir.log("tiny.md"))
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "published is paper.json, and .*paper.json does not exist"),
+    ({"parameters": {"diffusion": {"500": {"1": {"niter": "3"}}}}}, "paper.json does not hold parameters of diffusion: see configs"),
+    ({}, "tiny.yaml names no published parameters of diffusion")])
+def test_published_parameters_that_are_none_are_named(finished, ddir, tmp_path, monkeypatch, capsys, content, message):
+    os.unlink(tmp_path / "paper.json")
+    if content is not None:
+        json.dump(content, open(tmp_path / "paper.json", "w"))
+    code, out = call(monkeypatch, capsys, "diffusion", "4", finished.path, DDIR=ddir.root, PARAMS="published")
+    assert code == 1 and re.search(message, out.err)
+
+
+def test_a_forgotten_dim_is_named(tmp_path, ddir):
+    os.makedirs(ddir.path("features", "f100m"))
+    open(ddir.pca(32), "w").close()
+    job = experiments.validation_jobs(experiment(tmp_path), "diffusion", ddir)[-1]
+    assert any("has the PCA to 32 dimensions, not to 256: --dim 32, or" in why for why in job.lacks)
 
 
 def test_report_tells_what_is_missing(finished, ddir, capsys):
@@ -618,7 +665,7 @@ def test_report_tells_what_is_missing(finished, ddir, capsys):
 
 
 def test_comparison(finished, ddir, capsys):
-    report.print_comparison(finished, ddir)
+    report.print_comparison(finished, ddir, "chosen")
     out = capsys.readouterr().out
     assert "| logistic regression              | 61.0 / 51.5" in out
     assert "| diffusion, no background         | 61.5 / 59.5" in out
@@ -700,12 +747,12 @@ def test_parameters_of_other_data_or_settings_are_refused(finished, tmp_path, dd
     experiment(tmp_path, TINY.replace("k: 10", "k: 5"))
     path = finished.parameters_path("diffusion", ddir)
     code, out = call(monkeypatch, capsys, "diffusion", "3", finished.path, **words)
-    assert code == 1 and f"{path} was chosen for another k 10: phases 1 and 2" in out.err
+    assert code == 1 and f"{path} was chosen for another k (10, not 5): phases 1 and 2" in out.err
     for job in experiments.validation_jobs(finished, "logreg", ddir):
         write_record(job, all_points({500: (.5, .5), 1000: (.5, .5)}))
     assert call(monkeypatch, capsys, "logreg", "2", finished.path, **words)[0] == 0
     assert call(monkeypatch, capsys, "logreg", "3", finished.path, **words)[0] == 0
-    for more, was in (("mom: 0.5", "mom 0.9"), ("precision: bfloat16", "precision float32")):
+    for more, was in (("mom: 0.5", "mom (0.9, not 0.5)"), ("precision: bfloat16", "precision (float32, not bfloat16)")):
         experiment(tmp_path, TINY.replace("maxiter: 1000", "maxiter: 1000, " + more))
         code, out = call(monkeypatch, capsys, "logreg", "3", finished.path, **words)
         assert code == 1 and f"was chosen for another {was}: phases 1 and 2" in out.err
@@ -731,7 +778,7 @@ def test_printed_commands_are_for_the_checkout(ddir, tmp_path, monkeypatch, caps
     (["logreg", "1", "nowhere.yaml"], {}, "no experiment file nowhere.yaml"),
     (["logreg", "3"], {"PARAMS": "best"}, "PARAMS='best': chosen or published is expected"),
     (["logreg", "1"], {"JOBS": "two"}, "JOBS='two' is not a whole number"),
-    (["logreg", "3"], {}, "parameters.json does not exist: bash run_logreg.bash 2 writes it"),
+    (["logreg", "3"], {}, "parameters.json does not exist: bash run_logreg.bash 2 "),
     (["logreg", "1"], {"DDIR": ""}, "DDIR is not set"),
     (["logreg", "1"], {"DDIR": "/nowhere/at/all"}, "DDIR=/nowhere/at/all is not a directory")])
 def test_bad_calls(ddir, monkeypatch, capsys, arguments, environment, message):
@@ -822,7 +869,7 @@ def test_what_test_images_lack_is_told(finished, ddir, capsys):
         with open(job.record, "w") as f:
             json.dump(content, f)
     report.print_report(finished, "logreg", ddir, jobs, parameters, "chosen")
-    report.print_comparison(finished, ddir)
+    report.print_comparison(finished, ddir, "chosen")
     assert capsys.readouterr().out.splitlines().count(note) == 2
     for path in (os.path.join(finished.folder("logreg", ddir), "report.md"), ddir.log("tiny.md")):
         with open(path) as f:

@@ -86,7 +86,8 @@ def test_validation_of_logreg():
                 (0.01, 0.0, 16): [run_of(0.6, 0.5, first=500, step=500), run_of(0.8, 0.5, first=500, step=500)]}
     figure = validation_figure({(None, 1): settings}, {(None, 1): ((0.01, 0.0, 16), 500)})
     ax = figure.axes[0]
-    assert drawn(ax) == {"logistic regression": pytest.approx([70, 50]), "other settings of the grid": pytest.approx([20, 30])}
+    assert drawn(ax) == {"logistic regression, the best setting": pytest.approx([70, 50]),
+                         "other settings of the grid": pytest.approx([20, 30]), "chosen number of iterations": pytest.approx([70])}
     [mark] = [line for line in ax.lines if line.get_markersize() == 9]
     assert list(mark.get_xdata()) == [500] and mark.get_ydata() == pytest.approx([70])
 
@@ -97,4 +98,5 @@ def test_validation_of_diffusion():
     assert len(figure.axes) == 4
     for ax in figure.axes[:2]:
         assert drawn(ax) == {"diffusion, no background": pytest.approx([10, 20, 10]),
-                             "diffusion, 1,000 background images": pytest.approx([10, 30, 10])}
+                             "diffusion, 1,000 background images": pytest.approx([10, 30, 10]),
+                             "chosen number of iterations": pytest.approx([30])}
