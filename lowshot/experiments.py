@@ -243,8 +243,8 @@ def make_job(e, system, ddir, name, arguments, *more):
 def diffusion_job(e, ddir, name, mode, nbg, nlabeled, seed, niter):
     k, dim = e.diffusion["k"], e.diffusion["dim"]
     arguments = {"mode": mode, "nlabeled": nlabeled, "seed": seed, "nbg": nbg, "k": k, "niter": niter, "dim": dim}
-    return make_job(e, "diffusion", ddir, name, arguments, lambda: ddir.check_dim(dim) or [ddir.pca(dim)], lambda: [ddir.raw(dim)] if nbg else [],
-                    lambda: ddir.find_graph(nbg, k, dim)[:2] if nbg else [],
+    return make_job(e, "diffusion", ddir, name, arguments, lambda: ddir.check_dim(dim) or [ddir.pca(dim)],
+                    lambda: [ddir.raw(dim)] if nbg else [], lambda: ddir.find_graph(nbg, k, dim)[:2] if nbg else [],
                     lambda: [path for path in [ddir.index(nbg)] if nbg and os.path.exists(path)])
 
 
@@ -269,7 +269,8 @@ def test_jobs(e, system, ddir, parameters, source):
         found = entry_of(parameters, nbg, n)
         if not found:
             what = ("" if nbg is None else f"nbg={nbg}, ") + f"nlabeled={n}"
-            hint = f"bash run_{system}.bash 2 {short_path(e.path)} chooses them" if source == "chosen" else "choose them by phases 1 and 2"
+            hint = "choose them by phases 1 and 2" if source != "chosen" else \
+                f"bash run_{system}.bash 2 {short_path(e.path)} chooses them"
             raise ValueError(f"no {source} parameters of {system} for {what}: {hint}")
         return found
 
@@ -291,7 +292,8 @@ def check_chosen(e, parameters, jobs, path):
         a = job.arguments
         p = entry_of(parameters, a.get("nbg"), a["nlabeled"])
         other = changed_file(job.inputs, p["files"]) or changed_grid(e, p) if "files" in p else None
-        settings = (f"{key} ({as_text(p[key])}, not {as_text(a[key])})" for key in SETTINGS[job.script] if key in p and p[key] != a[key])
+        settings = (f"{key} ({as_text(p[key])}, not {as_text(a[key])})" for key in SETTINGS[job.script]
+                    if key in p and p[key] != a[key])
         other = other or next(settings, None)
         if other:
             raise ValueError(f"{path} was chosen for another {other}: phases 1 and 2 choose anew")
@@ -568,7 +570,8 @@ def read_parameters(e, system, ddir, source):
     except ValueError as error:
         why = f" ({error})"
     if not parameters or not are_parameters(parameters, system):
-        raise ValueError(f"{path} does not hold parameters of {system}{why}: bash run_{system}.bash 2 {short_path(e.path)} writes it anew")
+        raise ValueError(f"{path} does not hold parameters of {system}{why}: bash run_{system}.bash 2 {short_path(e.path)} "
+                         "writes it anew")
     return parameters
 
 

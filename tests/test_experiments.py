@@ -267,7 +267,8 @@ if a.get("--fail") == "yes":
     sys.exit("fails, as it was told to")
 if a.get("--fail") != "silently":
     json.dump({"complete": True, "seconds": 1, "peak_memory": 1e9,
-               "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}], "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
+               "results": [{"iteration": 0, "top5": 1, "top5_novel": 1}],
+               "threads": os.environ.get("OMP_NUM_THREADS", ""), "ddir": os.environ["DDIR"],
                "arguments": {k[2:]: v for k, v in a.items()}}, open(a["--record"], "w"))
 """
 
@@ -597,7 +598,8 @@ def test_report(finished, ddir, capsys):
                        "1.5", "2.00"]
     assert rows[1][-4:] == ["", "", "1.5", "2.00"] and rows[1][2] == "0"
     table = open(os.path.join(e.folder("logreg", ddir), "report.md")).read()
-    assert table.startswith("Top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), chosen parameters.\n\n|")
+    assert table.startswith("Top-5 accuracy in per cent, mean +/- standard deviation over seeds (population), chosen "
+                            "parameters.\n\n|")
     assert "| 1                      | 64        | 0.001 | 0.1 | 500     | 2     | 61.00 +/- 0.500 |" in table
     stored = json.load(open(os.path.join(e.folder("diffusion", ddir), "report.json")))
     assert [(r["nbg"], r["nlabeled"]) for r in stored] == [(0, 1), (0, 2), (500, 1), (500, 2)]
@@ -632,7 +634,7 @@ def test_comparison_by_published_parameters(finished, ddir, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("content, message", [
     (None, "published is paper.json, and .*paper.json does not exist"),
-    ({"parameters": {"diffusion": {"500": {"1": {"niter": "3"}}}}}, "paper.json does not hold parameters of diffusion: see configs"),
+    ({"parameters": {"diffusion": {"500": {"1": {"niter": "3"}}}}}, "paper.json does not hold parameters of diffusion: see"),
     ({}, "tiny.yaml names no published parameters of diffusion")])
 def test_published_parameters_that_are_none_are_named(finished, ddir, tmp_path, monkeypatch, capsys, content, message):
     os.unlink(tmp_path / "paper.json")

@@ -87,7 +87,8 @@ def test_validation_of_logreg():
     figure = validation_figure({(None, 1): settings}, {(None, 1): ((0.01, 0.0, 16), 500)})
     ax = figure.axes[0]
     assert drawn(ax) == {"logistic regression, the best setting": pytest.approx([70, 50]),
-                         "other settings of the grid": pytest.approx([20, 30]), "chosen number of iterations": pytest.approx([70])}
+                         "other settings of the grid": pytest.approx([20, 30]),
+                         "chosen number of iterations": pytest.approx([70])}
     [mark] = [line for line in ax.lines if line.get_markersize() == 9]
     assert list(mark.get_xdata()) == [500] and mark.get_ydata() == pytest.approx([70])
 

@@ -407,7 +407,8 @@ def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("change", [
-    {"iteration": 10 ** 12}, {"iteration": 10 ** 9}, {"iteration": -5}, {"iteration": 16.5}, {"iteration": "16"}, {"runs": []}, {"runs": 5},
+    {"iteration": 10 ** 12}, {"iteration": 10 ** 9}, {"iteration": -5}, {"iteration": 16.5}, {"iteration": "16"}, {"runs": []},
+    {"runs": 5},
     {"runs": [{"lr": 5, "wd": 5, "results": []}]}, {"seconds": "a"}, {"seconds": float("nan")}, {"losses": [[["a"]]]},
     {"losses": {"a": 1}}, {"losses": [[[1.0, 2.0]]]}, {"top5": 2}, {"top5_novel": -1}, {"top5": None}])
 def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, capsys, change):
