@@ -1,4 +1,5 @@
 """The PCA that brings network features to the dimension of the graph, a Faiss VectorTransform."""
+import glob
 import os
 import re
 
@@ -8,6 +9,7 @@ from lowshot.features import check_readable, check_same_network
 from lowshot.files import file_sha256, read_note
 from lowshot.layout import pca_command
 from lowshot.packages import faiss
+from lowshot.script import log
 
 
 def load_pca(path, features=None):
@@ -46,8 +48,8 @@ def load_pca(path, features=None):
 
 
 def check_made_by(pca_path, raw, dim):
-    """ValueError where the notes beside them tell that another PCA made the background's vectors. Published files have none:
-    they are believed, but for vectors beside a PCA that was trained here."""
+    """ValueError where the notes beside them tell that another PCA made the background's vectors, and a line where features are
+    newer than these. Published files have no notes: they are believed, but for vectors beside a PCA that was trained here."""
     made_by = read_note(raw + ".json").get("pca_sha256")
     if made_by is None and os.path.exists(raw + ".json"):
         raise ValueError(f"{raw}.json is damaged, it does not tell which PCA made the vectors: {pca_command('apply', dim)} "
@@ -56,3 +58,7 @@ def check_made_by(pca_path, raw, dim):
         raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes "
                          "vectors, build_graph.py --overwrite then the graph; or, if both files were put there, delete the "
                          ".json beside them")
+    newer = [path for path in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(raw)), "block*.hdf5")))
+             if made_by is not None and os.path.getmtime(path) > os.path.getmtime(raw)]
+    if newer:
+        log(f"note: {newer[0]} is newer than {raw}: {pca_command('apply', dim)} tells whether these vectors are of it")

@@ -373,6 +373,20 @@ def test_published_vectors_are_not_of_a_pca_that_was_trained_here(tmp_path):
             pca.check_made_by(vt, raw, 8)
 
 
+def test_features_that_are_newer_than_the_vectors_are_told(root, capsys):
+    run(root, "train", "apply")
+    vt, raw_path = path(root, f"PCAR{DIM}.vt"), path(root)
+    pca.check_made_by(vt, raw_path, DIM)
+    assert capsys.readouterr().out == ""
+    os.utime(path(root, "block1.hdf5"), (2e9, 2e9))
+    pca.check_made_by(vt, raw_path, DIM)
+    assert "block1.hdf5 is newer than" in capsys.readouterr().out
+    for name in vt, raw_path:           # as of files that were put there
+        os.unlink(name + ".json")
+    pca.check_made_by(vt, raw_path, DIM)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_pca_of_other_columns_is_named(tmp_path):
     rotation = faiss.RandomRotationMatrix(6, 3)
     rotation.init(0)
