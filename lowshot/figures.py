@@ -70,14 +70,14 @@ def comparison_figure(systems):
     """Accuracy of diffusion against iterations and against the background's size, and of logistic regression as a line, for
     each number of labels; the paper's beside those against the size. systems: as report.comparison() gives them."""
     logreg = systems["logreg", None]
-    diffusion = {nbg: rows for (system, nbg), rows in systems.items() if system == "diffusion"}
+    diffusion = dict(sorted((nbg, rows) for (system, nbg), rows in systems.items() if system == "diffusion"))
     shades = shades_of(diffusion)
     with drawing([title_of(n) for n in logreg], 2) as (figure, groups):
         for n, group in zip(logreg, groups):
             for (key, published, _), (left, right) in zip(ROWS, group):
-                for nbg in sorted(diffusion):
-                    draw_curve(left, diffusion[nbg][n]["results"], key, shades[nbg], nbg)
-                draw_backgrounds(right, {nbg: diffusion[nbg][n] for nbg in sorted(diffusion)}, key, published, shades)
+                for nbg, rows in diffusion.items():
+                    draw_curve(left, rows[n]["results"], key, shades[nbg], nbg)
+                draw_backgrounds(right, {nbg: rows[n] for nbg, rows in diffusion.items()}, key, published, shades)
                 mean, std = np.mean(logreg[n][key]), np.std(logreg[n][key])
                 for ax in (left, right):
                     ax.axhline(mean, color=LOGREG, lw=1.5, ls=(0, (5, 3)), zorder=1, label=name_of(None))
