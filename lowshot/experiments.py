@@ -363,7 +363,7 @@ class Driver:
         self.waiting, self.elsewhere = list(jobs), []
         self.running = {}       # process -> its job and the lock of this
         self.met = set()        # names of jobs that other drivers ran
-        self.done, self.failed, self.t0 = 0, [], time.monotonic()
+        self.done, self.failed, self.t0 = 0, {}, time.monotonic()       # failed: names of jobs -> why
 
     def run(self, parallel):
         """Names of the jobs that failed, in their order."""
@@ -439,8 +439,9 @@ class Driver:
                 self._count()
 
     def _fail(self, job, why):
-        self.failed.append(job.name)
-        log(f"  {job.name} FAILED {why}")
+        first = next((name for name, other in self.failed.items() if other == str(why)), None)
+        self.failed[job.name] = str(why)
+        log(f"  {job.name} FAILED {why if first is None else f'as {first}'}")
         self._count()
 
     def _count(self, how=""):

@@ -365,12 +365,12 @@ def test_jobs_that_all_lack_an_input_are_not_started(tmp_path, capsys):
 
 
 def test_failed_jobs_are_named_and_the_others_go_on(tmp_path, capsys):
-    jobs = stand_in_jobs(tmp_path, {"fail": "yes"}, {"fail": "no"}, {"fail": "silently"})
-    with pytest.raises(ValueError, match="2 of 3 jobs failed: job0, job2"):
+    jobs = stand_in_jobs(tmp_path, {"fail": "yes"}, {"fail": "no"}, {"fail": "silently"}, {"fail": "yes"})
+    with pytest.raises(ValueError, match="3 of 4 jobs failed: job0, job2, job3"):
         experiments.run_jobs(jobs, 1, {**os.environ, "DDIR": "."})
     out = capsys.readouterr().out
     assert "job0 FAILED (status 1): fails, as it was told to" in out
-    assert "job2 FAILED (no complete record)" in out
+    assert "job2 FAILED (no complete record)" in out and "job3 FAILED as job0\n" in out
     assert jobs[1].result() is not None
 
 
