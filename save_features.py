@@ -260,8 +260,9 @@ class InSharedMemory:
     """
 
     def __init__(self, batches, shape, slots):
+        from lowshot.imagesets import UNALIGNED, pixel_array
         self.batches = batches
-        self.slots = np.frombuffer(mmap.mmap(-1, slots * int(np.prod(shape))), np.uint8).reshape(slots, *shape)
+        self.slots = pixel_array((slots, *shape), mmap.mmap(-1, slots * int(np.prod(shape)) + UNALIGNED))
 
     def __len__(self):
         return len(self.batches)

@@ -2,6 +2,7 @@ import concurrent.futures
 import errno
 import io
 import json
+import mmap
 import os
 import pickle
 import struct
@@ -579,3 +580,12 @@ def test_a_folder_whose_name_ends_like_that_of_an_image_is_a_class(tmp_path):
     (tmp_path / "a.jpg").mkdir()
     (tmp_path / "a.jpg" / "1.jpg").write_bytes(b"x")
     assert imagesets.folder_set(str(tmp_path)).class_names == ["a.jpg"]
+
+
+def test_pixels_are_not_decoded_past_the_caches():
+    """At no multiple of 32 bytes, in a buffer or not, nor are the images in it."""
+    buffer = mmap.mmap(-1, 4 * 8 * 32 * 32 * 3 + imagesets.UNALIGNED)
+    for a in imagesets.pixel_array((4, 8, 32, 32, 3), buffer), imagesets.pixel_array((8, 32, 32, 3)):
+        assert a.dtype == np.uint8 and a.flags.c_contiguous and all(x.ctypes.data % 32 == 16 for x in a)
+    imagesets.pixel_array((4, 8, 32, 32, 3), buffer)[3, 7, 31, 31] = 1, 2, 3
+    assert bytes(buffer)[:-imagesets.UNALIGNED // 2][-3:] == bytes([1, 2, 3])
