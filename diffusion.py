@@ -123,7 +123,7 @@ def panels(is_novel, width):
             for i in range(0, len(part), width)]
 
 
-def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, least=False, examples=0):
+def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, device, niter, least=False, examples=0):
     """Peak memory of this process in bytes: the largest of its steps.
 
     The completion maps the background's file, whose pages count as well, although the system may drop them; so do those that
@@ -134,13 +134,13 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, niter, 
     from lowshot import exact_search, knn, sampling
     from lowshot.backends import ENTRIES
     from lowshot.cells import BLOCK
-    from lowshot.gpu_search import GPU_LIBRARIES, search_device
+    from lowshot.gpu_search import GPU_LIBRARIES
     nbg = n - nbase - nnovel
     vectors, blocks = 4 * dim * (nbase + nt), min(n, BLOCK) * (6 * dim + 8 * (k + exact_search.spare_of(k)))
     edges = ENTRIES * k * n
     in_memory = 0 if least else 4 * edges       # entries of W, besides what the backend adds to them
     mapped = 0 if least else 4 * dim * nbg
-    exact = exact_search.compares_all(2 * nbase + nt, n - nnovel, dim, search_device(Backend.device))
+    exact = exact_search.compares_all(2 * nbase + nt, n - nnovel, dim, device)
     # I and D: in memory where they are made exact, else D may be in a file; both are where they are stored
     lists = 8 * k * nt + (8 if exact or not least else 4) * k * n * (not (least and stored))
     looked_up = min(mapped, 2 * k * nnovel * AROUND)        # their neighbours, and nodes that have them as neighbours
@@ -320,7 +320,7 @@ def main():
     Backend = choose_backend(args.backend, args.device, n, k)
     device = search_device(Backend.device)
     memory = functools.partial(predict_memory, n, nt, nbase, nl - nbase, k, args.dim, fixed is not None, Backend=Backend,
-                               niter=args.niter, examples=4 * nt * (C + k) if args.storeexamples else 0)
+                               device=device, niter=args.niter, examples=4 * nt * (C + k) if args.storeexamples else 0)
     width = widest_panel(args.lslice, n, Backend.panel)
     least = memory(width=16 if args.lslice == "auto" else width, least=True)
     predicted = within_memory(memory(width=width), least)

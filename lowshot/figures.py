@@ -154,9 +154,9 @@ def draw_backgrounds(ax, rows, key, published, shades):
     x = np.arange(len(rows))
     ax.plot(x, [np.mean(row[key]) for row in rows.values()], color=MUTED, lw=1.2, zorder=1.5)
     for at, (nbg, row) in zip(x, rows.items()):
-        mean = np.mean(row[key])
-        ax.errorbar(at, mean, np.std(row[key]), color=shades[nbg], marker="o", ms=6, capsize=3, lw=1.4, zorder=2)
-        ax.annotate(f"{mean:.1f}", (at, mean + np.std(row[key])), xytext=(0, 7), textcoords="offset points", ha="center",
+        mean, std = np.mean(row[key]), np.std(row[key])
+        ax.errorbar(at, mean, std, color=shades[nbg], marker="o", ms=6, capsize=3, lw=1.4, zorder=2)
+        ax.annotate(f"{mean:.1f}", (at, mean + std), xytext=(0, 7), textcoords="offset points", ha="center",
                     va="bottom", fontsize=8, color=INK, bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.6})
         if row["paper"]:
             ax.errorbar(at, *row["paper"][published], color=MUTED, marker="D", mfc="white", ms=5, capsize=3, lw=1,

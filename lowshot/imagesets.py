@@ -59,7 +59,7 @@ SMALL = 1 << 16         # bytes that are read before a file is asked for its siz
 NAMES = [f"{i:03d}.jpg" for i in range(1000)]   # members of YFCC100M's zip files
 HEADER = 1 << 10        # bytes at the start of a JPEG file among which its size is looked for
 LARGEST_MEMBER = 1 << 28    # bytes of an image in a zip file, which may be compressed to few
-UNALIGNED = 32          # bytes
+UNALIGNED = 32          # bytes, at a multiple of which pixels are not decoded to
 STRIP = 1 << 24         # pixels of a resized image from which on only the part that is kept is resized
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 

@@ -58,7 +58,8 @@ def check_made_by(pca_path, raw, dim):
         raise ValueError(f"{raw} was made by another PCA than {pca_path}: {pca_command('apply', dim)} --overwrite makes "
                          "vectors, build_graph.py --overwrite then the graph; or, if both files were put there, delete the "
                          ".json beside them")
-    newer = [path for path in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(raw)), "block*.hdf5")))
-             if made_by is not None and os.path.getmtime(path) > os.path.getmtime(raw)]
-    if newer:
-        log(f"note: {newer[0]} is newer than {raw}: {pca_command('apply', dim)} tells whether these vectors are of it")
+    if made_by is not None:
+        blocks = glob.glob(os.path.join(glob.escape(os.path.dirname(raw)), "block*.hdf5"))
+        newest = max(blocks, key=os.path.getmtime, default=raw)
+        if os.path.getmtime(newest) > os.path.getmtime(raw):
+            log(f"note: {newest} is newer than {raw}: {pca_command('apply', dim)} tells whether these vectors are of it")

@@ -581,6 +581,12 @@ def test_rows_are_of_the_seeds_of_the_experiment(finished, ddir):
     row = systems["diffusion", 0][1]
     assert [[r["iteration"] for r in results] for results in row["results"]] == [[0, 1, 2]] * 2
     assert row["seconds"] == [1.5, 1.5] and row["peak_memory"] == [2e9, 2e9]
+    parameters = read_parameters(finished, "logreg", ddir, "chosen")
+    os.unlink(experiments.test_jobs(finished, "logreg", ddir, parameters, "chosen")[3].record)
+    with pytest.raises(ValueError, match="1 of 4 jobs have no complete record of this data and these arguments, test_nl2_seed2 "
+                                         "for one"):
+        report.print_comparison(finished, ddir, "chosen")
+    assert not os.path.exists(ddir.log("tiny.md")) and not os.path.exists(ddir.log("tiny.png"))
 
 
 def test_report(finished, ddir, capsys):
@@ -780,7 +786,8 @@ def test_printed_commands_are_for_the_checkout(ddir, tmp_path, monkeypatch, caps
     (["logreg", "1", "nowhere.yaml"], {}, "no experiment file nowhere.yaml"),
     (["logreg", "3"], {"PARAMS": "best"}, "PARAMS='best': chosen or published is expected"),
     (["logreg", "1"], {"JOBS": "two"}, "JOBS='two' is not a whole number"),
-    (["logreg", "3"], {}, "parameters.json does not exist: bash run_logreg.bash 2 "),
+    (["logreg", "3"], {}, "parameters.json does not exist: bash run_logreg.bash 2 "
+     f"{experiments.short_path(os.path.join(CHECKOUT, 'configs', 'paper.yaml'))} writes it"),
     (["logreg", "1"], {"DDIR": ""}, "DDIR is not set"),
     (["logreg", "1"], {"DDIR": "/nowhere/at/all"}, "DDIR=/nowhere/at/all is not a directory")])
 def test_bad_calls(ddir, monkeypatch, capsys, arguments, environment, message):
