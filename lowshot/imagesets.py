@@ -58,6 +58,13 @@ CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SMALL = 1 << 16         # bytes that are read before a file is asked for its size, or of small members of zip files at a time
 NAMES = [f"{i:03d}.jpg" for i in range(1000)]   # members of YFCC100M's zip files
 HEADER = 1 << 10        # bytes at the start of a JPEG file among which its size is looked for
+# of zip files: the last record (signature, disks, members here and in all, length and start of the directory, length of a
+# comment), and what an entry of the directory begins with (the lengths are those of name, extra field and comment)
+END_RECORD = struct.Struct("<4sIHHIIH")
+ENTRY = np.dtype({"names": ["signature", "flags", "method", "checksum", "size", "lengths", "offset"],
+                  "formats": ["S4", "<u2", "<u2", "<u4", "<u4", "3<u2", "<u4"],
+                  "offsets": [0, 8, 10, 16, 24, 28, 42], "itemsize": 46})
+ENCRYPTED, NOT_HERE = 1, 0xffffffff     # a flag, and numbers that the extra field has
 LARGEST_MEMBER = 1 << 28    # bytes of an image in a zip file, which may be compressed to few
 UNALIGNED = 32          # bytes, at a multiple of which pixels are not decoded to
 STRIP = 1 << 24         # pixels of a resized image from which on only the part that is kept is resized
@@ -282,8 +289,9 @@ class ZipSet(ImageSet):
 class ZipReader:
     """A zip file whose members are read whole. One that is missing or damaged has no members, and is remembered so.
 
-    Members stored without compression, as in YFCC100M, are read by one system call, small ones by one for many; the
-    zipfile module, which does the rest, takes longer for each than the decoding of a small image.
+    Members stored without compression, as in YFCC100M, are read by one system call, small ones by one for many, and where all
+    are their directory is taken apart at once; the zipfile module, which does the rest, takes longer for each than the decoding
+    of a small image.
     """
 
     class Stretch(threading.local):
@@ -291,12 +299,17 @@ class ZipReader:
         start, data = 0, b""
 
     def __init__(self, path):
-        self.zip, self.members, self.stretch = None, {}, self.Stretch()
-        self.error = None
+        self.path, self.file, self.zip, self.members = path, None, None, {}     # (offset, size, checksum); None: by zipfile
+        self.stretch, self.error = self.Stretch(), None
         try:
-            self.zip = zipfile.ZipFile(path)
-            self.size = os.fstat(self.zip.fp.fileno()).st_size
-            self.members = {m.filename: m for m in self.zip.infolist()}
+            self.file = open(path, "rb", buffering=0)
+            self.size = os.fstat(self.file.fileno()).st_size
+            self.members = stored_members(self.file.fileno(), self.size)
+            if self.members is None:
+                self.zip = zipfile.ZipFile(self.file)
+                self.members = {m.filename: (m.header_offset, m.file_size, m.CRC)
+                                if m.compress_type == zipfile.ZIP_STORED and not m.flag_bits & ENCRYPTED else None
+                                for m in self.zip.infolist()}
         except FileNotFoundError:
             self.error = Missing(f"no file {path}")
         except OSError as e:
@@ -308,26 +321,28 @@ class ZipReader:
     def read(self, name):
         if self.error is not None:
             raise self.error
-        m = self.members.get(name)
-        if m is None:
-            raise Missing(f"no {name} in {self.zip.filename}")
-        if m.file_size > LARGEST_MEMBER:
-            raise zipfile.BadZipFile(f"{name} has {m.file_size} bytes, more than an image")
-        if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1:
-            return self.zip.read(m)
-        if m.header_offset + m.file_size > self.size:
+        try:
+            member = self.members[name]
+        except KeyError:
+            raise Missing(f"no {name} in {self.path}")
+        offset, size, checksum = member or (0, self.zip.getinfo(name).file_size, None)
+        if size > LARGEST_MEMBER:
+            raise zipfile.BadZipFile(f"{name} has {size} bytes, more than an image")
+        if member is None:
+            return self.zip.read(name)
+        if offset + size > self.size:
             raise zipfile.BadZipFile(f"{name} would end beyond the file")
         # a member is a header of 30 bytes, its name, an extra field, then the data
         spare = 64
-        data, at = self._stretch(m.header_offset, 30 + len(name) + spare + m.file_size)
+        data, at = self._stretch(offset, 30 + len(name) + spare + size)
         if data[at:at + 4] != b"PK\3\4" or len(data) < at + 30:
             raise zipfile.BadZipFile(f"no member where {name} should start")
         start = 30 + sum(struct.unpack_from("<HH", data, at + 26))
-        if at + start + m.file_size > len(data):
-            data, at = self._stretch(m.header_offset + start, m.file_size)
+        if at + start + size > len(data):
+            data, at = self._stretch(offset + start, size)
             start = 0
-        data = data[at + start:at + start + m.file_size]
-        if zlib.crc32(data) != m.CRC:
+        data = data[at + start:at + start + size]
+        if zlib.crc32(data) != checksum:
             raise zipfile.BadZipFile(f"bad checksum of {name}")
         return data
 
@@ -337,9 +352,43 @@ class ZipReader:
         at = start - have.start
         if not 0 <= at <= len(have.data) - n:
             if n > SMALL // 8:
-                return os.pread(self.zip.fp.fileno(), n, start), 0
-            have.start, have.data, at = start, os.pread(self.zip.fp.fileno(), SMALL, start), 0
+                return os.pread(self.file.fileno(), n, start), 0
+            have.start, have.data, at = start, os.pread(self.file.fileno(), SMALL, start), 0
         return have.data, at
+
+    def __del__(self):
+        if self.file is not None:
+            self.file.close()
+
+
+def stored_members(fd, size):
+    """{name: (offset, size, checksum)} of the zip file of `size` bytes, or None: it is to be looked at member by member.
+
+    That is unless it ends with its directory, and this has entries of one length, of members without compression.
+    """
+    end = os.pread(fd, END_RECORD.size, max(0, size - END_RECORD.size))
+    if len(end) < END_RECORD.size:
+        return None
+    signature, disk, n, total, length, start, comment = END_RECORD.unpack(end)
+    if signature != b"PK\5\6" or disk or n != total or not 0 < n < 0xffff or comment or length % n \
+            or start + length != size - END_RECORD.size:
+        return None
+    directory = np.frombuffer(os.pread(fd, length, start), np.uint8)
+    if len(directory) != length or length // n < ENTRY.itemsize:
+        return None
+    directory = directory.reshape(n, length // n)
+    entries = directory[:, :ENTRY.itemsize].copy().view(ENTRY)[:, 0]
+    lengths = entries["lengths"]
+    name_length = int(lengths[0, 0])
+    names = directory[:, ENTRY.itemsize:ENTRY.itemsize + name_length]
+    usual = ((entries["signature"] == b"PK\1\2") & (entries["flags"] & ENCRYPTED == 0)
+             & (entries["method"] == zipfile.ZIP_STORED) & (lengths == lengths[0]).all(axis=1)
+             & (entries["size"] < NOT_HERE) & (entries["offset"] < NOT_HERE))
+    if not name_length or not usual.all() or ENTRY.itemsize + int(lengths[0].sum()) != length // n or ((names - 1) > 126).any():
+        return None         # (names of ASCII, without zeros)
+    names = names.tobytes().decode("ascii")
+    return dict(zip((names[i:i + name_length] for i in range(0, len(names), name_length)),
+                    zip(*(entries[key].tolist() for key in ("offset", "size", "checksum")))))
 
 
 class FileSet(ImageSet):

@@ -149,6 +149,79 @@ def test_member_with_a_long_extra_field(tmp_path):
     assert images.read(7) == picture(7) and images.read(8) == b""
 
 
+def whole_zip(names, extra=b"", compression=zipfile.ZIP_STORED, comment=b""):
+    """The bytes of a zip file of these members."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as f:
+        for i, name in enumerate(names):
+            info = zipfile.ZipInfo(name)
+            info.compress_type, info.extra = compression, extra
+            f.writestr(info, bytes([i]) * (100 * i % 777))
+        f.comment = comment
+    return bytearray(file.getvalue())
+
+
+def directories(tmp_path, data):
+    """What stored_members() and zipfile make of these bytes; None where they do not."""
+    (tmp_path / "a.zip").write_bytes(data)
+    with open(tmp_path / "a.zip", "rb") as f:
+        quick = imagesets.stored_members(f.fileno(), len(data))
+        try:
+            with zipfile.ZipFile(f) as z:
+                slow = {m.filename: (m.header_offset, m.file_size, m.CRC) for m in z.infolist()}
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+            slow = None
+    return quick, slow
+
+
+ALIKE = [f"{i:03d}.jpg" for i in range(30)]
+
+
+def test_directory_of_stored_members(tmp_path):
+    for extra in (b"", b"UT\5\0\3abcd"):
+        for names in (ALIKE, ["000.jpg"], ALIKE[::-1]):
+            quick, slow = directories(tmp_path, whole_zip(names, extra=extra))
+            assert quick == slow and list(quick) == names
+    with pytest.warns(UserWarning, match="Duplicate"):
+        data = whole_zip(["000.jpg", "001.jpg", "000.jpg"])
+    quick, slow = directories(tmp_path, data)
+    assert quick == slow and len(quick) == 2
+
+
+def encrypted(data):
+    data[data.rindex(b"PK\1\2") + 8] |= 1
+    return data
+
+
+def far(data):
+    """The last member's offset is to be found elsewhere, in an extra field."""
+    at = data.rindex(b"PK\1\2") + 42
+    data[at:at + 4] = b"\xff" * 4
+    return data
+
+
+@pytest.mark.parametrize("data", [
+    whole_zip([]), whole_zip(["000.jpg", "1000.jpg"]), b"#!/bin/sh\n" + whole_zip(ALIKE), whole_zip(ALIKE, comment=b"made by"),
+    whole_zip(ALIKE, compression=zipfile.ZIP_DEFLATED), whole_zip(["00\u00e9.jpg", "00\u00e8.jpg"]), encrypted(whole_zip(ALIKE)),
+    far(whole_zip(ALIKE)), whole_zip(["00.jpg", "10.jpg"]).replace(b"10.jpg", b"1\0.jpg"), bytearray(), bytearray(30)])
+def test_other_directories_are_left_to_zipfile(tmp_path, data):
+    assert directories(tmp_path, data)[0] is None
+
+
+def test_damaged_directories_are_read_as_zipfile_does(tmp_path):
+    rng, data = np.random.RandomState(0), whole_zip(ALIKE)
+    start, taken = data.index(b"PK\1\2"), 0
+    for _ in range(2000):
+        damaged = data.copy()
+        damaged[rng.randint(start, len(data))] = rng.choice([0, 1, 255, rng.randint(256)])
+        quick, slow = directories(tmp_path, damaged)
+        taken += quick is not None and damaged != data
+        assert quick in (None, slow) or slow is None
+    assert taken > 100          # checksums, sizes, names: what is wrong is found when members are read
+    for n in range(start, len(data)):
+        assert directories(tmp_path, data[:n]) == (None, None)
+
+
 def test_length_is_found(tmp_path):
     write_zip(str(tmp_path / "00/000.zip"), {"000.jpg": b"x"})
     write_zip(str(tmp_path / "03/041.zip"), {"005.jpg": b"x", "readme.txt": b"x"})
@@ -241,7 +314,7 @@ def test_grave_errors_are_raised(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(24, "Too many open files")
     images = ZipSet(str(tmp_path), 5)
-    monkeypatch.setattr(zipfile, "ZipFile", full)
+    monkeypatch.setattr(imagesets, "stored_members", full)
     batches = Batches(images, lambda data: data, 0, 5, 5)
     batches.preprocess.crop = 8
     with pytest.raises(OSError, match="Too many"):

@@ -557,7 +557,7 @@ def test_slow_files_are_read_ahead_by_threads_of_their_own():
 def test_errors_while_loading_end_the_run(data, monkeypatch, results):
     def full(*args):
         raise OSError(24, "Too many open files")
-    monkeypatch.setattr(zipfile, "ZipFile", full)
+    monkeypatch.setattr(imagesets, "stored_members", full)
     batches = Batches(ZipSet(str(data[0] / "yfcc100m"), N), Preprocess({"transforms": {"resize": None, "crop": 32}}), 0,
                       N, 8)
     def extract(x):
