@@ -174,7 +174,7 @@ def predict_memory(n, d, k, all_on_gpu, beside_gpu, least=False):
         return int(libraries + max(2 * vectors, 4 * n * words(d) + blocks, exact_search.memory_of_self(n, d, k), similarities))
     if all_on_gpu:                  # vectors, the cells they are sorted by, then lists twice
         return int(libraries + blocks + vectors + max(in_bytes, 16 * n * k) + 24 * n)
-    listed = sampling.longest_list(k)
+    listed = sampling.usual_list(k, d)
     similarities = (vectors + 8 * n * k) * (not least) + 4 * n * listed + 24 * n + knn.WORKING
     return int(libraries + max(knn.memory_of_graph(n, k, d, in_file=least), similarities))
 

@@ -151,7 +151,7 @@ def predict_memory(n, nt, nbase, nnovel, k, dim, stored, width, Backend, device,
              + 400 * k * nnovel,
              "diffuse": memory_of_diffusion(n, nt, edges, width, Backend, niter, least) + examples}
     if not stored:
-        listed = sampling.longest_list(k)
+        listed = sampling.usual_list(k, dim)
         steps["add novel images"] += 4 * edges + 24 * n
         steps["symmetrise"] += vectors + lists
         # base images among themselves; and with the background: in bytes, candidates, lists

@@ -18,13 +18,14 @@ from lowshot import exact_search, machine, sampling
 from lowshot.cells import BLOCK, as_vectors, nearest_cell
 from lowshot.exact_search import best_of, compares_all
 from lowshot.file_arrays import allocator
-from lowshot.sampling import MISSED, REVERSE, Sample, cells_reaching, compared_by, longest_list, with_margin
+from lowshot.sampling import MISSED, REVERSE, Sample, cells_reaching, compared_by, longest_list, usual_list, with_margin
 from lowshot.script import silent
 
 BAR = 3                     # standard errors of codes by which a candidate may seem worse than a node's known neighbours
 AFFORDABLE = 1 << 31        # comparisons of new nodes with known ones that are not worth leaving out
 ROUND = 1.25                # comparisons that take as long as a round of neighbours-of-neighbours does for a pair, at least
 NEARLY_ALL = .995           # recall that is worth a quarter of that in further comparisons
+MOST_WITH_ROUNDS = 64       # neighbours up to which such rounds are the quicker way on much of the data
 MOST_PARTS = 16             # of the lists, that a round works on one after the other; each looks at all neighbourhoods, so that
                             # more would take long
 WIDE_FROM = 1 << 15         # comparisons per node from which longer lists and more rounds are the quicker way
@@ -263,9 +264,10 @@ def memory_of_lists(n, K, in_file=False, rounds=True):
 
 
 def memory_of_graph(n, k, d, in_file=False, rounds=True):
-    """Bytes that build_knn_graph() takes for n vectors of d dimensions until it has candidates, at the most: codes, order and
-    position, and then what a sample takes, or lists."""
-    return 4 * n * nb.words_of_bytes(d) + 24 * n + max(SAMPLED, memory_of_lists(n, longest_list(k), in_file, rounds) + WORKING)
+    """Bytes that build_knn_graph() takes for n vectors of d dimensions until it has candidates, on most data: codes, order and
+    position, and then what a sample takes, or lists. With many neighbours cells are searched to the end, without rounds."""
+    lists = memory_of_lists(n, usual_list(k, d), in_file, rounds and k <= MOST_WITH_ROUNDS)
+    return 4 * n * nb.words_of_bytes(d) + 24 * n + max(SAMPLED, lists + WORKING)
 
 
 def search_begun(cells, xq, k, recall=0.95, progress=silent, say=silent):

@@ -189,7 +189,7 @@ def compared_by(sample, cells, recall, progress, say, half=True):
         [now] = sample.compared([cells.codes], longest)
         if now.codes.format == "float32" or now.suffices(recall, now.needed(recall)):
             return now
-    m, choices = -(-d // 128) * 64, [cells.codes if cells.codes is not None and cells.codes.plain else Codes()]
+    m, choices = half_dimensions(d), [cells.codes if cells.codes is not None and cells.codes.plain else Codes()]
     if half and m < d:
         choices.append(Codes("bytes", main_directions(cells.vectors, m)))
     best = min(sample.compared(choices, longest), key=lambda c: c.cost(recall, d))
@@ -209,3 +209,14 @@ def compared_by(sample, cells, recall, progress, say, half=True):
 def longest_list(k):
     """Candidates per node, at most, while a graph of k neighbours is built."""
     return max(2 * k, WIDE_LEAST)
+
+
+def usual_list(k, d):
+    """The same as it is on most data, to tell how much memory a graph is going to take: more where half of the d dimensions
+    may be compared."""
+    return max(k + k // 2, WIDE_LEAST) if half_dimensions(d) < d else k + SPARE_LISTED
+
+
+def half_dimensions(d):
+    """Dimensions that are compared where half of d do: a multiple of 64."""
+    return -(-d // 128) * 64
