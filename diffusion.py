@@ -17,6 +17,9 @@ accuracy over all test images and over those of the novel classes. "iter 2/20" i
 
     python diffusion.py --mode test --nlabeled 2 --seed 1 --nbg 1000000 --k 30 --niter 3
     python diffusion.py --mode val --nlabeled 5 --seed 1 --nbg 0 --k 30 --niter 40
+
+A run that was killed goes on, when the same command is given again, from the graph that further runs share, if it came that
+far, and from the classes that it had diffused half a minute before, unless it stores L or examples.
 """
 import contextlib
 import functools
@@ -32,10 +35,12 @@ from lowshot.features import FeatureFile, read_into
 from lowshot.files import check_outputs, exclusive, file_identities, remove_left_behind, reserve, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory
+from lowshot.run_state import RunState
 from lowshot.script import (Parser, Progress, file_name, log, number, print_header, provenance, run, silent, size, warn_of_memory,
                             within_memory)
 from lowshot.split import images_of_run, load_split
 
+STATE_EVERY = 30        # seconds of diffusion after which what it found is kept
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
 
 
@@ -285,6 +290,12 @@ class Examples:
                 np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)
 
 
+def check_saved(arrays, rest):
+    """Some exception where a state cannot be that of a diffusion."""
+    if not 0 <= rest["seconds"] < 1e9:
+        raise ValueError("it is not of this run")
+
+
 def main():
     args = arguments()
     ddir = DataDir()
@@ -369,6 +380,19 @@ def main():
     L, out = W.zeros(width), W.zeros(width)
     best = [BestClasses(test_labels) for _ in range(args.niter + 1)]
     examples = Examples(nt, C, k) if args.storeexamples else None
+    done = np.zeros(C, bool)        # classes
+    found = {"done": done, **{f"{name}{i}": getattr(b, name) for i, b in enumerate(best) for name in ("best", "classes", "nnz")}}
+    state = RunState(record_path, {"arguments": {a: v for a, v in record["arguments"].items() if a not in ("nocache", "lslice")},
+                                   "graph": key.made_from, "files": record["files"]})
+    resumable = not store_at and not examples
+    saved = state.load(found, check_saved) if resumable else None
+    if saved:
+        for name, a in found.items():
+            a[...] = saved[0][name]
+        steps.t0 -= saved[1]["seconds"]
+        log(f"going on after {done.sum()} of {C} classes of an interrupted run")
+        pieces = [left for left in (classes[~done[classes]] for classes in pieces) if len(left)]
+    last_saved = time.monotonic()
     scores = np.empty((nt, width), np.float32)
     with contextlib.ExitStack() as stack:
         stored = {i: StoredL(f"{args.storeLname}_iter{i}.npy", (n, C), stack) for i in store_at}
@@ -391,6 +415,10 @@ def main():
 
                 diffuse(W, seeds[mine], column[labels[mine]], panel, other, args.niter,
                         None if args.niter in store_at else test_nodes, mass, report, not args.noprune)
+                done[classes] = True
+                if resumable and time.monotonic() - last_saved > STATE_EVERY:
+                    state.save(found, seconds=time.time() - steps.t0)
+                    last_saved = time.monotonic()
         for one in stored.values():
             one.finish()
     steps.done(f"diffusion, {args.niter} iterations")
@@ -411,6 +439,7 @@ def main():
     record.update(steps=steps.records, seconds=time.time() - steps.t0, predicted_memory=predicted,
                   peak_memory=peak_memory(), complete=True)
     write_json(record_path, record)
+    state.remove()
     log(f"[{record['seconds']:.3f}s] done, wrote {record_path}, peak memory {size(peak_memory())} ({size(predicted)} predicted)")
 
 

@@ -21,8 +21,6 @@ import argparse
 import contextlib
 import errno
 import functools
-import io
-import json
 import math
 import os
 import time
@@ -32,9 +30,10 @@ import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, SLAB_BYTES
-from lowshot.files import allocate, check_outputs, exclusive, file_identities, remove, remove_left_behind, whole, write_json
+from lowshot.files import allocate, check_outputs, exclusive, file_identities, remove_left_behind, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, torch_device, wait_briefly
+from lowshot.run_state import RunState
 from lowshot.script import Parser, Progress, as_text, file_name, log, number, print_header, provenance, run, size, warn_of_memory
 from lowshot.split import images_of_run, load_split
 
@@ -113,53 +112,7 @@ def score_file(path, nt, C):
         array.flush()
 
 
-class TrainingState:
-    """The state of a run that is under way, in a file beside its record; `key` says what it belongs to."""
-
-    def __init__(self, record, key):
-        folder, name = os.path.split(os.path.abspath(record))
-        self.path = os.path.join(folder, f".{os.path.splitext(name)[0]}.state.npz")
-        self.key, self.failed = json.dumps(key, sort_keys=True), False
-
-    def save(self, classifiers, **rest):
-        """Write the state, or say once that it cannot be written: training goes on without."""
-        try:
-            with whole(self.path) as temporary, open(temporary, "wb") as f:
-                np.savez(f, key=self.key, rest=json.dumps(rest), **classifiers.state())
-        except OSError as e:
-            if not self.failed:
-                log(f"note: no state was kept, to go on from should this run be killed ({e})")
-            self.failed = True
-
-    def load(self, classifiers, check):
-        """Restore the classifiers; returns the rest that was saved, None if there is no whole state of the same run. check(rest)
-        raises some exception where that cannot be gone on from."""
-        if not os.path.isfile(self.path):
-            return None
-        with open(self.path, "rb") as f:        # errors of the disk are none of the content
-            content = io.BytesIO(f.read())
-        try:
-            with np.load(content, allow_pickle=False) as state:
-                if str(state["key"]) != self.key:
-                    return None
-                own, rest = classifiers.state(), json.loads(str(state["rest"]))
-                arrays = {name: state[name] for name in own}
-            check(rest)
-            for name in own:
-                if (arrays[name].dtype, arrays[name].shape) != (own[name].dtype, own[name].shape):
-                    raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
-        except Exception as e:          # of parsers, in many ways
-            log(f"note: {self.path} is damaged ({type(e).__name__}: {e}): training begins anew")
-            return None
-        classifiers.restore(arrays)
-        return rest
-
-    def remove(self):
-        remove(self.path)
-        remove_left_behind(self.path)
-
-
-def check_saved(rest, points, args):
+def check_saved(arrays, rest, points, args):
     """Some exception where a state is not that of a run of these points, or is beyond its end."""
     runs, first = rest["runs"], rest["iteration"]
     due = range(args.evalevery, first + 1, args.evalevery) if args.evalevery else ()
@@ -313,13 +266,15 @@ def experiment(args, ddir, record, points):
         classifiers = TorchClassifiers(points, C, d, args.mom, device)
     sampler = Sampler(labels, args.batchsize, args.seed)
     runs = [{"lr": lr, "wd": wd, "results": []} for lr, wd in points]
-    state = TrainingState(args.record, {
+    state = RunState(args.record, {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
         "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
         "files": record["files"]})
     first, losses, diverged, t0 = 0, [], set(), time.time()
-    saved = state.load(classifiers, functools.partial(check_saved, points=points, args=args))
+    saved = state.load(classifiers.state(), functools.partial(check_saved, points=points, args=args))
     if saved:
+        arrays, saved = saved
+        classifiers.restore(arrays)
         first, runs, t0 = saved["iteration"], saved["runs"], t0 - saved["seconds"]
         losses = [np.array(some) for some in saved["losses"]]
         log(f"going on from iteration {first} of an interrupted run")
@@ -344,7 +299,7 @@ def experiment(args, ddir, record, points):
 
     try:
         train(classifiers, sampler, X, args, report,
-              lambda done, losses: state.save(classifiers, iteration=done, runs=runs, seconds=time.time() - t0,
+              lambda done, losses: state.save(classifiers.state(), iteration=done, runs=runs, seconds=time.time() - t0,
                                               losses=[some.tolist() for some in losses]), first, losses)
     except (MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno != errno.ENOMEM:

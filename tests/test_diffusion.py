@@ -1,5 +1,6 @@
 """diffusion.py, run as a user runs it, against the method in dense float64 on the same files."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 import reference
 from data_directory import make_data_directory, read_features, write_made_from
+import diffusion as diffusion_script
 from diffusion import StoredL, main, widest_panel
 from graph_utils import has_mkl
 from lowshot.packages import faiss
@@ -431,6 +433,52 @@ def test_a_stored_part_that_is_replaced_while_it_is_read_ends_the_run(root, monk
     monkeypatch.setattr(sys, "argv", f"diffusion.py --nbg 0 --dim {DIM} --k 5 --niter 1".split())
     with pytest.raises(ValueError, match="was made anew from other files while it was read"):
         main()
+
+
+def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path, monkeypatch, capsys):
+    def run(record, *more):
+        monkeypatch.setattr(sys, "argv", ["diffusion.py", *f"--mode test --nbg {NBG} --dim {DIM} --k 8 --niter 3".split(),
+                                          "--record", str(tmp_path / record), *map(str, more)])
+        main()
+
+    class Killed(Exception):
+        pass
+
+    def stop(*args):
+        stop.panels -= 1
+        if stop.panels < 0:
+            raise Killed
+        return diffuse(*args)
+
+    diffuse, state = diffusion_script.diffuse, tmp_path / ".r.state.npz"
+    monkeypatch.setenv("DDIR", str(ddir))
+    monkeypatch.setattr(diffusion_script, "diffuse", stop)
+    monkeypatch.setattr(diffusion_script, "STATE_EVERY", -1)
+    stop.panels = 10
+    run("whole.json")
+    for panels in 0, 1:         # killed before the first panel, and after it
+        stop.panels = panels
+        with pytest.raises(Killed):
+            run("r.json", "--lslice", 16)
+    kept = state.read_bytes()
+    for other in ["--seed", 2], ["--storeexamples", tmp_path / "e.npz"]:
+        stop.panels = 0
+        with pytest.raises(Killed):
+            run("r.json", *other)
+    assert "going on" not in capsys.readouterr().out and state.read_bytes() == kept
+    stop.panels = 10
+    run("r.json")
+    assert re.search(r"going on after \d+ of \d+ classes", capsys.readouterr().out) and stop.panels == 9
+    assert read_json(tmp_path / "r.json")["results"] == read_json(tmp_path / "whole.json")["results"]
+    assert not state.exists()
+    state.write_bytes(kept[:len(kept) // 2])
+    run("r.json")
+    assert "r.state.npz is damaged" in capsys.readouterr().out
+    assert read_json(tmp_path / "r.json")["results"] == read_json(tmp_path / "whole.json")["results"]
+    with np.load(io.BytesIO(kept)) as f:
+        np.savez(state, **{**f, "rest": json.dumps({"seconds": float("nan")})})
+    run("r.json")
+    assert "r.state.npz is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lslice,n,quickest,free,width", [

@@ -16,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data_directory import make_data_directory, read_features, write_features  # noqa: E402
 from graph_utils import FusedSGD  # noqa: E402
-from logreg import (Sampler, TrainingState, arguments, default_record, evaluate, main, point_file,  # noqa: E402
+from logreg import (RunState, Sampler, arguments, default_record, evaluate, main, point_file,  # noqa: E402
                     predict_memory)
 from lowshot.files import exclusive  # noqa: E402
 from lowshot.layout import DataDir  # noqa: E402
@@ -299,23 +299,6 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path):
     assert not [p for p in os.listdir(tmp_path) if p.startswith(".")]
 
 
-def test_state_of_another_run_is_not_taken(tmp_path, capsys):
-    model, fresh = (FusedSGD([(0.1, 0.1)], 3, 4, 0.9) for _ in range(2))
-    model.state()["W"][...] = 1
-    TrainingState(tmp_path / "r.json", {"seed": 1}).save(model, iteration=5)
-    assert TrainingState(tmp_path / "r.json", {"seed": 2}).load(fresh, len) is None and not fresh.W.any()
-    assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(fresh, len) == {"iteration": 5}
-    assert (fresh.weights(0)[0] == 1).all() and not fresh.M.any()
-    state = tmp_path / ".r.state.npz"
-    whole = state.read_bytes()
-    at = whole.index(b"\x93NUMPY", whole.index(b"W.npy"))
-    for damaged in (whole[:300], whole.replace(b"W.npy", b"w.npy"), whole[:at] + bytes(4) + whole[at + 4:], b""):
-        state.write_bytes(damaged)
-        other = FusedSGD([(0.1, 0.1)], 3, 4, 0.9)
-        assert TrainingState(tmp_path / "r.json", {"seed": 1}).load(other, len) is None and not other.W.any()
-        assert "r.state.npz is damaged" in capsys.readouterr().out
-
-
 def test_default_record_name(ddir, monkeypatch):
     monkeypatch.setattr(sys, "argv", "logreg.py --mode val --lr 0.01,0.001 --wd 0,0.1 --seed 3 --maxiter 7".split())
     args = arguments()
@@ -395,7 +378,7 @@ def root(tmp_path):
 
 
 def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(TrainingState, "remove", lambda self: None)         # as if the run had been killed
+    monkeypatch.setattr(RunState, "remove", lambda self: None)         # as if the run had been killed
     monkeypatch.setenv("DDIR", root)
     words = "--maxiter 600 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
     monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
@@ -412,7 +395,7 @@ def test_the_state_of_a_run_on_other_files_is_not_taken(root, tmp_path, monkeypa
     {"runs": [{"lr": 5, "wd": 5, "results": []}]}, {"seconds": "a"}, {"seconds": float("nan")}, {"losses": [[["a"]]]},
     {"losses": {"a": 1}}, {"losses": [[[1.0, 2.0]]]}, {"top5": 2}, {"top5_novel": -1}, {"top5": None}])
 def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, capsys, change):
-    monkeypatch.setattr(TrainingState, "remove", lambda self: None)         # as if the run had been killed
+    monkeypatch.setattr(RunState, "remove", lambda self: None)         # as if the run had been killed
     monkeypatch.setenv("DDIR", root)
     words = "--maxiter 40 --evalevery 10 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
     monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
