@@ -17,10 +17,11 @@ import os
 import re
 import sys
 
-from lowshot.experiments import (CHECKOUT, SYSTEMS, Experiment, check_chosen, choose, entry_of, merge, parameters_and_jobs,
-                                 read_parameters, run_jobs, validation_curves, validation_jobs)
+from lowshot.experiments import (SYSTEMS, Experiment, check_chosen, choose, entry_of, merge, parameters_and_jobs, read_parameters,
+                                 validation_curves, validation_jobs)
 from lowshot.figures import save, validation_figure
 from lowshot.files import exclusive, write_json
+from lowshot.jobs import CHECKOUT, run_jobs
 from lowshot.layout import DataDir
 from lowshot.report import print_comparison, print_report
 from lowshot.script import Parser, as_text, log, run

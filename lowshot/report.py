@@ -4,9 +4,10 @@ import sys
 
 import numpy as np
 
-from lowshot.experiments import SYSTEMS, check_none_lacks, entry_of, parameters_and_jobs
+from lowshot.experiments import SYSTEMS, entry_of, parameters_and_jobs
 from lowshot.figures import comparison_figure, name_of, report_figure, save, title_of
 from lowshot.files import write_json, write_text
+from lowshot.jobs import check_none_lacks
 from lowshot.script import as_text, log
 
 
