@@ -290,7 +290,7 @@ class Examples:
                 np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)
 
 
-def check_saved(arrays, rest):
+def check_saved(rest):
     """Some exception where a state cannot be that of a diffusion."""
     if not 0 <= rest["seconds"] < 1e9:
         raise ValueError("it is not of this run")
@@ -387,9 +387,10 @@ def main():
     resumable = not store_at and not examples
     saved = state.load(found, check_saved) if resumable else None
     if saved:
+        arrays, saved = saved
         for name, a in found.items():
-            a[...] = saved[0][name]
-        steps.t0 -= saved[1]["seconds"]
+            a[...] = arrays.pop(name)
+        steps.t0 -= saved["seconds"]
         log(f"going on after {done.sum()} of {C} classes of an interrupted run")
         pieces = [left for left in (classes[~done[classes]] for classes in pieces) if len(left)]
     last_saved = time.monotonic()

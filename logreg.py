@@ -112,7 +112,7 @@ def score_file(path, nt, C):
         array.flush()
 
 
-def check_saved(arrays, rest, points, args):
+def check_saved(rest, points, args):
     """Some exception where a state is not that of a run of these points, or is beyond its end."""
     runs, first = rest["runs"], rest["iteration"]
     due = range(args.evalevery, first + 1, args.evalevery) if args.evalevery else ()

@@ -30,8 +30,8 @@ class RunState:
     def load(self, own, check):
         """(arrays, rest) as they were saved; None if there is no whole state of the same run.
 
-        own: dict of arrays, of the types and shapes that those of the state are to have. check(arrays, rest) raises some
-        exception where these cannot be gone on from.
+        own: dict of arrays, of the types and shapes that those of the state are to have. check(rest) raises some exception
+        where that cannot be gone on from.
         """
         if not os.path.isfile(self.path):
             return None
@@ -46,7 +46,7 @@ class RunState:
             for name, a in arrays.items():
                 if (a.dtype, a.shape) != (own[name].dtype, own[name].shape):
                     raise ValueError(f"{name} is {a.dtype} {a.shape}")
-            check(arrays, rest)
+            check(rest)
         except Exception as e:          # of parsers, in many ways
             log(f"note: {self.path} is damaged ({type(e).__name__}: {e}): this run begins anew")
             return None

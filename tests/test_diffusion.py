@@ -471,6 +471,15 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path, monkeypatch, cap
     assert re.search(r"going on after \d+ of \d+ classes", capsys.readouterr().out) and stop.panels == 9
     assert read_json(tmp_path / "r.json")["results"] == read_json(tmp_path / "whole.json")["results"]
     assert not state.exists()
+    with monkeypatch.context() as patch:            # killed when all classes were done
+        patch.setattr(diffusion_script, "accuracies", None)
+        with pytest.raises(TypeError):
+            run("r.json")
+    stop.panels = 0
+    run("r.json")
+    assert "going on after 15 of 15 classes" in capsys.readouterr().out
+    assert read_json(tmp_path / "r.json")["results"] == read_json(tmp_path / "whole.json")["results"]
+    stop.panels = 10
     state.write_bytes(kept[:len(kept) // 2])
     run("r.json")
     assert "r.state.npz is damaged" in capsys.readouterr().out

@@ -14,8 +14,8 @@ def test_state_comes_back(tmp_path):
     assert state.load(own(), None) is None
     state.save({name: 2 * a for name, a in own().items()}, iteration=5)
     seen = []
-    arrays, rest = RunState(tmp_path / "r.json", {"seed": 1}).load(own(), lambda *all: seen.append(all))
-    assert rest == {"iteration": 5} and seen == [(arrays, rest)]
+    arrays, rest = RunState(tmp_path / "r.json", {"seed": 1}).load(own(), seen.append)
+    assert rest == {"iteration": 5} and seen == [rest]
     assert all(a.dtype == own()[name].dtype and np.array_equal(a, 2 * own()[name]) for name, a in arrays.items())
     state.remove()
     assert not list(tmp_path.iterdir())
@@ -27,7 +27,7 @@ def test_state_of_another_run_is_not_taken(tmp_path):
     assert RunState(tmp_path / "s.json", {"seed": 1}).load(own(), None) is None
 
 
-def refuse(arrays, rest):
+def refuse(rest):
     raise KeyError("iteration")
 
 
@@ -42,13 +42,13 @@ def test_damaged_state_is_told_and_not_taken(tmp_path, capsys, spoil):
     if spoil:
         assert spoil(path.read_bytes()) != path.read_bytes()
         path.write_bytes(spoil(path.read_bytes()))
-    assert state.load(own(), (lambda *all: None) if spoil else refuse) is None
+    assert state.load(own(), print if spoil else refuse) is None
     assert "r.state.npz is damaged" in capsys.readouterr().out
 
 
 def test_other_shapes_are_not_taken(tmp_path, capsys):
     RunState(tmp_path / "r.json", {}).save({**own(), "W": np.ones((4, 3), np.float32)})
-    assert RunState(tmp_path / "r.json", {}).load(own(), lambda *all: None) is None
+    assert RunState(tmp_path / "r.json", {}).load(own(), print) is None
     assert "W is float32 (4, 3)" in capsys.readouterr().out
 
 
