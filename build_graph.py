@@ -69,7 +69,7 @@ def arguments():
 def main():
     args = arguments()
     ddir = DataDir()
-    record, start = provenance(args), time.time()
+    record, start = provenance(args), time.monotonic()
     n, d = args.nbg, args.dim
     ddir.check_dim(d)
     raw = ddir.raw(d)
@@ -116,7 +116,7 @@ def main():
         if args.overwrite:
             for path in (path_I, path_D, record_path):
                 remove(os.path.realpath(path))
-        log(f"{ddir.index(n)} is complete after {clock(time.time() - start)}")
+        log(f"{ddir.index(n)} is complete after {clock(time.monotonic() - start)}")
         if complete:
             log(f"{is_complete}, and kept (--overwrite makes it again)")
             return
@@ -145,10 +145,10 @@ def main():
             with Checkpoint(lists, identity) as checkpoint:
                 _, _, info = knn.build_knn_graph(
                     cells, k, args.recall, nprobe=args.nprobe, seed=args.seed, out=files.arrays, progress=progress,
-                    say=lambda line: log(f"{line}, {clock(time.time() - start)}"),
+                    say=lambda line: log(f"{line}, {clock(time.monotonic() - start)}"),
                     checkpoint=checkpoint if n >= CHECKPOINT_FROM else None, folder=os.path.dirname(path_I))
         files.flush()
-        seconds = time.time() - start
+        seconds = time.monotonic() - start
         try:        # first, so that a graph that is there has its record
             write_json(record_path, {**record, **info, "products": nb.products(), "seconds": seconds,
                                      "peak_memory": peak_memory(), "predicted_memory": predicted})
@@ -211,7 +211,7 @@ def stored_index(path, vectors, args, progress):
     from lowshot.exact_search import EXACT_BELOW
     from lowshot.faiss_search import errors_name_index, is_plain_ivf
     from lowshot.index_files import cells_of_index, digest_of_vectors, holds_vectors, index_note, read_index, write_ivf_flat
-    from lowshot.packages import faiss
+    from lowshot.packages import faiss, write_by_faiss
     n, d = vectors.n, vectors.d
     remove_left_behind(path)
     if os.path.exists(path) and not args.overwrite:
@@ -244,7 +244,7 @@ def stored_index(path, vectors, args, progress):
             index.add(vectors.stretch(i, j) * vectors.scale[i:j, None])
         progress("vectors added to the index", j, n)
     with whole(path) as temporary:
-        faiss.write_index(index, temporary)
+        write_by_faiss(faiss.write_index, index, temporary)
         remove(index_note(path))        # of another index
     if not holds_vectors(index):
         write_json(index_note(path), {"vectors": digest_of_vectors(vectors)})

@@ -97,15 +97,20 @@ class Steps:
     """Logs time and memory of every step, and keeps them for the record."""
 
     def __init__(self):
-        self.t0 = self.last = time.time()
+        self.t0 = self.last = time.monotonic()
         self.records = []
 
     def done(self, what):
         release_memory()
-        now = time.time()
+        now = time.monotonic()
         self.records.append({"step": what, "seconds": now - self.last, "peak_memory": peak_memory()})
         log(f"[{now - self.t0:.3f}s] {what}: {now - self.last:.2f}s, peak memory so far {size(peak_memory())}")
         self.last = now
+
+    def add_interrupted(self, seconds):
+        """Of a run that this one goes on from."""
+        self.t0 -= seconds
+        self.records.append({"step": "a run that was interrupted", "seconds": seconds, "peak_memory": peak_memory()})
 
 
 def widest_panel(lslice, n, quickest, free=None):
@@ -302,8 +307,13 @@ def main():
     name = f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_k{args.k}_ni{args.niter}"
     record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
     store_at = stored_iterations(args)
-    record = provenance(args)
-    steps = Steps()
+    record, steps = provenance(args), Steps()
+    with contextlib.ExitStack() as locks:
+        experiment(args, ddir, store_at, record_path, record, steps, locks)
+
+
+def experiment(args, ddir, store_at, record_path, record, steps, locks):
+    """Complete the graph, diffuse the labels, and write the record of it. locks: ExitStack for those that are held to the end."""
     # after the arguments: these load faiss and the compiled library
     from graph_utils import BestClasses, aligned_zeros
     from lowshot.backends import choose_backend
@@ -382,7 +392,9 @@ def main():
     examples = Examples(nt, C, k) if args.storeexamples else None
     done = np.zeros(C, bool)        # classes
     found = {"done": done, **{f"{name}{i}": getattr(b, name) for i, b in enumerate(best) for name in ("best", "classes", "nnz")}}
-    state = RunState(record_path, {"arguments": {a: v for a, v in record["arguments"].items() if a not in ("nocache", "lslice")},
+    locks.enter_context(exclusive(record_path))         # with it goes the state
+    not_in_figures = ("record", "nocache", "lslice", "noprune")
+    state = RunState(record_path, {"arguments": {a: v for a, v in record["arguments"].items() if a not in not_in_figures},
                                    "graph": key.made_from, "files": record["files"]})
     resumable = not store_at and not examples
     saved = state.load(found, check_saved) if resumable else None
@@ -390,7 +402,7 @@ def main():
         arrays, saved = saved
         for name, a in found.items():
             a[...] = arrays.pop(name)
-        steps.t0 -= saved["seconds"]
+        steps.add_interrupted(saved["seconds"])
         log(f"going on after {done.sum()} of {C} classes of an interrupted run")
         pieces = [left for left in (classes[~done[classes]] for classes in pieces) if len(left)]
     last_saved = time.monotonic()
@@ -418,7 +430,7 @@ def main():
                         None if args.niter in store_at else test_nodes, mass, report, not args.noprune)
                 done[classes] = True
                 if resumable and time.monotonic() - last_saved > STATE_EVERY:
-                    state.save(found, seconds=time.time() - steps.t0)
+                    state.save(found, seconds=time.monotonic() - steps.t0)
                     last_saved = time.monotonic()
         for one in stored.values():
             one.finish()
@@ -437,7 +449,7 @@ def main():
         node[stored_order] = np.arange(n, dtype=np.int32)
         examples.store(args.storeexamples, rows=test_rows, labels=test_labels, classes=split.classes,
                        neighbours=np.where(test_I < 0, -1, node[test_I]), nlabelled=nl, labelled_rows=rows)
-    record.update(steps=steps.records, seconds=time.time() - steps.t0, predicted_memory=predicted,
+    record.update(steps=steps.records, seconds=time.monotonic() - steps.t0, predicted_memory=predicted,
                   peak_memory=peak_memory(), complete=True)
     write_json(record_path, record)
     state.remove()

@@ -267,10 +267,9 @@ def experiment(args, ddir, record, points):
     sampler = Sampler(labels, args.batchsize, args.seed)
     runs = [{"lr": lr, "wd": wd, "results": []} for lr, wd in points]
     state = RunState(args.record, {
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "storemodel", "storeL")},
-        "ddir": os.path.abspath(ddir.root), "sizes": [len(rows), len(test_rows), d, C],
-        "files": record["files"]})
-    first, losses, diverged, t0 = 0, [], set(), time.time()
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("device", "checkpoint", "record", "storemodel", "storeL")},
+        "sizes": [len(rows), len(test_rows), d, C], "files": record["files"]})
+    first, losses, diverged, t0 = 0, [], set(), time.monotonic()
     saved = state.load(classifiers.state(), functools.partial(check_saved, points=points, args=args))
     if saved:
         arrays, saved = saved
@@ -286,7 +285,7 @@ def experiment(args, ddir, record, points):
                 scores = [outputs.enter_context(score_file(point_file(args.storeL, points, g), len(test_rows), C))
                           for g in range(len(points))]
             figures = evaluate(classifiers, Xtest, test_labels, split.is_novel, scores)
-        seconds = time.time() - t0
+        seconds = time.monotonic() - t0
         for g, ((lr, wd), (top5, novel)) in enumerate(zip(points, figures)):
             prefix = f"lr {lr:g} wd {wd:g} " if len(points) > 1 else ""
             loss = f" loss {losses[g]:.4f}" if losses else ""
@@ -299,7 +298,7 @@ def experiment(args, ddir, record, points):
 
     try:
         train(classifiers, sampler, X, args, report,
-              lambda done, losses: state.save(classifiers.state(), iteration=done, runs=runs, seconds=time.time() - t0,
+              lambda done, losses: state.save(classifiers.state(), iteration=done, runs=runs, seconds=time.monotonic() - t0,
                                               losses=[some.tolist() for some in losses]), first, losses)
     except (MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno != errno.ENOMEM:
@@ -313,7 +312,7 @@ def experiment(args, ddir, record, points):
 
     write_json(args.record, {
         **record, "runs": runs, "nclass": C, "nlabelled_images": len(rows), "ntest": len(test_rows),
-        "device": device, "threads": get_num_threads(), "seconds": time.time() - t0,
+        "device": device, "threads": get_num_threads(), "seconds": time.monotonic() - t0,
         "predicted_memory": predicted, "peak_memory": peak_memory(), "complete": True})
     state.remove()
     log(f"record {args.record}, peak memory {size(peak_memory())} ({size(predicted)} predicted)")

@@ -120,10 +120,10 @@ def main():
                 0 if device == "cpu" else slots(workers, batches) * int(np.prod(shape)))
             log(f"predicted memory {size(predicted)}")
             gc.freeze()         # what the libraries made is not looked at again and again while images come and go
-            start = time.time()
+            start = time.monotonic()
             with contextlib.closing(results(batches, extract, workers)) as stream:
                 save_all(stream, black, out, i0)
-            seconds = time.time() - start
+            seconds = time.monotonic() - start
             report_unreadable(out, i0, images)
             out.finish()
             if todo:
@@ -194,13 +194,13 @@ def by_threads(batches, extract, workers):
     # threads that decode small images at the same time hold each other up (they share Python's lock), and would go on
     # doing so in step; let half of them decode while the others are in the network
     decoding = threading.Semaphore(max(1, workers // 2))
-    start, waited = time.time(), 0.0
+    start, waited = time.monotonic(), 0.0
 
     def read(b):
         nonlocal waited
-        began, busy = time.time(), time.thread_time()
+        began, busy = time.monotonic(), time.thread_time()
         files = batches.read(b)
-        waited += (time.time() - began) - (time.thread_time() - busy)
+        waited += (time.monotonic() - began) - (time.thread_time() - busy)
         return files
 
     def work(b, reading):
@@ -216,7 +216,7 @@ def by_threads(batches, extract, workers):
         try:
             running = collections.deque()
             for b in range(len(batches)):
-                slow = waited > max(.1, .1 * (time.time() - start))
+                slow = waited > max(.1, .1 * (time.monotonic() - start))
                 running.append(pool.submit(work, b, readers.submit(batches.read, b) if slow else None))
                 if len(running) > ahead:
                     yield running.popleft().result()
@@ -368,13 +368,13 @@ def from_memory_speed(results, extract, workers, shape):
     while elapsed < 1:
         if elapsed:
             reps *= math.ceil(min(64, max(2, 1.2 / elapsed)))
-        start, waiting = time.time(), None
+        start, waiting = time.monotonic(), None
         for features, _, _ in results(InMemory(shape, reps), extract, workers):
             if waiting is not None:
                 waiting()
             waiting = features
         waiting()
-        elapsed = time.time() - start
+        elapsed = time.monotonic() - start
     return reps * shape[0], elapsed
 
 

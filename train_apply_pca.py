@@ -22,7 +22,7 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
-from lowshot.files import check_outputs, exclusive, file_sha256, full_disk_named, read_note, remove, whole, write_json
+from lowshot.files import check_outputs, exclusive, file_sha256, full_disk_named, read_note, remove, remove_left_behind, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, memory_now, peak_memory, wait_briefly
 from lowshot.script import Parser, Progress, clock, log, number, print_header, run, size
@@ -74,7 +74,7 @@ def check_blocks(blocks):
 
 def train(args, block0, path):
     """Train on rows of block0 and write the transform."""
-    from lowshot.packages import faiss
+    from lowshot.packages import faiss, write_by_faiss
     from lowshot.pca import load_pca
     with FeatureFile(block0) as f:
         n = f.n if args.ntrain is None else args.ntrain
@@ -95,7 +95,7 @@ def train(args, block0, path):
         if memory > available_memory():
             raise ValueError(f"training on {n} rows takes {size(memory)}, the machine has {size(available_memory())} "
                              f"free: --ntrain {max(args.dim, int(0.8 * n * available_memory() / memory))} fits")
-        start = time.time()
+        start = time.monotonic()
         with Progress(n, "rows read") as progress:
             x = f.read(np.arange(n), progress=progress.update)
     pca = faiss.PCAMatrix(x.shape[1], args.dim, 0, True)
@@ -107,11 +107,13 @@ def train(args, block0, path):
         raise ValueError(f"{block0}: the features are too large, their covariances are NaN or infinite")
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
     # the note beside it and the file are of one training
-    with exclusive(path, lambda: log(f"another process is writing {path}")), whole(path) as temporary:
-        faiss.write_VectorTransform(pca, temporary)
-        make_way(path, origin)
+    with exclusive(path, lambda: log(f"another process is writing {path}")):
+        remove_left_behind(path)
+        with whole(path) as temporary:
+            write_by_faiss(faiss.write_VectorTransform, pca, temporary)
+            make_way(path, origin)
     log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "
-        f"{clock(time.time() - start)}, peak memory {size(peak_memory())}")
+        f"{clock(time.monotonic() - start)}, peak memory {size(peak_memory())}")
 
 
 def apply(args, blocks, pca_path, path):
@@ -176,7 +178,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     else:
         remove(progress_path)           # it tells of rows of another PCA, perhaps
 
-    start = time.time()
+    start = time.monotonic()
     with full_disk_named(path), open(partial, "r+b" if done else "wb") as out, Progress(n, "rows", done) as progress:
         out.seek(done * width)
         out.truncate()                          # what was written after the progress was noted last
@@ -207,7 +209,7 @@ def write_all(args, blocks, counts, pca, path, origin):
     make_way(path, origin)
     os.replace(partial, os.path.realpath(path))
     os.unlink(progress_path)
-    log(f"wrote {path}: {n} x {args.dim}, {os.path.getsize(path)} bytes, in {clock(time.time() - start)}, "
+    log(f"wrote {path}: {n} x {args.dim}, {os.path.getsize(path)} bytes, in {clock(time.monotonic() - start)}, "
         f"peak memory {size(peak_memory())}")
 
 

@@ -74,10 +74,10 @@ def train(args, ddir, state_path):
     history = resume(state_path, args, network, optimizer, scheduler)
     with Progress(args.epochs * len(images), "training images", len(history) * len(images)) as progress:
         for epoch in range(len(history), args.epochs):
-            t0 = time.time()
+            t0 = time.monotonic()
             loss = train_epoch(network, optimizer, scheduler, images, labels, args, steps, epoch, progress)
             correct = accuracy(network, val_images, val_labels)
-            history.append({"epoch": epoch, "loss": loss, "accuracy": correct, "seconds": round(time.time() - t0, 3)})
+            history.append({"epoch": epoch, "loss": loss, "accuracy": correct, "seconds": round(time.monotonic() - t0, 3)})
             log(f"[{clock(sum(h['seconds'] for h in history))}] epoch {epoch + 1}/{args.epochs} loss {loss:.3f} "
                 f"accuracy on the base classes' validation images {correct:.3f}")
             with whole(state_path) as temporary:

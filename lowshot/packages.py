@@ -37,6 +37,13 @@ set_blas_core_type()
 import faiss  # noqa: E402
 
 
+def write_by_faiss(write, what, path):
+    """faiss.write_index or write_VectorTransform of `what`, to a file that Python closes: where Faiss does, the last bytes may be
+    lost on a full disk without an error."""
+    with open(path, "wb") as f:
+        write(what, faiss.PyCallbackIOWriter(f.write))
+
+
 def load_torchvision():
     """Return the module torchvision, also beside a CPU-only torch.
 

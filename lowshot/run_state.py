@@ -1,4 +1,5 @@
 """What a run that is under way has so far, in a file beside its record, for when it is killed and the command is given again."""
+import contextlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ class RunState:
 
     def __init__(self, record, key):
         folder, name = os.path.split(os.path.abspath(record))
-        self.path = os.path.join(folder, f".{os.path.splitext(name)[0]}.state.npz")
+        self.path = os.path.join(folder, f".{name}.state.npz")
         self.key, self.failed = json.dumps(key, sort_keys=True), False
 
     def save(self, arrays, **rest):
@@ -35,11 +36,16 @@ class RunState:
         """
         if not os.path.isfile(self.path):
             return None
-        with open(self.path, "rb") as f:        # errors of the disk are none of the content
-            content = io.BytesIO(f.read())
+        try:
+            with open(self.path, "rb") as f:        # errors of the disk are none of the content
+                content = io.BytesIO(f.read())
+        except PermissionError as e:
+            log(f"note: {e}: this run begins anew")
+            return None
         try:
             with np.load(content, allow_pickle=False) as state:
                 if str(state["key"]) != self.key:
+                    log(f"note: {self.path} is of a run of other arguments or files: this run begins anew")
                     return None
                 rest = json.loads(str(state["rest"]))
                 arrays = {name: state[name] for name in own}
@@ -53,5 +59,6 @@ class RunState:
         return arrays, rest
 
     def remove(self):
-        remove(self.path)
-        remove_left_behind(self.path)
+        with contextlib.suppress(OSError):      # of another user, say: what the run was for is done
+            remove(self.path)
+            remove_left_behind(self.path)

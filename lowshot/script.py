@@ -121,7 +121,7 @@ class Progress:
 
     def __init__(self, total, what, start=0):
         self.total, self.what, self.start, self.done = total, what, start, start
-        self.t0 = time.time()
+        self.t0 = time.monotonic()
         self.terminal = sys.stderr.isatty()
         self.period = 0.5 if self.terminal else 10.0
         self.next = self.t0 + (2.0 if self.terminal else 5.0)
@@ -129,7 +129,7 @@ class Progress:
 
     def update(self, done):
         self.done = done
-        now = time.time()
+        now = time.monotonic()
         if now >= self.next:
             self.next = now + self.period
             self._show(now)
@@ -151,7 +151,7 @@ class Progress:
 
     def __exit__(self, *exc):
         if self.shown:
-            self._show(time.time())
+            self._show(time.monotonic())
             if self.terminal:
                 sys.stderr.write("\n")
 

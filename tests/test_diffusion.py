@@ -387,6 +387,12 @@ def test_runs_that_start_together_make_the_stored_part_once(root):
     assert process.returncode == 0 and os.path.exists(folder)
 
 
+def test_two_runs_do_not_write_one_record(root, tmp_path):
+    with exclusive(tmp_path / "r.json"):
+        error = diffusion(root, "--nbg", 0, "--k", 5, "--niter", 1, "--record", tmp_path / "r.json", ok=False)
+    assert f"another process is writing {tmp_path / 'r.json'}" in error
+
+
 def test_outputs_do_not_replace_what_is_read(root):
     for name in ("label_idx.json", "features/val.hdf5", f"features/f100m/PCAR{DIM}.vt"):
         path = os.path.join(root, name)
@@ -450,7 +456,7 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path, monkeypatch, cap
             raise Killed
         return diffuse(*args)
 
-    diffuse, state = diffusion_script.diffuse, tmp_path / ".r.state.npz"
+    diffuse, state = diffusion_script.diffuse, tmp_path / ".r.json.state.npz"
     monkeypatch.setenv("DDIR", str(ddir))
     monkeypatch.setattr(diffusion_script, "diffuse", stop)
     monkeypatch.setattr(diffusion_script, "STATE_EVERY", -1)
@@ -482,12 +488,12 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path, monkeypatch, cap
     stop.panels = 10
     state.write_bytes(kept[:len(kept) // 2])
     run("r.json")
-    assert "r.state.npz is damaged" in capsys.readouterr().out
+    assert "r.json.state.npz is damaged" in capsys.readouterr().out
     assert read_json(tmp_path / "r.json")["results"] == read_json(tmp_path / "whole.json")["results"]
     with np.load(io.BytesIO(kept)) as f:
         np.savez(state, **{**f, "rest": json.dumps({"seconds": float("nan")})})
     run("r.json")
-    assert "r.state.npz is damaged" in capsys.readouterr().out
+    assert "r.json.state.npz is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lslice,n,quickest,free,width", [

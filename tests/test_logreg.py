@@ -274,7 +274,7 @@ def test_killed_run_goes_on_to_the_same_figures(ddir, tmp_path):
     words = ["--mode", "val", "--maxiter", 6000, "--lr", "0.1,0.01", "--wd", "0.1", "--batchsize", 8, "--evalevery", 700,
              "--verbose"]
     whole = logreg(ddir, *words, "--record", tmp_path / "whole.json", "--storeL", tmp_path / "whole.npy")
-    record, state = tmp_path / "killed.json", tmp_path / ".killed.state.npz"
+    record, state = tmp_path / "killed.json", tmp_path / ".killed.json.state.npz"
     command = [sys.executable, os.path.join(ROOT, "logreg.py"), *map(str, words), "--record", str(record),
                "--storeL", str(tmp_path / "killed.npy"), "--checkpoint", "0.01"]
     process = subprocess.Popen(command, env={**os.environ, "DDIR": str(ddir), "OMP_NUM_THREADS": "1"},
@@ -400,7 +400,7 @@ def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, c
     words = "--maxiter 40 --evalevery 10 --batchsize 8 --checkpoint 1e-9 --device cpu --record".split()
     monkeypatch.setattr(sys, "argv", ["logreg.py", *words, str(tmp_path / "r.json")])
     main()
-    state = tmp_path / ".r.state.npz"
+    state = tmp_path / ".r.json.state.npz"
     with np.load(state) as f:
         content = dict(f)
     rest = json.loads(str(content["rest"]))
@@ -412,7 +412,7 @@ def test_a_state_that_is_none_is_not_gone_on_from(root, tmp_path, monkeypatch, c
     capsys.readouterr()
     main()
     out = capsys.readouterr().out
-    assert "r.state.npz is damaged" in out and "going on" not in out
+    assert "r.json.state.npz is damaged" in out and "going on" not in out
     for run, again in zip(figures, json.loads((tmp_path / "r.json").read_text())["runs"]):
         assert [(r["iteration"], r["top5"]) for r in run["results"]] == [(r["iteration"], r["top5"]) for r in again["results"]]
 

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from lowshot import run_state
 from lowshot.run_state import RunState
 
 
@@ -21,10 +22,26 @@ def test_state_comes_back(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_state_of_another_run_is_not_taken(tmp_path):
+def test_state_of_another_run_is_told_and_not_taken(tmp_path, capsys):
     RunState(tmp_path / "r.json", {"seed": 1}).save(own())
+    for name in ("s.json", "r.1", "r"):
+        assert RunState(tmp_path / name, {"seed": 1}).load(own(), None) is None
+    assert not capsys.readouterr().out
     assert RunState(tmp_path / "r.json", {"seed": 2}).load(own(), None) is None
-    assert RunState(tmp_path / "s.json", {"seed": 1}).load(own(), None) is None
+    assert "is of a run of other arguments or files" in capsys.readouterr().out
+
+
+def test_state_of_another_user(tmp_path, capsys, monkeypatch):
+    state = RunState(tmp_path / "r.json", {})
+    state.save(own())
+
+    def denied(path, *rest):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(run_state, "open", denied, raising=False)
+    monkeypatch.setattr(run_state, "remove", denied)
+    assert state.load(own(), None) is None
+    assert ".r.json.state.npz': this run begins anew" in capsys.readouterr().out
+    state.remove()
 
 
 def refuse(rest):
@@ -38,12 +55,12 @@ def refuse(rest):
 def test_damaged_state_is_told_and_not_taken(tmp_path, capsys, spoil):
     state = RunState(tmp_path / "r.json", {"seed": 1})
     state.save(own())
-    path = tmp_path / ".r.state.npz"
+    path = tmp_path / ".r.json.state.npz"
     if spoil:
         assert spoil(path.read_bytes()) != path.read_bytes()
         path.write_bytes(spoil(path.read_bytes()))
     assert state.load(own(), print if spoil else refuse) is None
-    assert "r.state.npz is damaged" in capsys.readouterr().out
+    assert "r.json.state.npz is damaged" in capsys.readouterr().out
 
 
 def test_other_shapes_are_not_taken(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """train_apply_pca.py against the PCA written out in numpy, and its files: resumed, replaced, damaged."""
+import contextlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import train_apply_pca
 from data_directory import write_features, write_made_from
 from lowshot import pca
 from lowshot.files import exclusive, write_json
-from lowshot.packages import faiss
+from lowshot.packages import faiss, write_by_faiss
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 D, DIM = 24, 10
@@ -218,6 +220,38 @@ def test_going_on_after_a_kill(root, monkeypatch):
                 f.write(b"garbage")
     assert len(saves) > 5 and saves == sorted(saves)
     np.testing.assert_allclose(raw(root), expected, atol=1e-5)      # slabs are smaller here, rounding differs
+
+
+@contextlib.contextmanager
+def largest_file(nbytes):
+    """As on a disk that takes no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("less", [1, 100, 3000])
+def test_last_bytes_that_a_disk_does_not_take_are_an_error(root, tmp_path, less):
+    run(root, "train")
+    pca, index = faiss.read_VectorTransform(path(root, f"PCAR{DIM}.vt")), faiss.IndexFlat(7)
+    index.add(np.ones((300, 7), np.float32))
+    for write, what in (faiss.write_VectorTransform, pca), (faiss.write_index, index):
+        write_by_faiss(write, what, str(tmp_path / "own"))
+        write(what, str(tmp_path / "its"))
+        whole = (tmp_path / "own").read_bytes()
+        assert whole == (tmp_path / "its").read_bytes()
+        with largest_file(len(whole) - less), pytest.raises(OSError, match="File too large"):
+            write_by_faiss(write, what, str(tmp_path / "own"))
+
+
+def test_what_a_killed_training_left_is_removed(root):
+    left = path(root, f".PCAR{DIM}.1.tmp.vt")
+    open(left, "w").close()
+    run(root, "train")
+    assert not os.path.exists(left)
 
 
 def test_a_note_of_another_pca_does_not_outlive_its_rows(root, monkeypatch):
