@@ -371,7 +371,10 @@ def experiment(args, ddir, store_at, record_path, record, steps, locks):
         # to read entries for each product takes long: that is for where nothing else is left, all that is held now given up
         needed = memory_of_diffusion(n, nt, len(graph[1]), 16, Backend, args.niter)
         empty = aligned_zeros if needed <= free else allocator(needed, ddir.path("knngraph"))
-        W = Backend.changed(graph, n, *changes.of_entries(), empty=empty)
+        if changes.are_few() or empty is not aligned_zeros:
+            W = Backend.changed(graph, n, *changes.of_entries(), empty=empty)
+        else:
+            W = Backend(changes.of_neighbours(fixed.mapped("I")), rank)
         test_I = np.where(changes.test_I < 0, -1, rank[changes.test_I])
     key.check_unchanged(fixed)
     test_nodes = np.unique(test_I[test_I >= 0]).astype(np.int32)

@@ -141,8 +141,9 @@ class Vectors:
 
 
 def one_over(norms):
-    """Factors that make rows of these norms as long as 1, in the place of the norms; rows of zeros stay."""
-    norms[norms == 0] = 1
+    """Factors that make rows of these norms as long as 1, in the place of the norms; of rows so small that their norm is 0 in
+    float32, zeros."""
+    norms[norms == 0] = np.inf
     return np.divide(1, norms, out=norms)
 
 

@@ -31,6 +31,7 @@ from lowshot.script import Progress, log, show_progress, silent
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 10
+FEW = 1 << 16, 1 / 32   # novel neighbours, and as a share of all: of many copies of one image nearly all lists change
 
 
 def read_features(path, rows, pca_path, what):
@@ -123,6 +124,12 @@ class Changes:
     test_I: np.ndarray
     rank: np.ndarray
 
+    def are_few(self):
+        """Whether to change W by entries takes less time and memory than to make it of the neighbours of all nodes."""
+        m, k = self.novel_I.shape
+        n = len(self.rank) - m
+        return np.count_nonzero(self.after >= n) + m * k <= max(FEW[0], FEW[1] * n * k)
+
     def of_neighbours(self, I):
         """The neighbours of all nodes, int32 (n + m, k), from those in the fixed part."""
         I = np.concatenate([I, self.novel_I])
@@ -137,16 +144,18 @@ class Changes:
         come, stay = self.after >= first, ((self.after >= 0) & (self.after < first)).sum(axis=1)
         # lists are merged: of what was there the first ones stay
         gone = (self.before >= 0) & (np.arange(self.before.shape[1]) >= stay[:, None])
-        entry, by = [], []
-        for nodes, I, which, change in ((self.rows, self.before, gone, -1), (self.rows, self.after, come, 1),
-                                        (np.arange(first, n), self.novel_I, self.novel_I >= 0, 1)):
-            row, column = (self.rank[i].astype(np.int64) for i in (np.repeat(nodes, which.sum(axis=1)), I[which]))
-            entry += [row * n + column, column * n + row]       # W0 and W0^T
-            by.append(np.full(2 * len(row), change))
-        entry, place = np.unique(np.concatenate(entry), return_inverse=True)
-        by = np.bincount(place, np.concatenate(by), len(entry)).astype(np.int8)
-        entry, by = entry[by != 0], by[by != 0]
-        return (entry // n).astype(np.int32), (entry % n).astype(np.int32), by
+        # numbers of entries, times two, and one more where they come
+        changes = []
+        for nodes, I, which, comes in ((self.rows, self.before, gone, False), (self.rows, self.after, come, True),
+                                       (np.arange(first, n), self.novel_I, self.novel_I >= 0, True)):
+            row, column = (self.rank[i] for i in (np.repeat(nodes, which.sum(axis=1)), I[which]))
+            changes += [2 * (i.astype(np.int64) * n + j) + comes for i, j in ((row, column), (column, row))]     # W0 and W0^T
+        changes = np.concatenate(changes)
+        changes.sort()
+        starts = np.flatnonzero(np.diff(changes >> 1, prepend=-1))
+        by = np.add.reduceat((2 * (changes & 1) - 1).astype(np.int8), starts, dtype=np.int8)
+        entry = changes[starts[by != 0]] >> 1
+        return (entry // n).astype(np.int32), (entry % n).astype(np.int32), by[by != 0]
 
 
 def add_novel(fixed, vectors, novel):

@@ -31,7 +31,7 @@ FEW_INSERTED = 32 * SPARE   # and at the most, where new nodes are few
 ALL_INSERTED = 1 << 20      # candidates of all new nodes together, between these
 FLOAT32_BLOCK = 1 << 13     # vectors that are compared in float32 at a time
 ERROR_OF_SUMS = 4e-5        # of products of unit vectors in float32, relative: the bound of 670 columns, for fewer as well
-LOOKED_UP = 1 << 16         # candidates whose vectors are read from a file at a time
+LOOKED_UP = 1 << 24         # numbers in the vectors of candidates that are read from a file at a time
 ON_GPU = 1 << 30            # comparisons from which a GPU is asked
 ALL_ON_GPU = 1 << 48        # comparisons for which other ways than comparing all are not better there: 7 minutes on an H200
 FLOAT32_ON_GPU = 1 << 17    # queries that are compared in float32 there while the vectors are read once
@@ -82,7 +82,8 @@ def exact_knn(xq, x, k, progress=silent, same=False, spare=None):
                                  nb.to_bytes if in_bytes else nb.to_bfloat16)
     D, I, unsure = best_and_unsure(keys, error, Q, X, k, same)
     if same and len(unsure) > Q.n / 2:
-        del keys, D, I              # which others take the place of
+        del keys, D, I              # which others take the place of, as do the vectors
+        X.release()
         keys = nb.search_self(Q.converted(nb.to_float32, 0, Q.n), min(k + spare_of(k), X.n), lambda done: progress(
             "pairs of vectors compared in float32", done ** 2, Q.n ** 2))
         return best_of(keys, Q, X, k, same)
@@ -196,7 +197,7 @@ def best_of(keys, Q, X, k, same=False, q_number=None, x_number=None, out=None, m
     D, I = out or (np.empty((Q.n, k), np.float32), np.empty((Q.n, k), np.int32))
     if same or mapped or X.in_memory or X.n < EXACT_BELOW:
         return nb.exact_products(keys, Q.arrays, X.arrays, k, q_number, x_number, Q.scale, X.scale, same, D, I)
-    step = max(1, LOOKED_UP // keys.shape[1])
+    step = max(1, LOOKED_UP // (X.d * keys.shape[1]))
     for i in range(0, len(keys), step):
         part = keys[i:i + step]
         rows = np.arange(i, i + len(part), dtype=np.int32) if q_number is None else q_number[i:i + step]

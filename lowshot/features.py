@@ -352,9 +352,9 @@ def row_norms(x, name, rows=None):
 
 
 def normalise_rows(x, name):
-    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows of zeros stay. name: what errors name.
-    Returns x."""
+    """Divide each row of x float32 (n, d) by its L2 norm, in place; rows whose norm is 0 in float32 become zeros. name: what
+    errors name. Returns x."""
     norms = row_norms(x, name)
-    norms[norms == 0] = 1
+    norms[norms == 0] = np.inf
     x /= norms[:, None]
     return x

@@ -128,7 +128,8 @@ class Sample:
         return self.recall(best_of(keys, as_vectors(self.x), cells.vectors, self.k, x_number=cells.order)[0])
 
     def recall(self, D):
-        """Share of the true neighbours found, given the similarities of what was found; equals count as found."""
+        """Share of the true neighbours found, given the similarities of what was found; equals count as found, and what differs
+        by no more than 1e-6, as sums in float32 do: of many copies of an image any are."""
         have = self.I >= 0
         last = np.where(have, self.D, np.inf).min(axis=1)
         found = (D[:, :self.k] >= last[:, None] - 1e-6) & have

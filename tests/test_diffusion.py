@@ -22,6 +22,7 @@ from lowshot.file_arrays import scratch
 from lowshot.completion import FixedPart
 from lowshot.files import exclusive, read_json, write_json
 
+of_neighbours = completion.Changes.of_neighbours
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NBG, DIM, KS = 400, 32, 16
 MKL = [["--backend", "mkl"]] if has_mkl() else []
@@ -385,6 +386,19 @@ def test_runs_that_start_together_make_the_stored_part_once(root):
         assert not os.path.exists(folder)
     process.communicate(timeout=60)
     assert process.returncode == 0 and os.path.exists(folder)
+
+
+def test_graph_that_is_changed_or_made_anew_gives_the_same(ddir, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDIR", str(ddir))
+    made = []
+    for few in (0, 1):
+        monkeypatch.setattr(completion, "FEW", (few << 16, 0))
+        monkeypatch.setattr(completion.Changes, "of_neighbours", lambda *args: made.append(few) or of_neighbours(*args))
+        monkeypatch.setattr(sys, "argv", ["diffusion.py", *f"--nbg {NBG} --dim {DIM} --k 8 --niter 3".split(), "--storeLname",
+                                          str(tmp_path / f"L{few}")])
+        main()
+    L = [np.load(tmp_path / f"L{few}_iter3.npy") for few in (0, 1)]
+    assert made == [0] and np.array_equal(*L) and L[0].any()
 
 
 def test_two_runs_do_not_write_one_record(root, tmp_path):

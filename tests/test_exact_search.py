@@ -136,7 +136,7 @@ def test_a_few_vectors_do_not_take_the_norms_of_all(tmp_path):
 
 def test_candidates_are_read_from_large_files(tmp_path, monkeypatch):
     monkeypatch.setattr(exact_search, "EXACT_BELOW", 100)
-    monkeypatch.setattr(exact_search, "LOOKED_UP", 500)      # eleven queries at a time, of those with all candidates
+    monkeypatch.setattr(exact_search, "LOOKED_UP", 500 * 32)      # eleven queries at a time, of those with all candidates
     x, more = 7 * clustered(700, seed=1), clustered(150, seed=2)
     x.tofile(tmp_path / "raw")
     vectors = Vectors(MatrixFile(str(tmp_path / "raw"), "<f4", 32, 700), more, normalise=True)
