@@ -25,9 +25,11 @@ import time
 from lowshot.features import MatrixFile
 from lowshot.files import check_outputs, exclusive, file_identities, read_note, remove, remove_left_behind, whole, write_json
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
-from lowshot.machine import peak_memory
+from lowshot.machine import peak_memory, wait_briefly
 from lowshot.script import (Parser, clock, log, number, print_header, provenance, run, show_progress, size, warn_of_memory,
                             within_memory)
+
+wait_briefly()
 
 CHECKPOINT_FROM = 2_000_000     # vectors; the graph of fewer takes a minute or two
 # more is asked of graphs that take seconds: accuracies are within .001 of those of exact ones, not .004 (benchmarks/accuracy.py)

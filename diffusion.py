@@ -34,11 +34,13 @@ from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, read_into
 from lowshot.files import check_outputs, exclusive, file_identities, remove_left_behind, reserve, whole, write_json
 from lowshot.layout import DataDir
-from lowshot.machine import peak_memory, release_memory, spendable_memory
+from lowshot.machine import peak_memory, release_memory, spendable_memory, wait_briefly
 from lowshot.run_state import RunState
 from lowshot.script import (Parser, Progress, file_name, log, number, print_header, provenance, run, silent, size, warn_of_memory,
                             within_memory)
 from lowshot.split import images_of_run, load_split
+
+wait_briefly()
 
 STATE_EVERY = 30        # seconds of diffusion after which what it found is kept
 AROUND = 1 << 16        # bytes of a file that Linux maps around a place that is looked at
