@@ -22,7 +22,8 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
-from lowshot.files import check_outputs, exclusive, file_sha256, full_disk_named, read_note, remove, remove_left_behind, whole, write_json
+from lowshot.files import (check_outputs, exclusive, file_sha256, full_disk_named, read_note, remove, remove_left_behind, whole,
+                           write_json)
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, memory_now, peak_memory, wait_briefly
 from lowshot.script import Parser, Progress, clock, log, number, print_header, run, size
