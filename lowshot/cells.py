@@ -132,8 +132,10 @@ class Vectors:
             for source, first in zip(self.sources, self.starts):
                 mine = (which >= first) & (which < first + len(source))
                 norms[mine] = row_norms(x[mine], self._name(source), which[mine] - first)
-            return x * one_over(norms)[:, None]
-        return x if self.scale is None else x * self.scale[which, None]
+            x *= one_over(norms)[:, None]
+        elif self.scale is not None:
+            x *= self.scale[which, None]
+        return x
 
     def converted(self, convert, start, stop, **out):
         """Rows start .. stop - 1 by convert(x, scale, **out): nb.to_bytes, nb.to_bfloat16 or Codes."""

@@ -92,10 +92,12 @@ def write_ivf_flat(path, cells, progress=silent):
         f.write(header[:-len(none)] + lists + b"full" + struct.pack("<Q", nlist) + sizes.tobytes())
         for first, last in stretches_of_cells(cells):
             begin, end = cells.begin[first], cells.end[last - 1]
-            x = v.scaled_rows(cells.order[begin:end])
+            x = v.scaled_rows(cells.order[begin:min(end, begin + BLOCK)])
             for c in range(first, last):
                 rows = slice(cells.begin[c], cells.end[c])
                 f.write(x[rows.start - begin:rows.stop - begin])
+                for i in range(rows.start + BLOCK, rows.stop, BLOCK):       # of one that holds most vectors, say
+                    f.write(v.scaled_rows(cells.order[i:min(i + BLOCK, rows.stop)]))
                 f.write(cells.order[rows].astype("<i8"))
             progress("vectors written to the index", int(end), v.n)
 

@@ -12,7 +12,7 @@ import pytest
 
 import build_graph
 from graph_utils import neighbours as nb
-from lowshot import exact_search, faiss_search, file_arrays, gpu_search, knn, machine, sampling
+from lowshot import exact_search, faiss_search, file_arrays, gpu_search, index_files, knn, machine, sampling
 from lowshot.cells import Cells, Codes, Vectors
 from lowshot.files import exclusive
 from lowshot.index_files import Checkpoint, GraphFiles, read_index, write_ivf_flat
@@ -518,7 +518,9 @@ def test_no_room_for_lists_in_a_file(tmp_path, monkeypatch):
         file_arrays.scratch(str(tmp_path / "knngraph"), 5, np.int32)
 
 
-def test_streamed_index_equals_that_of_faiss(tmp_path):
+@pytest.mark.parametrize("block", [1, 7, 100, 1 << 14])       # vectors in hand, of cells of about 20
+def test_streamed_index_equals_that_of_faiss(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(index_files, "BLOCK", block)
     x = make_raw(tmp_path, 500)
     cells = Cells.train(Vectors(x), 25)
     write_ivf_flat(str(tmp_path / "a.index"), cells)
