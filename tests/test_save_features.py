@@ -513,7 +513,7 @@ def test_all_ways_of_loading_give_the_same_in_order(data, results, batchsize):
 def test_speed_is_told_beside_that_from_memory(monkeypatch, capsys):
     """The same number of batches for each worker, more where they take less than a second."""
     fed, now = [], [0.0]
-    monkeypatch.setattr(save_features.time, "time", lambda: now[0])
+    monkeypatch.setattr(save_features.time, "monotonic", lambda: now[0])
 
     def results(batches, extract, workers):
         fed.append(len(batches))

@@ -150,7 +150,7 @@ def test_clock_and_size():
 
 def test_progress_shows_done_total_and_remaining(monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Progress(200, "images", start=100) as progress:
         progress.update(110)
         assert capsys.readouterr().err == ""            # nothing in the first seconds
@@ -166,7 +166,7 @@ def test_progress_shows_done_total_and_remaining(monkeypatch, capsys):
 
 def test_progress_on_a_terminal_stays_on_one_line(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
