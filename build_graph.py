@@ -23,7 +23,7 @@ import os
 import time
 
 from lowshot.features import MatrixFile
-from lowshot.files import check_outputs, exclusive, file_identities, read_note, remove, remove_left_behind, whole, write_json
+from lowshot.files import check_outputs, exclusive, file_identities, read_note, remove, whole, write_json
 from lowshot.layout import MOST_COLUMNS, DataDir, padded_to_power_of_two, pca_command
 from lowshot.machine import peak_memory, wait_briefly
 from lowshot.script import (Parser, clock, log, number, print_header, provenance, run, show_progress, size, warn_of_memory,
@@ -215,7 +215,6 @@ def stored_index(path, vectors, args, progress):
     from lowshot.index_files import cells_of_index, digest_of_vectors, holds_vectors, index_note, read_index, write_ivf_flat
     from lowshot.packages import faiss, write_by_faiss
     n, d = vectors.n, vectors.d
-    remove_left_behind(path)
     if os.path.exists(path) and not args.overwrite:
         index = checked_index(path, vectors)
         if not is_plain_ivf(index):

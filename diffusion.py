@@ -32,7 +32,7 @@ import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, read_into
-from lowshot.files import check_outputs, exclusive, file_identities, remove_left_behind, reserve, whole, write_json
+from lowshot.files import check_outputs, exclusive, file_identities, reserve, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import peak_memory, release_memory, spendable_memory, wait_briefly
 from lowshot.run_state import RunState
@@ -237,7 +237,6 @@ class StoredL:
     def __init__(self, path, shape, stack):
         self.shape, self.classes = shape, []
         stack.enter_context(exclusive(path))
-        remove_left_behind(path)
         temporary = stack.enter_context(whole(path))
         self.file = stack.enter_context(open(temporary, "wb"))
         self.panels = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(temporary)))
@@ -291,10 +290,8 @@ class Examples:
             self.contribution[of_class] = np.where(I < 0, 0, given)
 
     def store(self, path, **arrays):
-        with exclusive(path, wait=silent):
-            remove_left_behind(path)
-            with whole(path) as temporary, open(temporary, "wb") as f:
-                np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)
+        with exclusive(path, wait=silent), whole(path) as temporary, open(temporary, "wb") as f:
+            np.savez(f, scores=self.scores, contribution=self.contribution, **arrays)
 
 
 def check_saved(rest):
@@ -305,17 +302,17 @@ def check_saved(rest):
 
 def main():
     args = arguments()
+    with contextlib.ExitStack() as locks:
+        experiment(args, locks)
+
+
+def experiment(args, locks):
+    """Complete the graph, diffuse the labels, and write the record of it. locks: ExitStack for those that are held to the end."""
     ddir = DataDir()
     name = f"{args.mode}_nl{args.nlabeled}_seed{args.seed}_nbg{args.nbg}_k{args.k}_ni{args.niter}"
     record_path = args.record or ddir.log("diffusion", name + ("" if args.dim == 256 else f"_d{args.dim}") + ".json")
     store_at = stored_iterations(args)
     record, steps = provenance(args), Steps()
-    with contextlib.ExitStack() as locks:
-        experiment(args, ddir, store_at, record_path, record, steps, locks)
-
-
-def experiment(args, ddir, store_at, record_path, record, steps, locks):
-    """Complete the graph, diffuse the labels, and write the record of it. locks: ExitStack for those that are held to the end."""
     # after the arguments: these load faiss and the compiled library
     from graph_utils import BestClasses, aligned_zeros
     from lowshot.backends import choose_backend
@@ -395,12 +392,12 @@ def experiment(args, ddir, store_at, record_path, record, steps, locks):
     L, out = W.zeros(width), W.zeros(width)
     best = [BestClasses(test_labels) for _ in range(args.niter + 1)]
     examples = Examples(nt, C, k) if args.storeexamples else None
-    done = np.zeros(C, bool)        # classes
-    found = {"done": done, **{f"{name}{i}": getattr(b, name) for i, b in enumerate(best) for name in ("best", "classes", "nnz")}}
     locks.enter_context(exclusive(record_path))         # with it goes the state
     not_in_figures = ("record", "nocache", "lslice", "noprune")
     state = RunState(record_path, {"arguments": {a: v for a, v in record["arguments"].items() if a not in not_in_figures},
                                    "graph": key.made_from, "files": record["files"]})
+    done = np.zeros(C, bool)        # classes
+    found = {"done": done, **{f"{name}{i}": getattr(b, name) for i, b in enumerate(best) for name in ("best", "classes", "nnz")}}
     resumable = not store_at and not examples
     saved = state.load(found, check_saved) if resumable else None
     if saved:

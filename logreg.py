@@ -30,7 +30,7 @@ import numpy as np
 
 from lowshot.evaluate import accuracies, note_of_unreadable, notes_of_classes
 from lowshot.features import FeatureFile, SLAB_BYTES
-from lowshot.files import allocate, check_outputs, exclusive, file_identities, remove_left_behind, whole, write_json
+from lowshot.files import allocate, check_outputs, exclusive, file_identities, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, peak_memory, torch_device, wait_briefly
 from lowshot.run_state import RunState
@@ -222,8 +222,6 @@ def main():
     with contextlib.ExitStack() as stack:
         for path in (args.record, *stored):         # with the record goes the state beside it
             stack.enter_context(exclusive(path))
-        for path in stored:
-            remove_left_behind(path)
         experiment(args, ddir, record, points)
 
 

@@ -22,8 +22,7 @@ import lowshot  # noqa: F401     before numpy: it names the number of threads
 import numpy as np
 
 from lowshot.features import SLAB_BYTES, FeatureFile, MatrixFile, check_same_network, spread_rows
-from lowshot.files import (check_outputs, exclusive, file_sha256, full_disk_named, read_note, remove, remove_left_behind, whole,
-                           write_json)
+from lowshot.files import check_outputs, exclusive, file_sha256, full_disk_named, read_note, remove, whole, write_json
 from lowshot.layout import DataDir
 from lowshot.machine import available_memory, memory_now, peak_memory, wait_briefly
 from lowshot.script import Parser, Progress, clock, log, number, print_header, run, size
@@ -108,11 +107,9 @@ def train(args, block0, path):
         raise ValueError(f"{block0}: the features are too large, their covariances are NaN or infinite")
     kept = variances[:args.dim].clip(0).sum() / max(variances.clip(0).sum(), 1e-300)
     # the note beside it and the file are of one training
-    with exclusive(path, lambda: log(f"another process is writing {path}")):
-        remove_left_behind(path)
-        with whole(path) as temporary:
-            write_by_faiss(faiss.write_VectorTransform, pca, temporary)
-            make_way(path, origin)
+    with exclusive(path, lambda: log(f"another process is writing {path}")), whole(path) as temporary:
+        write_by_faiss(faiss.write_VectorTransform, pca, temporary)
+        make_way(path, origin)
     log(f"wrote {path}: {x.shape[1]} -> {args.dim} dimensions, {kept:.1%} of the variance, in "
         f"{clock(time.monotonic() - start)}, peak memory {size(peak_memory())}")
 

@@ -79,7 +79,7 @@ def write_features(path, images, labels, rs, dim):
 
 def write_raw(folder, images, prior, args):
     """The PCA, trained on up to 50,000 background images, and the background after it."""
-    from lowshot.packages import faiss
+    from lowshot.packages import faiss, write_by_faiss
     rs = np.random.RandomState(100)
     pca = faiss.PCAMatrix(args.dim, args.pca, 0, True)
     pca.train(images.features(rs.choice(args.nclass, min(args.nbg, 50000), p=prior), rs))
@@ -87,7 +87,7 @@ def write_raw(folder, images, prior, args):
     for path in (pca_path, raw):
         remove(path + ".json")      # in which train_apply_pca.py tells what it made others from
     with whole(pca_path) as temporary:
-        faiss.write_VectorTransform(pca, temporary)
+        write_by_faiss(faiss.write_VectorTransform, pca, temporary)
     with whole(raw) as temporary, open(temporary, "wb") as f, \
             Progress(args.nbg, "background images") as progress:
         for i in range(0, args.nbg, ROWS):

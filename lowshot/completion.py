@@ -31,7 +31,7 @@ from lowshot.script import Progress, log, show_progress, silent
 
 # a change of what is computed, or of how it is stored, gets a new number: stored completions are then made anew
 VERSION = 10
-FEW = 1 << 16, 1 / 32   # novel neighbours, and as a share of all: of many copies of one image nearly all lists change
+FEW, FEW_OF_ALL = 1 << 16, 1 / 32       # novel neighbours, and their share: of copies of one image nearly all lists change
 
 
 def read_features(path, rows, pca_path, what):
@@ -128,7 +128,7 @@ class Changes:
         """Whether to change W by entries takes less time and memory than to make it of the neighbours of all nodes."""
         m, k = self.novel_I.shape
         n = len(self.rank) - m
-        return np.count_nonzero(self.after >= n) + m * k <= max(FEW[0], FEW[1] * n * k)
+        return np.count_nonzero(self.after >= n) + m * k <= max(FEW, FEW_OF_ALL * n * k)
 
     def of_neighbours(self, I):
         """The neighbours of all nodes, int32 (n + m, k), from those in the fixed part."""

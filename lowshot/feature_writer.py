@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from lowshot.features import FeatureFile
-from lowshot.files import allocate, exclusive, read_json, remove, remove_left_behind, whole, write_json
+from lowshot.files import allocate, exclusive, read_json, remove, whole, write_json
 from lowshot.script import size
 
 
@@ -94,7 +94,6 @@ class FeatureWriter:
     def _create(self, labels, class_names):
         remove(self.progress)                   # of a file that is no more, or is not gone on with
         remove(self.partial)
-        remove_left_behind(self.partial)
         needed = self.n * (4 * self.d + 5) + (1 << 16)
         free = shutil.disk_usage(os.path.dirname(self.path)).free
         if needed > free:

@@ -220,7 +220,7 @@ def exclusive(path, wait=None):
     """While the block runs no other process can enter one for the same path. Ends with the process, however it ends, and is
     not passed on to processes it forks. Where another process is in it that is a ValueError; or, if `wait` is given, wait() is
     called, and it is waited for. Of a link what it leads to counts. Where the file system has no locks, this holds for the
-    processes of this machine."""
+    processes of this machine. What processes that were killed while they wrote `path` left of it is removed."""
     real = os.path.realpath(path)
     os.makedirs(os.path.dirname(real), exist_ok=True)
     name = real + ".lock"
@@ -249,6 +249,7 @@ def exclusive(path, wait=None):
                     break
             # the process that had the lock has just removed the file: this is a lock on nothing
         try:
+            remove_left_behind(path)
             yield
         finally:
             remove(lock.name)

@@ -392,7 +392,8 @@ def test_graph_that_is_changed_or_made_anew_gives_the_same(ddir, tmp_path, monke
     monkeypatch.setenv("DDIR", str(ddir))
     made = []
     for few in (0, 1):
-        monkeypatch.setattr(completion, "FEW", (few << 16, 0))
+        monkeypatch.setattr(completion, "FEW", few << 16)
+        monkeypatch.setattr(completion, "FEW_OF_ALL", 0)
         monkeypatch.setattr(completion.Changes, "of_neighbours", lambda *args: made.append(few) or of_neighbours(*args))
         monkeypatch.setattr(sys, "argv", ["diffusion.py", *f"--nbg {NBG} --dim {DIM} --k 8 --niter 3".split(), "--storeLname",
                                           str(tmp_path / f"L{few}")])

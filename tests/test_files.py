@@ -198,6 +198,9 @@ def test_whole_under_a_kill(tmp_path):
     assert len(os.listdir(tmp_path)) == 2           # it may be another's that is still at it
     files.remove_left_behind(str(path))
     assert os.listdir(tmp_path) == ["out.bin"]
+    (tmp_path / f".out.{process.pid}.tmp.bin").touch()
+    with files.exclusive(str(path)):                    # here it is nobody's
+        assert sorted(os.listdir(tmp_path)) == ["out.bin", "out.bin.lock"]
     other = tmp_path / ".out.5.123.tmp.bin"             # of out.5.bin
     other.touch()
     files.remove_left_behind(str(path))
